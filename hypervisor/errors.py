@@ -1,0 +1,104 @@
+"""What goes wrong between a machine's definition and a running QEMU: one root, and its children."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from attrs import frozen
+
+from kvmsec.linux.errors import Fault
+
+
+class HypervisorError(Fault):
+    """The root of what `hypervisor` raises; plain system call failures stay `OSError`."""
+
+
+@frozen
+class Problem:
+    """One thing that is wrong with a definition: where (`disks[1].format`), and what."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+
+class SpecError(HypervisorError):
+    """A machine's definition breaks rules; `problems` holds every one of them."""
+
+    def __init__(self, source: str, problems: Iterable[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        listed = [str(problem) for problem in self.problems]
+        if len(listed) == 1:
+            text = f"{source}: {listed[0]}"
+        else:
+            text = "\n  ".join([f"{source}: {len(listed)} problems", *listed])
+        super().__init__(text)
+
+
+class ForbiddenArgument(HypervisorError):
+    """An extra QEMU argument is not among those that the node's configuration may add."""
+
+    def __init__(self, argument: str, reason: str) -> None:
+        super().__init__(
+            f"the extra QEMU argument {argument!r} is refused: {reason}",
+            hint="take it out of qemu.extra_arguments in kvmsec.toml",
+        )
+        self.argument = argument
+        self.reason = reason
+
+
+class Unsupported(HypervisorError):
+    """The QEMU in use lacks what the machine asks for."""
+
+    def __init__(self, what: str, version: str, *, hint: str | None = None) -> None:
+        super().__init__(f"QEMU {version} {what}", hint=hint)
+        self.what = what
+        self.version = version
+
+
+class QemuNotFound(HypervisorError):
+    """No QEMU where one was looked for."""
+
+    def __init__(self, tried: Iterable[str]) -> None:
+        self.tried = tuple(tried)
+        super().__init__(
+            f"no QEMU found (tried {', '.join(self.tried)})",
+            hint="install qemu-system-x86, or name the program with --qemu or qemu.path",
+        )
+
+
+class NotQemu(HypervisorError):
+    """The program does not behave as QEMU does; `said` is what it printed, if anything."""
+
+    def __init__(self, binary: Path, problem: str, said: str = "") -> None:
+        words = f"; it said: {said}" if said else ""
+        super().__init__(
+            f"{binary} {problem}{words}",
+            hint="name a working qemu-system-x86_64 with --qemu or qemu.path",
+        )
+        self.binary = binary
+        self.problem = problem
+        self.said = said
+
+
+class QemuTooOld(HypervisorError):
+    """This QEMU is older than the oldest one that kvmsec drives."""
+
+    def __init__(self, binary: Path, version: str, oldest: str) -> None:
+        super().__init__(
+            f"{binary} is QEMU {version}; kvmsec needs {oldest} or later",
+            hint="install a newer qemu-system-x86",
+        )
+        self.binary = binary
+        self.version = version
+
+
+class ClosureError(HypervisorError):
+    """What QEMU needs to run could not be worked out."""
+
+    def __init__(self, binary: Path, problem: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{binary}: {problem}", hint=hint)
+        self.binary = binary
+        self.problem = problem
