@@ -1,0 +1,194 @@
+"""What the application itself refuses; each error keeps the evidence that a caller may act on."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kvmsec.linux.errors import Fault
+
+
+class KvmsecError(Fault):
+    """The root of what `kvmsec` raises, except for what its four packages raise themselves."""
+
+
+def _listed(problems: Sequence[str]) -> str:
+    """One problem stays on the line, several get one each."""
+    if len(problems) == 1:
+        return problems[0]
+    return "".join(f"\n  - {problem}" for problem in problems).lstrip(" ")
+
+
+# What people write ---------------------------------------------------------------------------
+
+
+class BadName(KvmsecError):
+    """A name that no instance, cluster or node may have."""
+
+    def __init__(self, what: str, name: str, rule: str) -> None:
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        super().__init__(f"{ascii(shown)} is not a name for {what}", hint=rule)
+        self.name = name
+
+
+class BadConfig(KvmsecError):
+    """kvmsec.toml can't be used; `problems` holds every fault that was found in it."""
+
+    def __init__(self, path: Path, problems: Sequence[str], *, hint: str | None = None) -> None:
+        super().__init__(
+            f"{path}: {_listed(problems)}",
+            hint=hint or "mend the file, then run `kvmsec config check`",
+        )
+        self.path = path
+        self.problems = tuple(problems)
+
+
+class BadDefinition(KvmsecError):
+    """An instance's definition can't be used; `problems` holds every fault that was found."""
+
+    def __init__(self, source: str, problems: Sequence[str], *, hint: str | None = None) -> None:
+        super().__init__(f"{source}: {_listed(problems)}", hint=hint)
+        self.source = source
+        self.problems = tuple(problems)
+
+
+class SecurityRefused(KvmsecError):
+    """A security model that this cluster, this node or this instance may not have."""
+
+
+# The cluster's state -------------------------------------------------------------------------
+
+
+class StoreError(KvmsecError):
+    """The root of what a store raises."""
+
+
+class StoreUnreadable(StoreError):
+    """What the store holds can't be read; it is left as it is."""
+
+    def __init__(self, place: Path | str, reason: str) -> None:
+        super().__init__(
+            f"{place} can't be used: {reason}",
+            hint="it was left untouched; restore it from a copy, or, where there is none, move it "
+            "away and run `kvmsec cluster init` again",
+        )
+        self.place = place
+        self.reason = reason
+
+
+class StoreTooNew(StoreError):
+    """A later kvmsec wrote the store."""
+
+    def __init__(self, place: Path | str, found: int, known: int) -> None:
+        super().__init__(
+            f"{place} has format {found}, this kvmsec reads up to {known}",
+            hint="it was left untouched; install the kvmsec release that wrote it, or a later one",
+        )
+        self.place = place
+        self.found = found
+        self.known = known
+
+
+class Conflict(StoreError):
+    """Somebody else changed the cluster's state first; nothing was written."""
+
+    def __init__(self, expected: int, found: int) -> None:
+        super().__init__(
+            f"the cluster's state changed meanwhile (revision {found}, not {expected})",
+            hint="run the command again",
+        )
+        self.expected = expected
+        self.found = found
+
+
+class NoCluster(KvmsecError):
+    """There is no cluster yet."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this node belongs to no cluster", hint="run `kvmsec cluster init --name NAME` first"
+        )
+
+
+class ClusterExists(KvmsecError):
+    """`init` where there is a cluster already."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"this node already belongs to the cluster {name}",
+            hint="change it with `kvmsec cluster modify`, or end it with `kvmsec cluster destroy`",
+        )
+        self.name = name
+
+
+class PoolRefused(KvmsecError):
+    """A uid pool that can't be the cluster's; `problems` names every uid range and its fault."""
+
+    def __init__(self, problems: Sequence[str], *, hint: str | None = None) -> None:
+        super().__init__(f"the uid pool is refused: {_listed(problems)}", hint=hint)
+        self.problems = tuple(problems)
+
+
+class UidsInUse(KvmsecError):
+    """Uids that still have a holder can't leave the pool; `holders` maps each to who holds it."""
+
+    def __init__(self, holders: Mapping[int, str]) -> None:
+        listed = _listed([f"uid {uid}: {holder}" for uid, holder in sorted(holders.items())])
+        super().__init__(
+            f"these uids can't leave the pool: {listed}",
+            hint="stop the instances first, or let the uids leave once they are free: --drain",
+        )
+        self.holders = dict(holders)
+
+
+class InstancesRun(KvmsecError):
+    """Something that only a node without running instances may do."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"instances are running: {', '.join(names)}",
+            hint="stop them first with `kvmsec instance stop NAME`",
+        )
+        self.names = tuple(names)
+
+
+# Instances -----------------------------------------------------------------------------------
+
+
+class NotRoot(KvmsecError):
+    """What was asked for needs root."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} needs root", hint="run it as root, or with sudo")
+
+
+class UnknownInstance(KvmsecError):
+    """No instance has this name: it neither runs nor has a definition."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"there is no instance {name}", hint="`kvmsec instance list` shows those there are"
+        )
+        self.name = name
+
+
+class AlreadyRunning(KvmsecError):
+    """A start of an instance that runs already."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the instance {name} runs already",
+            hint="stop it first to start it with other settings",
+        )
+        self.name = name
+
+
+class StartFailed(KvmsecError):
+    """An instance did not start; everything that had been set up for it was taken back."""
+
+    def __init__(
+        self, name: str, reason: str, *, output: str = "", hint: str | None = None
+    ) -> None:
+        said = f"; QEMU said:\n{output.rstrip()}" if output.strip() else ""
+        super().__init__(f"the instance {name} did not start: {reason}{said}", hint=hint)
+        self.name = name
+        self.reason = reason
+        self.output = output
