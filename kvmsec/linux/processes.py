@@ -1,0 +1,139 @@
+"""Processes: which one is meant (never by a pid alone), and what the kernel says of it."""
+
+import contextlib
+import os
+import signal
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+_STATUS_LIMIT: Final = 64 * 1024
+CAPABILITY_SETS: Final = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+
+
+@cache
+def boot_id() -> str:
+    """The identity of the running boot (random(4)): a pid of another boot means nothing."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@frozen
+class ProcessId:
+    """One process for good: its pid, its start time in clock ticks since boot, and the boot."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+
+@frozen
+class ProcessStatus:
+    """What /proc/PID/status says (proc(5)); ids are real, effective, saved and filesystem's."""
+
+    name: str
+    state: str
+    uids: tuple[int, ...]
+    gids: tuple[int, ...]
+    groups: tuple[int, ...]
+    capabilities: tuple[int, ...]
+    no_new_privs: bool
+    seccomp: int
+    threads: int
+
+    @property
+    def is_zombie(self) -> bool:
+        return self.state in ("Z", "X")
+
+
+def pids() -> list[int]:
+    """Every process that this pid namespace can see, one numbered entry of /proc each."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def identify(pid: int) -> ProcessId | None:
+    """The identity of a running process (or zombie), None when there is none with this pid."""
+    stat = _read(f"/proc/{pid}/stat")
+    if not stat:
+        return None
+    # The name may hold anything, spaces and parentheses too: count from the last parenthesis.
+    after_name = stat[stat.rindex(b")") + 2 :].split()
+    return ProcessId(pid, int(after_name[19]), boot_id())
+
+
+def myself() -> ProcessId:
+    """The identity of the calling process."""
+    found = identify(os.getpid())
+    if found is None:
+        raise ProcessLookupError("/proc does not show the calling process: is it mounted?")
+    return found
+
+
+def is_alive(process: ProcessId) -> bool:
+    """Whether that very process is there and has not ended; a zombie has."""
+    if identify(process.pid) != process:
+        return False
+    status = read_status(process.pid)
+    return status is not None and not status.is_zombie
+
+
+def open_pidfd(process: ProcessId) -> int | None:
+    """A descriptor of that very process (pidfd_open(2)), close-on-exec; None when it is gone.
+
+    The start time is compared after opening: from then on the descriptor can't mean another.
+    """
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return None
+    if identify(process.pid) == process:
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def kill(pidfd: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Signal the process behind a descriptor; one that has ended is fine."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, number)
+
+
+def read_status(pid: int) -> ProcessStatus | None:
+    """Read /proc/PID/status; None when there is no such process."""
+    raw = _read(f"/proc/{pid}/status")
+    if not raw:
+        return None
+    fields: dict[str, str] = {}
+    for line in raw.decode(errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key, value.strip())
+    return ProcessStatus(
+        name=fields["Name"],
+        state=fields["State"][:1],
+        uids=_numbers(fields["Uid"]),
+        gids=_numbers(fields["Gid"]),
+        groups=_numbers(fields.get("Groups", "")),
+        capabilities=tuple(int(fields.get(name, "0"), 16) for name in CAPABILITY_SETS),
+        no_new_privs=fields.get("NoNewPrivs") == "1",
+        seccomp=int(fields.get("Seccomp", "0")),
+        threads=int(fields.get("Threads", "1")),
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split())
+
+
+def _read(path: str) -> bytes:
+    """One read of a /proc file; empty when its process has gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+    try:
+        return os.read(descriptor, _STATUS_LIMIT)
+    except ProcessLookupError:
+        return b""
+    finally:
+        os.close(descriptor)

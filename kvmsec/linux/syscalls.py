@@ -1,0 +1,113 @@
+"""The system calls that Python 3.11 has no name for, each as a function that raises `OSError`.
+
+Numbers are those of x86_64 (linux/arch/x86/entry/syscalls/syscall_64.tbl); the calls above 423
+have the same number on every architecture.
+"""
+
+import ctypes
+import os
+from typing import Any, Final
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+_NR_PIVOT_ROOT: Final = 155
+_NR_OPENAT2: Final = 437
+_NR_CAPSET: Final = 126
+
+AT_FDCWD: Final = -100
+RESOLVE_NO_XDEV: Final = 0x01
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_NO_SYMLINKS: Final = 0x04
+RESOLVE_BENEATH: Final = 0x08
+
+_CAPABILITY_VERSION_3: Final = 0x20080522
+
+
+def _checked(result: int, path: str | None = None) -> int:
+    if result >= 0:
+        return result
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number), path)
+
+
+def _syscall(number: int, *arguments: Any, path: str | None = None) -> int:
+    words = [
+        ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments
+    ]
+    return _checked(_libc.syscall(ctypes.c_long(number), *words), path)
+
+
+def unshare(flags: int) -> None:
+    """Leave namespaces (`unshare(2)`)."""
+    _checked(_libc.unshare(ctypes.c_int(flags)))
+
+
+def setns(descriptor: int, kind: int) -> None:
+    """Enter the namespace that a descriptor stands for (`setns(2)`); `kind` 0 takes any."""
+    _checked(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)))
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    """Mount a filesystem or change a mount (`mount(2)`)."""
+    result = _libc.mount(
+        source.encode() if source else None,
+        os.fsencode(target),
+        kind.encode() if kind else None,
+        ctypes.c_ulong(flags),
+        data.encode() if data else None,
+    )
+    _checked(result, target)
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """Unmount a filesystem (`umount2(2)`)."""
+    _checked(_libc.umount2(os.fsencode(target), ctypes.c_int(flags)), target)
+
+
+def pivot_root(new: str, old: str) -> None:
+    """Make `new` the root and put the former one on `old` (`pivot_root(2)`)."""
+    _syscall(_NR_PIVOT_ROOT, os.fsencode(new), os.fsencode(old), path=new)
+
+
+def prctl(option: int, *arguments: int) -> int:
+    """Operate on the calling process (`prctl(2)`)."""
+    words = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
+    return _checked(_libc.prctl(ctypes.c_int(option), *words))
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (
+        ("flags", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("resolve", ctypes.c_uint64),
+    )
+
+
+def openat2(directory: int, path: str, flags: int, mode: int = 0, *, resolve: int = 0) -> int:
+    """Open a path under rules of resolution (`openat2(2)`, Linux 5.6)."""
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    size = ctypes.sizeof(how)
+    return _syscall(_NR_OPENAT2, directory, os.fsencode(path), ctypes.byref(how), size, path=path)
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
+def set_capabilities(effective: int, permitted: int, inheritable: int) -> None:
+    """Set the caller's capability sets, each a 64-bit mask (`capset(2)`)."""
+    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
+    low, high = 0xFFFFFFFF, 32
+    data = (_CapData * 2)(
+        _CapData(effective & low, permitted & low, inheritable & low),
+        _CapData(effective >> high, permitted >> high, inheritable >> high),
+    )
+    _syscall(_NR_CAPSET, ctypes.byref(header), ctypes.byref(data))
