@@ -25,7 +25,7 @@ class BadName(KvmsecError):
 
     def __init__(self, what: str, name: str, rule: str) -> None:
         shown = name if len(name) <= 80 else name[:77] + "..."
-        super().__init__(f"{ascii(shown)} is not a name for {what}", hint=rule)
+        super().__init__(f"{shown!a} is not a name for {what}", hint=rule)
         self.name = name
 
 

@@ -1,0 +1,1 @@
+"""What kvmsec knows: the cluster, its instances and their security, as frozen types."""

@@ -1,0 +1,185 @@
+"""Where everything lies: every path of kvmsec, below one root that can be moved.
+
+What belongs to the kernel does not move with it. A uid is the host's, whatever root an instance
+was started from, so leases and resting uids have one place for all roots; and the packet rules
+of each root go by a name of their own (`tag`), so that two roots never touch each other's.
+"""
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from attrs import field, frozen
+
+from kvmsec.linux.errors import UntrustedPath
+from kvmsec.linux.files import make_private_directory
+from kvmsec.model.names import require_name
+
+_HOST_RUN = Path("/run/kvmsec")
+_HOST_VAR = Path("/var/lib/kvmsec")
+
+
+def _resolved(root: Path | str) -> Path:
+    return Path(root).resolve()
+
+
+@frozen
+class InstancePaths:
+    """The files of one instance while it has a record; all of them are gone after its stop."""
+
+    directory: Path
+
+    @property
+    def record(self) -> Path:
+        return self.directory / "record.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.directory / "lock"
+
+    @property
+    def qmp_socket(self) -> Path:
+        return self.directory / "qmp.sock"
+
+    @property
+    def serial_socket(self) -> Path:
+        return self.directory / "serial.sock"
+
+    @property
+    def scratch(self) -> Path:
+        return self.directory / "scratch"
+
+    def make(self) -> None:
+        """Make the instance's directory (0700). Raises UntrustedPath and OSError."""
+        make_private_directory(self.directory)
+
+
+@frozen
+class Paths:
+    """Every path of a kvmsec whose files lie below `root` (links in it are resolved once)."""
+
+    root: Path = field(default=Path("/"), converter=_resolved)
+
+    # Names that become paths are checked here as well: this is the last place before the disk.
+
+    @property
+    def etc(self) -> Path:
+        return self.root / "etc/kvmsec"
+
+    @property
+    def config(self) -> Path:
+        return self.etc / "kvmsec.toml"
+
+    @property
+    def definitions(self) -> Path:
+        return self.etc / "instances"
+
+    def definition(self, name: str) -> Path:
+        """The definition of an instance. Raises BadName."""
+        return self.definitions / f"{require_name('an instance', name)}.toml"
+
+    @property
+    def var(self) -> Path:
+        return self.root / "var/lib/kvmsec"
+
+    @property
+    def cluster(self) -> Path:
+        return self.var / "cluster.json"
+
+    @property
+    def features(self) -> Path:
+        """The directory where QEMU's features are kept once they were asked for."""
+        return self.var / "features"
+
+    @property
+    def last_states(self) -> Path:
+        return self.var / "instances"
+
+    def last_state(self, name: str) -> Path:
+        """How an instance ended, for those who ask later. Raises BadName."""
+        return self.last_states / f"{require_name('an instance', name)}.json"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run/kvmsec"
+
+    @property
+    def instances(self) -> Path:
+        return self.run / "instances"
+
+    def instance(self, name: str) -> InstancePaths:
+        """The files of an instance that runs. Raises BadName."""
+        return InstancePaths(self.instances / require_name("an instance", name))
+
+    @property
+    def log(self) -> Path:
+        return self.root / "var/log/kvmsec"
+
+    @property
+    def instance_logs(self) -> Path:
+        return self.log / "instances"
+
+    def instance_log(self, name: str) -> Path:
+        """The log that kvmsec keeps of an instance. Raises BadName."""
+        return self.instance_logs / f"{require_name('an instance', name)}.log"
+
+    @property
+    def uid_leases(self) -> Path:
+        """Who holds which uid: one place for all roots of this host."""
+        return _HOST_RUN / "uids"
+
+    @property
+    def uid_state(self) -> Path:
+        """What rests or is quarantined: one place for all roots, and kept over a reboot."""
+        return _HOST_VAR / "uids"
+
+    @property
+    def tag(self) -> str:
+        """What the packet rules of this root go by: `kvmsec`, or `kvmsec_` and 8 hex digits."""
+        if self.root == Path("/"):
+            return "kvmsec"
+        return f"kvmsec_{hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]}"
+
+    def make_directories(self) -> None:
+        """Make every directory that kvmsec writes to, 0700 and the caller's.
+
+        Raises UntrustedPath when somebody else could move one of them away, and OSError.
+        """
+        _require_steady(self.root)
+        # Parents first: what is missing above a private directory would be made readable to all.
+        for directory in (
+            self.etc,
+            self.definitions,
+            self.var,
+            self.features,
+            self.last_states,
+            self.run,
+            self.instances,
+            self.log,
+            self.instance_logs,
+            _HOST_RUN,
+            self.uid_leases,
+            _HOST_VAR,
+            self.uid_state,
+        ):
+            make_private_directory(directory)
+
+
+def _require_steady(path: Path) -> None:
+    """Refuse a directory that somebody else than root or the caller could rename or replace.
+
+    A sticky directory such as /tmp may stand above it: in one, others can't touch our entry
+    (inode(7)). Whatever is missing will be made by us.
+    """
+    for step in (path, *path.parents):
+        try:
+            status = step.lstat()
+        except FileNotFoundError:
+            continue
+        if status.st_uid not in (0, os.geteuid()):
+            raise UntrustedPath(step, f"belongs to uid {status.st_uid}")
+        open_to_others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if open_to_others and not status.st_mode & stat.S_ISVTX:
+            mode = stat.S_IMODE(status.st_mode)
+            raise UntrustedPath(step, f"can be written by others (mode {mode:04o})")
