@@ -1,8 +1,7 @@
 """Becoming somebody who can do nothing, for good, and proving that nothing is left."""
 
+import errno
 import os
-from functools import cache
-from pathlib import Path
 from typing import Final
 
 from attrs import frozen
@@ -25,10 +24,18 @@ class Credentials:
     gid: int
 
 
-@cache
-def last_capability() -> int:
-    """The highest capability number of the running kernel."""
-    return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+def bounding_set() -> list[int]:
+    """The capabilities still in the caller's bounding set, asked of the kernel one by one."""
+    kept = []
+    for capability in range(64):
+        try:
+            if syscalls.prctl(_PR_CAPBSET_READ, capability):
+                kept.append(capability)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            break  # The first number that this kernel doesn't know.
+    return kept
 
 
 def drop_capabilities() -> None:
@@ -36,7 +43,7 @@ def drop_capabilities() -> None:
 
     Raises OSError. See capabilities(7).
     """
-    for capability in range(last_capability() + 1):
+    for capability in bounding_set():
         syscalls.prctl(_PR_CAPBSET_DROP, capability)
     syscalls.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
 
@@ -62,8 +69,7 @@ def verify(credentials: Credentials) -> None:
     wanted_uids, wanted_gids = (credentials.uid,) * 3, (credentials.gid,) * 3
     if uids != wanted_uids or gids != wanted_gids or os.getgroups():
         raise PermissionError(f"still uids {uids}, gids {gids}, groups {os.getgroups()}")
-    kept = [n for n in range(last_capability() + 1) if syscalls.prctl(_PR_CAPBSET_READ, n)]
-    if kept:
+    if kept := bounding_set():
         raise PermissionError(f"capabilities {kept} are still in the bounding set")
     if syscalls.prctl(_PR_GET_NO_NEW_PRIVS) != 1:
         raise PermissionError("no_new_privs is not set")

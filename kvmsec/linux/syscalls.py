@@ -13,8 +13,13 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _NR_PIVOT_ROOT: Final = 155
 _NR_OPENAT2: Final = 437
 _NR_CAPSET: Final = 126
+_NR_MOUNT_SETATTR: Final = 442
 
 AT_FDCWD: Final = -100
+_AT_RECURSIVE: Final = 0x8000
+MOUNT_ATTR_RDONLY: Final = 0x01
+MOUNT_ATTR_NOSUID: Final = 0x02
+MOUNT_ATTR_NODEV: Final = 0x04
 RESOLVE_NO_XDEV: Final = 0x01
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
@@ -67,6 +72,25 @@ def umount(target: str, flags: int = 0) -> None:
 def pivot_root(new: str, old: str) -> None:
     """Make `new` the root and put the former one on `old` (`pivot_root(2)`)."""
     _syscall(_NR_PIVOT_ROOT, os.fsencode(new), os.fsencode(old), path=new)
+
+
+class _MountAttributes(ctypes.Structure):
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+def set_mount_attributes(target: str, attributes: int) -> None:
+    """Add attributes to a mount and every mount below it (`mount_setattr(2)`, Linux 5.12)."""
+    wanted = _MountAttributes(attributes, 0, 0, 0)
+    size = ctypes.sizeof(wanted)
+    path = os.fsencode(target)
+    _syscall(
+        _NR_MOUNT_SETATTR, AT_FDCWD, path, _AT_RECURSIVE, ctypes.byref(wanted), size, path=target
+    )
 
 
 def prctl(option: int, *arguments: int) -> int:

@@ -1,0 +1,269 @@
+"""What an instance's process is shut into, as one ordered list of steps.
+
+The steps run in a freshly forked child of a launcher with one thread; the child is already PID 1
+of a PID namespace of its own. Each does one thing to the calling process, in an order that later
+steps rely on, and a failure of any of them ends the child before QEMU's first instruction. No
+step can be left out by a setting.
+"""
+
+import errno
+import os
+import resource
+import signal
+import socket
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from hypervisor.errors import HypervisorError
+from kvmsec.linux import children, credentials, namespaces, syscalls
+from kvmsec.linux.credentials import Credentials
+
+OUTPUT: Final = "/output"
+BOOT: Final = "/boot"
+_NODES: Final = (
+    ("null", 1, 3),
+    ("zero", 1, 5),
+    ("full", 1, 7),
+    ("random", 1, 8),
+    ("urandom", 1, 9),
+)
+_KVM_NODE: Final = ("kvm", 10, 232)  # Linux Documentation/admin-guide/devices.txt, misc minor 232
+
+
+@frozen
+class BootFile:
+    """A file that QEMU can only open by path: its checked descriptor, its size, its name."""
+
+    descriptor: int
+    size_bytes: int
+    name: str
+
+
+@frozen
+class Jail:
+    """Everything that a jail is made of, decided before the fork.
+
+    binds: pairs of (path on the host, the same thing's path inside), read-only inside.
+    links: pairs of (link inside, what it points to).
+    boot_files: copied to /boot, read-only.
+    mount_point: an empty directory of the host's on which the new root is built.
+    output: a directory on the host, a sized tmpfs that belongs to the instance; /output inside.
+    log: a descriptor for stdout and stderr.
+    cgroups: the cgroup.procs files to join.
+    descriptors: descriptor number inside -> the launcher's; the only ones that reach QEMU.
+    """
+
+    name: str
+    credentials: Credentials
+    mount_point: str
+    output: str
+    log: int
+    binds: tuple[tuple[str, str], ...]
+    links: tuple[tuple[str, str], ...] = ()
+    boot_files: tuple[BootFile, ...] = ()
+    has_kvm: bool = False
+    cgroups: tuple[str, ...] = ()
+    descriptors: Mapping[int, int] = {}
+
+
+class JailFailed(HypervisorError):
+    """A step of the jail failed; QEMU was not started."""
+
+    def __init__(self, step: str, number: int, detail: str) -> None:
+        hint = "run kvmsec as root, outside a container" if number == errno.EPERM else None
+        super().__init__(f"the jail's step {step!r} failed: {detail}", hint=hint)
+        self.step = step
+        self.errno = number
+        self.detail = detail
+
+
+def _leave_session(jail: Jail) -> None:
+    os.setsid()
+
+
+def _forget_signals(jail: Jail) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        # Real-time signals that the C library keeps for itself refuse: they are at the default.
+        try:
+            signal.signal(number, signal.SIG_DFL)
+        except OSError:
+            continue
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _join_cgroups(jail: Jail) -> None:
+    for path in jail.cgroups:
+        Path(path).write_text("0")
+
+
+def _leave_namespaces(jail: Jail) -> None:
+    syscalls.unshare(
+        namespaces.CLONE_NEWNS
+        | namespaces.CLONE_NEWNET
+        | namespaces.CLONE_NEWIPC
+        | namespaces.CLONE_NEWUTS
+        | namespaces.CLONE_NEWCGROUP
+    )
+
+
+def _name_host(jail: Jail) -> None:
+    socket.sethostname(jail.name)
+
+
+def _stop_propagation(jail: Jail) -> None:
+    namespaces.mount(None, "/", None, namespaces.MS_REC | namespaces.MS_PRIVATE)
+
+
+def _mount_root(jail: Jail) -> None:
+    # Room for the boot files and a page a directory or link: nothing writes here afterwards.
+    entries = 2 * len(jail.binds) + len(jail.links) + len(jail.boot_files) + 64
+    size = sum(-(-file.size_bytes // 4096) * 4096 for file in jail.boot_files) + 4096 * entries
+    flags = namespaces.MS_NOSUID | namespaces.MS_NODEV
+    data = f"size={size},nr_inodes={entries * 4},mode=0755"
+    namespaces.mount("kvmsec", jail.mount_point, "tmpfs", flags, data)
+    os.chdir(jail.mount_point)
+    for directory in ("dev", OUTPUT.lstrip("/"), BOOT.lstrip("/"), "old"):
+        Path(directory).mkdir(mode=0o755)
+
+
+def _bind_programs(jail: Jail) -> None:
+    for link, target in jail.links:
+        path = Path(link.lstrip("/"))
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        path.symlink_to(target)
+    for source, target in jail.binds:
+        path = Path(target.lstrip("/"))
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if stat.S_ISDIR(os.stat(source).st_mode):
+            path.mkdir(mode=0o755, exist_ok=True)
+        else:
+            path.touch(mode=0o444)
+        namespaces.mount(source, str(path), None, namespaces.MS_BIND)
+
+
+def _copy_boot_files(jail: Jail) -> None:
+    for file in jail.boot_files:
+        target = f"{BOOT.lstrip('/')}/{file.name}"
+        copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+        copied = 0
+        while copied < file.size_bytes:
+            count = os.sendfile(copy, file.descriptor, copied, file.size_bytes - copied)
+            if count == 0:
+                raise OSError(errno.ENODATA, f"{file.name} became shorter while it was copied")
+            copied += count
+        os.close(copy)
+
+
+def _make_read_only(jail: Jail) -> None:
+    # One call for the tree and all that is mounted in it, before what may be written joins.
+    syscalls.set_mount_attributes(
+        jail.mount_point,
+        syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV,
+    )
+
+
+def _make_devices(jail: Jail) -> None:
+    flags = namespaces.MS_NOSUID | namespaces.MS_NOEXEC
+    namespaces.mount("kvmsec-dev", "dev", "tmpfs", flags, "size=4k,nr_inodes=16,mode=0755")
+    for name, major, minor in _NODES:
+        _make_node(name, major, minor, 0o666)
+    if jail.has_kvm:
+        _make_node(*_KVM_NODE, 0o600)
+        os.chown("dev/kvm", jail.credentials.uid, jail.credentials.gid)
+    namespaces.mount(
+        None, "dev", None, namespaces.MS_REMOUNT | namespaces.MS_BIND | namespaces.MS_RDONLY | flags
+    )
+
+
+def _make_node(name: str, major: int, minor: int, mode: int) -> None:
+    path = Path("dev", name)
+    os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(major, minor))
+    path.chmod(mode)  # mknod's own mode would be narrowed by the launcher's umask.
+
+
+def _bind_output(jail: Jail) -> None:
+    namespaces.mount(jail.output, OUTPUT.lstrip("/"), None, namespaces.MS_BIND)
+
+
+def _change_root(jail: Jail) -> None:
+    namespaces.pivot_root(".", "old")
+    os.chdir("/")
+    namespaces.umount("/old", namespaces.MNT_DETACH)
+
+
+def _limit_resources(jail: Jail) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _place_descriptors(jail: Jail) -> None:
+    """Put each descriptor on its number inside; the rest closes with the exec."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    wanted = {0: null, 1: jail.log, 2: jail.log, **jail.descriptors}
+    above = max(*wanted, *wanted.values()) + 1
+    # First out of each other's way, then into place: a plain dup2 could hit one still to be used.
+    moved = {inside: _duplicate_above(ours, above) for inside, ours in wanted.items()}
+    for inside, ours in moved.items():
+        os.dup2(ours, inside, inheritable=True)
+
+
+def _duplicate_above(descriptor: int, lowest: int) -> int:
+    import fcntl
+
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest)
+
+
+def _narrow_umask(jail: Jail) -> None:
+    os.umask(0o077)
+
+
+def _drop_privileges(jail: Jail) -> None:
+    credentials.become(jail.credentials)
+
+
+@frozen
+class Step:
+    """One thing that is done to the child, and why."""
+
+    name: str
+    act: Callable[[Jail], None]
+    reason: str
+
+
+STEPS: Final = (
+    Step("session", _leave_session, "no controlling terminal to type into"),
+    Step("signals", _forget_signals, "handlers and masks of the launcher's event loop end here"),
+    Step("cgroups", _join_cgroups, "counted and ended as one, before anything can be forked"),
+    Step("namespaces", _leave_namespaces, "no mount, network, IPC, name or cgroup of the node"),
+    Step("host name", _name_host, "the node's own is nobody's business"),
+    Step("propagation", _stop_propagation, "no mount made here may reach the node, nor back"),
+    Step("root", _mount_root, "an empty tree: what isn't put in it can't be opened"),
+    Step("programs", _bind_programs, "QEMU, its libraries and data; binds, so nothing is copied"),
+    Step("boot files", _copy_boot_files, "firmware and kernels take no descriptor in QEMU"),
+    Step("read-only", _make_read_only, "nothing that QEMU runs from can be changed"),
+    Step("devices", _make_devices, "/dev/kvm for this uid alone, whatever the node's mode is"),
+    Step("output", _bind_output, "the only writable place, of a fixed size"),
+    Step("change root", _change_root, "the node's tree is detached: no path leads to it"),
+    Step("limits", _limit_resources, "no core file with a guest's memory in it"),
+    Step("descriptors", _place_descriptors, "what was granted, on the numbers that were named"),
+    Step("umask", _narrow_umask, "what QEMU creates is nobody else's to read"),
+    Step("privileges", _drop_privileges, "the last thing: uid, groups, capabilities, for good"),
+)
+
+
+def enter(jail: Jail, keep: tuple[int, ...]) -> None:
+    """Shut the calling process in; raises JailFailed with the step that failed.
+
+    `keep` names descriptors of the caller's own protocol, close-on-exec, that stay until then.
+    """
+    files = [file.descriptor for file in jail.boot_files]
+    children.close_all_but({0, 1, 2, jail.log, *jail.descriptors.values(), *files, *keep})
+    for step in STEPS:
+        try:
+            step.act(jail)
+        except OSError as error:
+            raise JailFailed(step.name, error.errno or 0, str(error)) from error

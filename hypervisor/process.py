@@ -1,0 +1,236 @@
+"""The only place that starts QEMU; what the kernel says of it afterwards; its end."""
+
+import json
+import os
+import select
+import signal
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+import psutil
+from attrs import frozen
+
+from hypervisor.errors import HypervisorError
+from hypervisor.jail import Jail, JailFailed, enter
+from kvmsec.linux import namespaces, processes
+from kvmsec.linux.processes import ProcessId
+
+_ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
+_GO: Final = b"g"
+
+
+class NotConfined(HypervisorError):
+    """The kernel shows a process that isn't shut in as it was asked for; it was ended."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(
+            f"QEMU is not confined as asked: {'; '.join(problems)}",
+            hint="run `kvmsec doctor`; the kernel or a security module of this host interferes",
+        )
+        self.problems = tuple(problems)
+
+
+class Newborn:
+    """A child that is being shut in and waits for `release` before it becomes QEMU.
+
+    Between the fork and `release` the launcher writes down whose process this is. Should it die
+    before, the child reads the end of its pipe and ends: no unknown QEMU can be left behind.
+    """
+
+    def __init__(self, process: ProcessId, pidfd: int, go: int, report: int) -> None:
+        self.process = process
+        self.pidfd = pidfd
+        self._go = go
+        self._report = report
+
+    def release(self) -> None:
+        """Let the child execute QEMU once its jail stands."""
+        try:
+            os.write(self._go, _GO)
+        except BrokenPipeError:
+            return  # It failed in the jail; `executed` says where.
+        finally:
+            os.close(self._go)
+            self._go = -1
+
+    def fileno(self) -> int:
+        """A descriptor that is readable once the child has become QEMU, or failed to."""
+        return self._report
+
+    def executed(self) -> None:
+        """Return when the child has become QEMU; raises JailFailed with what went wrong."""
+        words = b""
+        while chunk := os.read(self._report, 4096):
+            words += chunk
+        if not words:
+            # An exec closes the pipe without a word, and so does a child that was killed.
+            if select.select([self.pidfd], [], [], 0)[0]:
+                raise JailFailed("exec", 0, "the process was killed before it could start QEMU")
+            return
+        failure = json.loads(words)
+        raise JailFailed(str(failure["step"]), int(failure["errno"]), str(failure["detail"]))
+
+    def close(self) -> None:
+        """Free the pipes (the process is not touched, the pidfd stays the caller's)."""
+        for descriptor in (self._go, self._report):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._go = self._report = -1
+
+
+def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
+    """Fork the process that will be QEMU, as the caller's own child.
+
+    The calling process must have one thread. Raises OSError when it can't fork.
+    """
+    go_reader, go = os.pipe2(os.O_CLOEXEC)
+    report, report_writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        with namespaces.children_in_new_pid_namespace():
+            pid = os.fork()
+            if pid == 0:
+                _become_qemu(jail, program, argv, go_reader, report_writer)
+    except BaseException:
+        os.close(go)
+        os.close(report)
+        raise
+    finally:
+        os.close(go_reader)
+        os.close(report_writer)
+    pidfd = os.pidfd_open(pid)
+    process = processes.identify(pid)
+    if process is None:
+        raise ProcessLookupError("/proc does not show the new process: is it mounted?")
+    return Newborn(process, pidfd, go, report)
+
+
+def _become_qemu(jail: Jail, program: str, argv: Sequence[str], go: int, report: int) -> NoReturn:
+    """The child's whole life as Python; it must never return into the launcher's code."""
+    try:
+        try:
+            # Above every number that the jail hands out, so that neither is overwritten.
+            lowest = max(jail.descriptors, default=2) + 1
+            go, report = (_move_above(descriptor, lowest) for descriptor in (go, report))
+            enter(jail, keep=(go, report))
+            if os.read(go, 1) != _GO:
+                os._exit(125)
+            os.execve(program, list(argv), _ENVIRONMENT)
+        except JailFailed as error:
+            _report(report, error.step, error.errno, error.detail)
+        except OSError as error:
+            _report(report, "exec", error.errno or 0, str(error))
+        except BaseException as error:
+            _report(report, "jail", 0, repr(error))
+    finally:
+        os._exit(126)
+
+
+def _move_above(descriptor: int, lowest: int) -> int:
+    import fcntl
+
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest)
+
+
+def _report(pipe: int, step: str, number: int, detail: str) -> None:
+    os.write(pipe, json.dumps({"step": step, "errno": number, "detail": detail[:1024]}).encode())
+
+
+def confinement_problems(process: ProcessId, jail: Jail) -> list[str]:
+    """Hold what /proc says of a started QEMU against what its jail was to be (proc(5))."""
+    status = processes.read_status(process.pid)
+    if status is None or processes.identify(process.pid) != process:
+        return ["the process is gone"]
+    uid, gid = jail.credentials.uid, jail.credentials.gid
+    wanted = {
+        "uids": (status.uids, (uid,) * 4),
+        "gids": (status.gids, (gid,) * 4),
+        "groups": (status.groups, ()),
+        "capabilities": (status.capabilities, (0,) * 5),
+        "no_new_privs": (status.no_new_privs, True),
+        "seccomp mode": (status.seccomp, 2),
+    }
+    problems = [
+        f"{what} {found}, wanted {want}" for what, (found, want) in wanted.items() if found != want
+    ]
+    return problems + _shared_namespaces(process.pid) + _foreign_descriptors(process.pid, jail)
+
+
+def _shared_namespaces(pid: int) -> list[str]:
+    kinds = ("mnt", "net", "ipc", "uts", "pid", "cgroup")
+    return [
+        f"it shares the node's {kind} namespace"
+        for kind in kinds
+        if os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
+    ]
+
+
+def _foreign_descriptors(pid: int, jail: Jail) -> list[str]:
+    """Descriptors that QEMU can't have made itself: files of the node's that nobody granted."""
+    granted = {_file_identity(ours) for ours in (*jail.descriptors.values(), jail.log)}
+    problems = []
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        try:
+            target, status = os.readlink(entry.path), os.stat(entry.path)
+        except FileNotFoundError:
+            continue
+        inside = target.startswith(("/dev/", "/output/", "/boot/", "/usr/", "/lib", "/old"))
+        anonymous = not target.startswith("/")
+        if not (inside or anonymous or (status.st_dev, status.st_ino) in granted):
+            problems.append(f"it holds a descriptor of {target}")
+    return problems
+
+
+def _file_identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+def kill_and_wait(pidfd: int, timeout_s: float) -> bool:
+    """SIGKILL the process behind a descriptor and wait for its end; False when it outlives that.
+
+    The end of a PID namespace's first process is seen only once every process in it has ended.
+    """
+    processes.kill(pidfd, signal.SIGKILL)
+    return bool(select.select([pidfd], [], [], timeout_s)[0])
+
+
+@frozen
+class Ended:
+    """How a process of the caller's own ended: its exit status, or the signal that ended it."""
+
+    status: int | None
+    signal: signal.Signals | None
+
+
+def reap(pidfd: int) -> Ended | None:
+    """Take the exit status of an ended child; None when it isn't the caller's child."""
+    try:
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if result is None:
+        return None
+    if result.si_code == os.CLD_EXITED:
+        return Ended(result.si_status, None)
+    return Ended(None, signal.Signals(result.si_status))
+
+
+@frozen
+class Use:
+    """What a process uses now: resident memory in bytes and CPU time in seconds since its start."""
+
+    resident_bytes: int
+    cpu_s: float
+
+
+def use_of(process: ProcessId) -> Use | None:
+    """What a running process uses; None once it is gone."""
+    try:
+        seen = psutil.Process(process.pid)
+        with seen.oneshot():
+            memory, times = seen.memory_info(), seen.cpu_times()
+    except psutil.NoSuchProcess:
+        return None
+    if processes.identify(process.pid) != process:
+        return None
+    return Use(memory.rss, times.user + times.system)
