@@ -10,19 +10,40 @@ from kvmsec.linux import syscalls
 from kvmsec.linux.errors import UntrustedPath
 
 
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+def replace_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Put `data` in place of whatever `path` holds, so that a reader sees the old or the new.
 
-    Synced before and after the rename, so that a power cut leaves one of the two as well. Raises
-    OSError (the old content is then untouched and no temporary file is left).
+    Not synced: for what means nothing after a power cut. Raises OSError (the old content is then
+    untouched and no temporary file is left).
     """
-    temporary = _write_temporary(path, data, mode)
+    temporary, descriptor = _write_temporary(path, data, mode)
+    os.close(descriptor)
+    _rename(temporary, path)
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Like `replace_atomically`, and a power cut leaves the old or the new as well.
+
+    Synced before and after the rename.
+    """
+    temporary, descriptor = _write_temporary(path, data, mode)
+    try:
+        os.fsync(descriptor)
+    except BaseException:
+        remove_file(temporary)
+        raise
+    finally:
+        os.close(descriptor)
+    _rename(temporary, path)
+    _sync_directory(path.parent)
+
+
+def _rename(temporary: Path, path: Path) -> None:
     try:
         temporary.rename(path)
     except BaseException:
         remove_file(temporary)
         raise
-    _sync_directory(path.parent)
 
 
 def create_exclusively(path: Path, data: bytes, *, mode: int = 0o600) -> None:
@@ -30,32 +51,30 @@ def create_exclusively(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 
     Raises FileExistsError when it is there already, and OSError (nothing is left then).
     """
-    temporary = _write_temporary(path, data, mode)
+    temporary, descriptor = _write_temporary(path, data, mode)
     try:
+        os.fsync(descriptor)
         os.link(temporary, path)
     finally:
+        os.close(descriptor)
         remove_file(temporary)
     _sync_directory(path.parent)
 
 
-def _write_temporary(path: Path, data: bytes, mode: int) -> Path:
+def _write_temporary(path: Path, data: bytes, mode: int) -> tuple[Path, int]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(temporary, flags, 0o600)
     try:
-        try:
-            with memoryview(data) as rest:
-                written = 0
-                while written < len(rest):
-                    written += os.write(descriptor, rest[written:])
-            os.fchmod(descriptor, mode)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        written = 0
+        while written < len(data):
+            written += os.write(descriptor, data[written:])
+        os.fchmod(descriptor, mode)
     except BaseException:
+        os.close(descriptor)
         remove_file(temporary)
         raise
-    return temporary
+    return temporary, descriptor
 
 
 def _sync_directory(path: Path) -> None:
