@@ -35,10 +35,6 @@ class InstancePaths:
         return self.directory / "record.json"
 
     @property
-    def lock(self) -> Path:
-        return self.directory / "lock"
-
-    @property
     def qmp_socket(self) -> Path:
         return self.directory / "qmp.sock"
 
@@ -47,12 +43,19 @@ class InstancePaths:
         return self.directory / "serial.sock"
 
     @property
-    def scratch(self) -> Path:
-        return self.directory / "scratch"
+    def output(self) -> Path:
+        """Where the instance's sized filesystem is mounted: its own output, and nothing else."""
+        return self.directory / "output"
+
+    @property
+    def mount_point(self) -> Path:
+        """An empty directory: in the instance's own mount namespace its root is built on it."""
+        return self.directory / "root"
 
     def make(self) -> None:
-        """Make the instance's directory (0700). Raises UntrustedPath and OSError."""
-        make_private_directory(self.directory)
+        """Make the instance's directories (0700). Raises UntrustedPath and OSError."""
+        for directory in (self.directory, self.output, self.mount_point):
+            make_private_directory(directory)
 
 
 @frozen
@@ -113,6 +116,19 @@ class Paths:
         return InstancePaths(self.instances / require_name("an instance", name))
 
     @property
+    def locks(self) -> Path:
+        return self.run / "locks"
+
+    def instance_lock(self, name: str) -> Path:
+        """The lock of whoever acts on an instance; it outlives the instance's files."""
+        return self.locks / require_name("an instance", name)
+
+    @property
+    def images_lock(self) -> Path:
+        """The lock under which it is decided who may open which image (no instance's name)."""
+        return self.run / "images.lock"
+
+    @property
     def log(self) -> Path:
         return self.root / "var/log/kvmsec"
 
@@ -123,6 +139,10 @@ class Paths:
     def instance_log(self, name: str) -> Path:
         """The log that kvmsec keeps of an instance. Raises BadName."""
         return self.instance_logs / f"{require_name('an instance', name)}.log"
+
+    def instance_output(self, name: str) -> Path:
+        """What an instance said in its last run, copied off at its end. Raises BadName."""
+        return self.instance_logs / f"{require_name('an instance', name)}.output"
 
     @property
     def uid_leases(self) -> Path:
@@ -156,6 +176,7 @@ class Paths:
             self.last_states,
             self.run,
             self.instances,
+            self.locks,
             self.log,
             self.instance_logs,
             _HOST_RUN,
