@@ -15,6 +15,7 @@ _NR_OPENAT2: Final = 437
 _NR_CAPSET: Final = 126
 _NR_MOUNT_SETATTR: Final = 442
 
+_FALLOC_FL_KEEP_SIZE: Final = 1
 AT_FDCWD: Final = -100
 _AT_RECURSIVE: Final = 0x8000
 MOUNT_ATTR_RDONLY: Final = 0x01
@@ -91,6 +92,12 @@ def set_mount_attributes(target: str, attributes: int) -> None:
     _syscall(
         _NR_MOUNT_SETATTR, AT_FDCWD, path, _AT_RECURSIVE, ctypes.byref(wanted), size, path=target
     )
+
+
+def reserve_space(descriptor: int, size_bytes: int) -> None:
+    """Set room aside for a file without changing its size (`fallocate(2)`, KEEP_SIZE)."""
+    offset, length = ctypes.c_longlong(0), ctypes.c_longlong(size_bytes)
+    _checked(_libc.fallocate(ctypes.c_int(descriptor), _FALLOC_FL_KEEP_SIZE, offset, length))
 
 
 def prctl(option: int, *arguments: int) -> int:

@@ -34,9 +34,8 @@ def test_another_root_moves_every_file_but_not_what_is_the_hosts(tmp_path: Path)
         paths.features,
         paths.last_state("web1"),
         instance.record,
-        instance.lock,
         instance.serial_socket,
-        instance.scratch,
+        instance.output,
         paths.instance_log("web1"),
     ]
     assert all(path.is_relative_to(tmp_path.resolve()) for path in moved)

@@ -1,0 +1,91 @@
+"""What an instance says: a sized filesystem that it may fill, shown as what it is, untrusted.
+
+QEMU's own words and the serial line go to files on a tmpfs of the instance's, so that it can fill
+neither /run nor /var. The instance could rewrite what it said; kvmsec's own lines are in a log
+that it never holds (`kvmsec.node.journal`).
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from kvmsec.linux import namespaces, syscalls
+from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.files import open_without_links, replace_atomically
+
+QEMU_LOG: Final = "qemu.log"
+SERIAL_LOG: Final = "serial.log"
+_RESERVED_BYTES: Final = 64 * 1024
+_MAX_FILES: Final = 8
+
+
+def mount(directory: Path, owner: Credentials, size_kib: int) -> int:
+    """Mount the instance's filesystem, and return a descriptor for QEMU's own words.
+
+    Room for QEMU's words is set aside, so that a chatty serial line can't crowd out why QEMU
+    ended. Raises OSError.
+    """
+    flags = namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC
+    owned = f"uid={owner.uid},gid={owner.gid},mode=0700"
+    size_bytes = size_kib * 1024 + _RESERVED_BYTES
+    data = f"size={size_bytes},nr_inodes={_MAX_FILES},{owned}"
+    namespaces.mount("kvmsec-output", str(directory), "tmpfs", flags, data)
+    create = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+    descriptor = os.open(directory / QEMU_LOG, create, 0o600)
+    syscalls.reserve_space(descriptor, _RESERVED_BYTES)
+    return descriptor
+
+
+def unmount(directory: Path) -> None:
+    """Take the instance's filesystem away, with everything in it; none is fine.
+
+    Lazily: a process that still looks at it keeps its own view until it ends.
+    """
+    while is_mounted(directory):
+        flags = namespaces.MNT_DETACH | namespaces.UMOUNT_NOFOLLOW
+        namespaces.umount(str(directory), flags)
+
+
+def is_mounted(directory: Path) -> bool:
+    """Whether a filesystem is mounted on this directory."""
+    try:
+        return directory.lstat().st_dev != directory.parent.lstat().st_dev
+    except FileNotFoundError:
+        return False
+
+
+def read(directory: Path, name: str, limit_bytes: int) -> bytes:
+    """The end of one of an instance's files; empty when there is none that can be read.
+
+    The instance owns the directory: whatever stands in the file's place but a plain file is
+    passed over, and no link is followed.
+    """
+    try:
+        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return b""
+    try:
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+        file = open_without_links(Path(name), flags, directory=opened)
+    except OSError:
+        return b""
+    finally:
+        os.close(opened)
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            return b""
+        start = max(0, status.st_size - limit_bytes)
+        return os.pread(file, limit_bytes, start)
+    finally:
+        os.close(file)
+
+
+def keep(directory: Path, target: Path, limit_bytes: int) -> bytes:
+    """Copy what an instance said to a file of kvmsec's, bounded; returns QEMU's own words."""
+    words = read(directory, QEMU_LOG, _RESERVED_BYTES)
+    serial = read(directory, SERIAL_LOG, limit_bytes)
+    parts = [b"--- QEMU\n", words, b"\n--- serial line\n", serial, b"\n"]
+    replace_atomically(target, b"".join(parts))
+    return words
