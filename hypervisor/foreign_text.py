@@ -1,0 +1,17 @@
+"""Text that a guest, an image or QEMU chose, made fit to be shown to a person."""
+
+
+def escaped(text: str | bytes, *, limit_chars: int = 200) -> str:
+    """Return `text` on one line: what doesn't print is escaped, what is too long is cut.
+
+    Escape sequences, line feeds, bidirectional overrides and undecodable bytes come out as `\\x1b`
+    and the like, so that foreign words can neither steer a terminal nor forge a line of a log.
+    """
+    if isinstance(text, bytes):
+        text = text[: 4 * limit_chars + 4].decode(errors="backslashreplace")
+    cut = text[:limit_chars]
+    shown = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in cut
+    )
+    return shown if len(text) <= limit_chars else f"{shown}… ({len(text)} characters)"

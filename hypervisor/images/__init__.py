@@ -1,0 +1,30 @@
+"""Disk images: opened without links, headers read by nobody, chains as the definition says."""
+
+from hypervisor.images.backing import ImageFile, chain_of
+from hypervisor.images.errors import (
+    BackingMismatch,
+    HeaderRefused,
+    ImageError,
+    ImageNotOpened,
+    ImageUsedTwice,
+    InspectionFailed,
+    NotAnImage,
+)
+from hypervisor.images.identity import ImageIdentity
+from hypervisor.images.opening import OpenImage, open_chain, open_chains
+
+__all__ = (
+    "BackingMismatch",
+    "HeaderRefused",
+    "ImageError",
+    "ImageFile",
+    "ImageIdentity",
+    "ImageNotOpened",
+    "ImageUsedTwice",
+    "InspectionFailed",
+    "NotAnImage",
+    "OpenImage",
+    "chain_of",
+    "open_chain",
+    "open_chains",
+)
