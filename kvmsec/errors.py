@@ -11,10 +11,10 @@ class KvmsecError(Fault):
 
 
 def _listed(problems: Sequence[str]) -> str:
-    """One problem stays on the line, several get one each."""
+    """What follows a colon: one problem stays on the line, several get a line each."""
     if len(problems) == 1:
-        return problems[0]
-    return "".join(f"\n  - {problem}" for problem in problems).lstrip(" ")
+        return f" {problems[0]}"
+    return "".join(f"\n  - {problem}" for problem in problems)
 
 
 # What people write ---------------------------------------------------------------------------
@@ -34,7 +34,7 @@ class BadConfig(KvmsecError):
 
     def __init__(self, path: Path, problems: Sequence[str], *, hint: str | None = None) -> None:
         super().__init__(
-            f"{path}: {_listed(problems)}",
+            f"{path}:{_listed(problems)}",
             hint=hint or "mend the file, then run `kvmsec config check`",
         )
         self.path = path
@@ -45,7 +45,7 @@ class BadDefinition(KvmsecError):
     """An instance's definition can't be used; `problems` holds every fault that was found."""
 
     def __init__(self, source: str, problems: Sequence[str], *, hint: str | None = None) -> None:
-        super().__init__(f"{source}: {_listed(problems)}", hint=hint)
+        super().__init__(f"{source}:{_listed(problems)}", hint=hint)
         self.source = source
         self.problems = tuple(problems)
 
@@ -87,6 +87,18 @@ class StoreTooNew(StoreError):
         self.known = known
 
 
+class StoreNotWritten(StoreError):
+    """The store could not be changed; what it held before stands."""
+
+    def __init__(self, place: Path | str, reason: str) -> None:
+        super().__init__(
+            f"{place} can't be written: {reason}",
+            hint="the old state stands; make room or mend the file system, then run it again",
+        )
+        self.place = place
+        self.reason = reason
+
+
 class Conflict(StoreError):
     """Somebody else changed the cluster's state first; nothing was written."""
 
@@ -123,7 +135,7 @@ class PoolRefused(KvmsecError):
     """A uid pool that can't be the cluster's; `problems` names every uid range and its fault."""
 
     def __init__(self, problems: Sequence[str], *, hint: str | None = None) -> None:
-        super().__init__(f"the uid pool is refused: {_listed(problems)}", hint=hint)
+        super().__init__(f"the uid pool is refused:{_listed(problems)}", hint=hint)
         self.problems = tuple(problems)
 
 
@@ -133,7 +145,7 @@ class UidsInUse(KvmsecError):
     def __init__(self, holders: Mapping[int, str]) -> None:
         listed = _listed([f"uid {uid}: {holder}" for uid, holder in sorted(holders.items())])
         super().__init__(
-            f"these uids can't leave the pool: {listed}",
+            f"these uids can't leave the pool:{listed}",
             hint="stop the instances first, or let the uids leave once they are free: --drain",
         )
         self.holders = dict(holders)
@@ -148,6 +160,10 @@ class InstancesRun(KvmsecError):
             hint="stop them first with `kvmsec instance stop NAME`",
         )
         self.names = tuple(names)
+
+
+class ChangeRefused(KvmsecError):
+    """A change of the cluster that contradicts itself or would leave it without a safe default."""
 
 
 # Instances -----------------------------------------------------------------------------------

@@ -1,0 +1,240 @@
+"""The node's own settings: kvmsec.toml, root's alone.
+
+Every setting stands once: its name, its default and the rule for what may be written. A file is
+read whole, all its faults are reported together, and a key that this release does not honour is a
+fault: a setting that is silently ignored protects nobody. The rules are plain functions and no
+cattrs converter, since every command reads this file (cattrs alone costs 30 ms of import) and
+attrs validators would stop at a table's first fault.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import attrs
+from attrs import field, frozen
+
+from firewall.errors import PolicyError
+from firewall.policy import GROUP_LIMIT, LogSettings
+from kvmsec.errors import BadConfig
+from kvmsec.linux.errors import UntrustedPath
+from kvmsec.linux.files import require_trusted
+from kvmsec.model import rules
+from kvmsec.model.documents import describe_failure, read_document
+from kvmsec.model.rules import Rule, kind_of, shown_key, unknown_key
+from kvmsec.model.security import SecurityModel
+from uidpool.ranges import EMPTY, UidRanges
+
+TOLERABLE: Final = ("cgroup",)
+"""Pieces of confinement that `confinement.may_be_missing` may name."""
+
+
+# Rules of a single setting (the others are in kvmsec.model.rules) ----------------------------
+
+
+def _rule(rule: Rule[Any]) -> Mapping[str, Rule[Any]]:
+    """What `_parse_table` looks for beside a setting."""
+    return {"rule": rule}
+
+
+def _log_prefix(value: object) -> str:
+    try:
+        return LogSettings(prefix=rules.text(value)).prefix
+    except PolicyError as error:
+        raise ValueError("; ".join(error.problems)) from error
+
+
+_CGROUP_STEP: Final = re.compile(r"[A-Za-z0-9_@][A-Za-z0-9_.@-]{0,126}")
+
+
+def _cgroup_path(value: object) -> str:
+    """A path below the cgroup root; a step never begins with a dot, so none can lead upwards."""
+    path = rules.text(value).strip("/")
+    if not all(_CGROUP_STEP.fullmatch(step) for step in path.split("/")):
+        raise ValueError("must be a path below the cgroup root such as machine.slice/kvmsec")
+    return path
+
+
+# Settings ------------------------------------------------------------------------------------
+
+Backend = Literal["auto", "nftables", "iptables"]
+
+
+@frozen
+class FirewallSettings:
+    """`[firewall]`: which packet filter, and how it logs what it drops."""
+
+    backend: Backend = field(
+        default="auto", metadata=_rule(rules.one_of("auto", "nftables", "iptables"))
+    )
+    log_prefix: str = field(default=LogSettings().prefix, metadata=_rule(_log_prefix))
+    log_group: int | None = field(default=None, metadata=_rule(rules.whole_number(0, GROUP_LIMIT)))
+
+
+@frozen
+class UidSettings:
+    """`[uids]`: how long a released uid rests, and which foreign ranges this host leaves free."""
+
+    reuse_delay_s: int = field(default=60, metadata=_rule(rules.whole_number(0, 86400 * 30)))
+    freed_ranges: UidRanges = field(default=EMPTY, metadata=_rule(rules.uid_ranges))
+
+
+@frozen
+class QemuSettings:
+    """`[qemu]`: which program, what it is given besides, and how long it has until it is ready."""
+
+    path: Path | None = field(default=None, metadata=_rule(rules.absolute_path))
+    extra_arguments: tuple[str, ...] = field(default=(), metadata=_rule(rules.list_of(rules.text)))
+    ready_timeout_s: float = field(default=30.0, metadata=_rule(rules.seconds(0.1, 3600)))
+
+
+@frozen
+class LimitSettings:
+    """`[limits]`: the room of an instance's own output, and the most that an instance may ask."""
+
+    log_kib: int = field(default=1024, metadata=_rule(rules.whole_number(16, 1 << 20)))
+    max_memory_mib: int | None = field(default=None, metadata=_rule(rules.whole_number(1, 1 << 24)))
+    max_vcpus: int | None = field(default=None, metadata=_rule(rules.whole_number(1, 1 << 12)))
+
+
+@frozen
+class CgroupSettings:
+    """`[cgroup]`: below which group the instances' are made (None: kvmsec's own)."""
+
+    parent: str | None = field(default=None, metadata=_rule(_cgroup_path))
+
+
+@frozen
+class ConfinementSettings:
+    """`[confinement]`: what this host may lack without a start being refused."""
+
+    may_be_missing: tuple[str, ...] = field(
+        default=(), metadata=_rule(rules.list_of(rules.one_of(*TOLERABLE)))
+    )
+
+
+@frozen
+class SecuritySettings:
+    """`[security]`: the weakest model that an instance of this node may have."""
+
+    weakest_model: SecurityModel = field(
+        default=SecurityModel.NONE, metadata=_rule(rules.security_model)
+    )
+
+
+@frozen
+class Config:
+    """kvmsec.toml: a table each."""
+
+    firewall: FirewallSettings = FirewallSettings()
+    uids: UidSettings = UidSettings()
+    qemu: QemuSettings = QemuSettings()
+    limits: LimitSettings = LimitSettings()
+    cgroup: CgroupSettings = CgroupSettings()
+    confinement: ConfinementSettings = ConfinementSettings()
+    security: SecuritySettings = SecuritySettings()
+
+
+# Reading -------------------------------------------------------------------------------------
+
+
+def load_config(path: Path) -> Config:
+    """The node's settings; the defaults where there is no file.
+
+    Raises BadConfig with every fault found: of the file (root's, writable by nobody else), of its
+    syntax, of its keys and values.
+    """
+    return parse_config(_read(path), path)
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        require_trusted(path)
+        return read_document(path)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise BadConfig(path, ["is a symbolic link that leads nowhere"]) from None
+        return {}
+    except UntrustedPath as error:
+        raise BadConfig(path, [error.message], hint=error.hint) from error
+    except (OSError, ValueError) as error:
+        raise BadConfig(path, [describe_failure(error)]) from error
+
+
+def parse_config(document: Mapping[str, object], source: Path) -> Config:
+    """The settings that a document holds. Raises BadConfig with every fault in it."""
+    problems: list[str] = []
+    tables = {table.name: table for table in attrs.fields(Config)}
+    parsed: dict[str, Any] = {}
+    for name, content in document.items():
+        if name not in tables:
+            problems.append(f"{shown_key(name)}: {unknown_key(name, tables, 'table')}")
+        elif not isinstance(content, Mapping):
+            problems.append(f"{name}: must be a table, not {kind_of(content)}")
+        else:
+            parsed[name] = _parse_table(_kind_of_table(tables[name]), name, content, problems)
+    if problems:
+        raise BadConfig(source, problems)
+    return attrs.evolve(Config(), **parsed)
+
+
+def _parse_table(
+    kind: type[Any], table: str, content: Mapping[str, object], problems: list[str]
+) -> object:
+    settings = {setting.name: setting for setting in attrs.fields(kind)}
+    values: dict[str, object] = {}
+    for key, value in content.items():
+        if key not in settings:
+            advice = unknown_key(key, settings, "setting")
+            problems.append(f"{table}.{shown_key(key)}: {advice}")
+            continue
+        try:
+            values[key] = settings[key].metadata["rule"](value)
+        except ValueError as error:
+            problems.append(f"{table}.{key}: {error}")
+    return kind(**values)
+
+
+def _kind_of_table(table: "attrs.Attribute[Any]") -> type[Any]:
+    return cast(type[Any], table.type)
+
+
+# Showing -------------------------------------------------------------------------------------
+
+
+@frozen
+class Setting:
+    """A setting in effect: its `table.key`, its value as JSON has it, and where it comes from."""
+
+    key: str
+    value: object
+    origin: str
+
+
+def show_config(path: Path) -> tuple[Setting, ...]:
+    """Every setting in effect, with `origin` "default" or the file. Raises BadConfig."""
+    document = _read(path)
+    config = parse_config(document, path)
+    return tuple(
+        Setting(
+            key=f"{table.name}.{setting.name}",
+            value=_plain(getattr(getattr(config, table.name), setting.name)),
+            origin=str(path) if _names(document, table.name, setting.name) else "default",
+        )
+        for table in attrs.fields(Config)
+        for setting in attrs.fields(_kind_of_table(table))
+    )
+
+
+def _names(document: Mapping[str, object], table: str, key: str) -> bool:
+    content = document.get(table)
+    return isinstance(content, Mapping) and key in content
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, SecurityModel):
+        return value.value
+    if isinstance(value, UidRanges | Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,230 @@
+"""kvmsec.toml: every fault at once, nothing ignored, nobody's but root's."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmsec.config import Config, load_config, parse_config, show_config
+from kvmsec.errors import BadConfig
+from kvmsec.model.security import SecurityModel
+from uidpool.ranges import UidRanges
+
+SOURCE = Path("/etc/kvmsec/kvmsec.toml")
+
+WHOLE = """
+[firewall]
+backend = "iptables"
+log_prefix = "site: "
+log_group = 7
+[uids]
+reuse_delay_s = 0
+freed_ranges = "60000-60500, 61184-65519"
+[qemu]
+path = "/opt/qemu/bin/qemu-system-x86_64"
+extra_arguments = ["-no-hpet"]
+ready_timeout_s = 5
+[limits]
+log_kib = 64
+max_memory_mib = 4096
+max_vcpus = 8
+[cgroup]
+parent = "/machine.slice/kvmsec/"
+[confinement]
+may_be_missing = ["cgroup"]
+[security]
+weakest_model = "pool"
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A file in a directory that is root's all the way up, which pytest's own are not."""
+    directory = Path("/run/kvmsec-test-config")
+    directory.mkdir(mode=0o755)
+    yield directory / "kvmsec.toml"
+    for file in directory.iterdir():
+        file.unlink()
+    directory.rmdir()
+
+
+def faults(document: dict[str, object]) -> tuple[str, ...]:
+    with pytest.raises(BadConfig) as caught:
+        parse_config(document, SOURCE)
+    assert caught.value.path == SOURCE
+    assert str(SOURCE) in caught.value.message
+    return caught.value.problems
+
+
+def test_nothing_said_gives_the_documented_defaults() -> None:
+    config = parse_config({}, SOURCE)
+
+    assert config == Config()
+    assert config.firewall.backend == "auto"
+    assert config.uids.reuse_delay_s == 60
+    assert config.qemu.ready_timeout_s == 30
+    assert config.security.weakest_model is SecurityModel.NONE
+    assert config.confinement.may_be_missing == ()
+
+
+@pytest.mark.root
+def test_every_setting_is_read(place: Path) -> None:
+    place.write_text(WHOLE)
+    config = load_config(place)
+
+    assert config.firewall.backend == "iptables"
+    assert (config.firewall.log_prefix, config.firewall.log_group) == ("site: ", 7)
+    assert config.uids.reuse_delay_s == 0
+    assert config.uids.freed_ranges == UidRanges.parse("60000-60500,61184-65519")
+    assert config.qemu.path == Path("/opt/qemu/bin/qemu-system-x86_64")
+    assert config.qemu.extra_arguments == ("-no-hpet",)
+    assert config.qemu.ready_timeout_s == 5.0
+    assert (config.limits.log_kib, config.limits.max_memory_mib) == (64, 4096)
+    assert config.limits.max_vcpus == 8
+    assert config.cgroup.parent == "machine.slice/kvmsec"
+    assert config.confinement.may_be_missing == ("cgroup",)
+    assert config.security.weakest_model is SecurityModel.POOL
+
+
+@pytest.mark.root
+def test_showing_tells_what_was_written_from_what_is_a_default(place: Path) -> None:
+    place.write_text('[uids]\nfreed_ranges = "5, 4"\n[firewall]\nbackend = "auto"\n')
+    shown = {setting.key: (setting.value, setting.origin) for setting in show_config(place)}
+
+    assert shown["uids.freed_ranges"] == ("4-5", str(place))
+    assert shown["firewall.backend"] == ("auto", str(place))
+    assert shown["uids.reuse_delay_s"] == (60, "default")
+    assert shown["security.weakest_model"] == ("none", "default")
+    assert shown["qemu.extra_arguments"] == ([], "default")
+
+
+def test_all_faults_are_named_together_with_table_and_key() -> None:
+    problems = faults(
+        {
+            "firewall": {"backend": "ipfw", "log_prefix": "x" * 30, "log_group": 65536},
+            "uids": {"reuse_delay_s": -1, "freed_ranges": "5-3"},
+            "qemu": {"path": "qemu", "extra_arguments": "-no-hpet", "ready_timeout_s": 0},
+            "limits": {"log_kib": True},
+            "security": {"weakest_model": "root"},
+        }
+    )
+
+    assert [problem.split(":")[0] for problem in problems] == [
+        "firewall.backend",
+        "firewall.log_prefix",
+        "firewall.log_group",
+        "uids.reuse_delay_s",
+        "uids.freed_ranges",
+        "qemu.path",
+        "qemu.extra_arguments",
+        "qemu.ready_timeout_s",
+        "limits.log_kib",
+        "security.weakest_model",
+    ]
+
+
+def test_an_unknown_key_is_refused_with_the_one_that_was_meant() -> None:
+    problems = faults({"firewal": {}, "firewall": {"bakend": "auto"}, "zzz": {}})
+
+    assert problems[0] == "firewal: unknown table; did you mean firewall?"
+    assert problems[1] == "firewall.bakend: unknown setting; did you mean backend?"
+    assert problems[2].startswith("zzz: unknown table; there are firewall, uids")
+
+
+@pytest.mark.parametrize("key", ["a\nb", "\x1b[31m", "é", "x" * 4096])
+def test_no_key_of_the_file_reaches_the_terminal_raw(key: str) -> None:
+    (problem,) = faults({"uids": {key: 1}})
+    assert problem.isprintable()
+    assert problem.isascii()
+    assert len(problem) < 200
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "   ", "a\nb", "ganeti uid pool user network traffic", 'a"b']
+)
+def test_a_log_prefix_that_the_kernel_would_not_keep_is_refused(prefix: str) -> None:
+    (problem,) = faults({"firewall": {"log_prefix": prefix}})
+    assert problem.startswith("firewall.log_prefix: ")
+
+
+@pytest.mark.parametrize("parent", ["", "/", "..", "a/../b", "a//b", "a/./b", ".a", "a b", "a\n"])
+def test_a_cgroup_parent_never_leads_out_of_the_tree(parent: str) -> None:
+    (problem,) = faults({"cgroup": {"parent": parent}})
+    assert problem.startswith("cgroup.parent: ")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 10**400, "30", True])
+def test_a_deadline_is_a_sensible_number(value: object) -> None:
+    (problem,) = faults({"qemu": {"ready_timeout_s": value}})
+    assert problem.startswith("qemu.ready_timeout_s: ")
+    assert len(problem) < 200
+
+
+def test_a_table_that_is_none_is_refused() -> None:
+    assert faults({"qemu": 3}) == ("qemu: must be a table, not a whole number",)
+
+
+@pytest.mark.root
+def test_no_file_means_the_defaults(place: Path) -> None:
+    assert load_config(place) == Config()
+    assert load_config(place / "below/nothing") == Config()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"[uids\n", id="cut short"),
+        pytest.param(b"\xff\xfe", id="not UTF-8"),
+        pytest.param(b"a = 1\na = 2\n", id="a key twice"),
+        pytest.param(b"a = " + b"[" * 20000, id="nested for ever"),
+        pytest.param(b"#" * ((1 << 20) + 1), id="over a mebibyte"),
+    ],
+)
+def test_a_garbled_file_is_an_error_that_names_it(place: Path, content: bytes) -> None:
+    place.write_bytes(content)
+    with pytest.raises(BadConfig) as caught:
+        load_config(place)
+    assert str(place) in caught.value.message
+    assert caught.value.hint is not None
+
+
+@pytest.mark.root
+def test_a_place_that_is_no_file_is_refused_at_once(place: Path) -> None:
+    os.mkfifo(place, 0o600)
+    with pytest.raises(BadConfig, match="not a regular file"):
+        load_config(place)
+    place.unlink()
+
+    place.symlink_to("nowhere")
+    with pytest.raises(BadConfig, match="leads nowhere"):
+        load_config(place)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("spoil", ["writable file", "foreign file", "writable directory"])
+def test_a_file_that_others_can_change_is_refused(place: Path, spoil: str) -> None:
+    place.write_text("")
+    if spoil == "writable file":
+        place.chmod(0o664)
+    elif spoil == "foreign file":
+        os.chown(place, 240001, 0)
+    else:
+        place.parent.chmod(0o777)
+
+    with pytest.raises(BadConfig) as caught:
+        load_config(place)
+    assert caught.value.hint is not None
+    assert "root" in caught.value.hint
+
+
+def test_reading_settings_loads_no_slow_library() -> None:
+    code = "import sys, kvmsec.config; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    loaded = set(done.stdout.split())
+
+    assert "kvmsec.config" in loaded
+    assert loaded.isdisjoint({"cattrs", "msgspec", "iptc", "click", "rich", "asyncio", "tomllib"})
