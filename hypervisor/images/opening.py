@@ -216,8 +216,9 @@ def _refuse_twice(chains: Iterable[Iterable[_Candidate]]) -> None:
     seen: dict[ImageIdentity, tuple[ImageFile, int]] = {}
     for number, chain in enumerate(chains):
         for candidate in chain:
-            first, where = seen.setdefault(candidate.identity, (candidate.image, number))
-            if first is candidate.image:
+            if candidate.identity not in seen:
+                seen[candidate.identity] = (candidate.image, number)
                 continue
+            first, where = seen[candidate.identity]
             if where == number or not (first.readonly and candidate.image.readonly):
                 raise ImageUsedTwice(candidate.image.path, first.path)
