@@ -1,0 +1,228 @@
+"""Control groups of instances, in the host's own hierarchies: tags and parents are the test's."""
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hypervisor.cgroup_mounts import Mount, mounted
+from hypervisor.cgroups import CgroupBusy, Hierarchy, InstanceCgroup
+
+pytestmark = pytest.mark.root
+
+_USABLE = [
+    mount for mount in mounted() if mount.version == 2 or mount.controllers & {"memory", "pids"}
+]
+Join = Callable[[InstanceCgroup, str], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def parent() -> Iterator[str]:
+    """A parent group of the test's own, gone from every hierarchy afterwards."""
+    name = f"kvmsec-test-{secrets.token_hex(4)}"
+    yield name
+    for mount in mounted():
+        top = f"{mount.path}/{name}"
+        groups = [path for path, _, _ in os.walk(top, topdown=False)]
+        InstanceCgroup(tuple(groups)).kill(5)
+        for path in groups:
+            os.rmdir(path)
+
+
+@pytest.fixture(params=_USABLE, ids=lambda mount: mount.path)
+def one(request: pytest.FixtureRequest) -> Hierarchy:
+    """A host that has only one of this host's hierarchies."""
+    mount: Mount = request.param
+    return Hierarchy((mount,))
+
+
+@pytest.fixture
+def join() -> Iterator[Join]:
+    """Start a Python program that joins a group, and return once it says that it is in."""
+    with contextlib.ExitStack() as stack:
+
+        def start(group: InstanceCgroup, code: str) -> subprocess.Popen[bytes]:
+            joining = f"for path in {group.procs_files}: open(path, 'w').write('0')\n"
+            said = "print('in', flush=True)\n"
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", joining + said + code], stdout=subprocess.PIPE
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            stack.callback(process.stdout.close)
+            assert process.stdout.readline() == b"in\n"
+            return process
+
+        yield start
+
+
+_SLEEP = "import time; time.sleep(60)"
+
+
+def test_a_group_is_made_joined_ended_and_removed(one: Hierarchy, parent: str, join: Join) -> None:
+    group = one.create("kvmsec_1", "guest.a", parent)
+    (path,) = group.paths
+    assert path == f"{one.mounts[0].path}/{parent}/kvmsec_1/vm-guest_a"
+    process = join(group, _SLEEP)
+    assert group.pids() == {process.pid}
+    assert group.kill(5)
+    assert process.wait(5) == -9
+    assert group.pids() == frozenset()
+    group.remove()
+    assert not os.path.exists(os.path.dirname(path))
+    assert os.path.isdir(f"{one.mounts[0].path}/{parent}"), "a configured parent isn't ours"
+
+
+def test_only_the_group_itself_is_ended(one: Hierarchy, parent: str, join: Join) -> None:
+    first, second = (one.create("kvmsec_1", name, parent) for name in ("one", "two"))
+    victim, neighbour = join(first, _SLEEP), join(second, _SLEEP)
+    assert first.kill(5)
+    assert victim.wait(5) == -9
+    assert neighbour.poll() is None
+    first.remove()
+    with pytest.raises(CgroupBusy) as caught:
+        second.remove()
+    assert caught.value.pids == (neighbour.pid,)
+
+
+def test_a_process_that_keeps_forking_is_ended(one: Hierarchy, parent: str, join: Join) -> None:
+    group = one.create("kvmsec_1", "bomb", parent)
+    breeding = (
+        "import os, time\n"
+        "for _ in range(24):\n"
+        "    if os.fork() == 0:\n"
+        "        while True:\n"
+        "            if os.fork(): os._exit(0)\n"
+        "            time.sleep(0.002)\n"
+        "time.sleep(60)\n"
+    )
+    join(group, breeding)
+    assert group.kill(20)
+    group.remove()
+    assert not os.path.exists(group.paths[0])
+
+
+def test_what_somebody_made_below_it_is_ended_and_removed_too(
+    one: Hierarchy, parent: str, join: Join
+) -> None:
+    group = one.create("kvmsec_1", "guest", parent)
+    below = InstanceCgroup((f"{group.paths[0]}/sub",))
+    os.mkdir(below.paths[0])
+    process = join(below, _SLEEP)
+    assert group.kill(5)
+    assert process.wait(5) == -9
+    group.remove()
+    assert not os.path.exists(group.paths[0])
+
+
+def test_removing_and_ending_twice_is_fine(one: Hierarchy, parent: str) -> None:
+    group = one.create("kvmsec_1", "guest", parent)
+    for _ in range(2):
+        assert group.kill(1)
+        group.remove()
+    assert group.oom_kills() == 0
+
+
+def test_an_empty_leftover_is_replaced_and_a_populated_one_is_not_taken_over(
+    one: Hierarchy, parent: str, join: Join
+) -> None:
+    left = one.create("kvmsec_1", "guest", parent)
+    inode = os.stat(left.paths[0]).st_ino
+    again = one.create("kvmsec_1", "guest", parent)
+    assert again.paths == left.paths
+    assert os.stat(again.paths[0]).st_ino != inode
+    join(again, _SLEEP)
+    refused = one.create("kvmsec_1", "guest", parent)
+    assert refused.paths == ()
+    assert refused.problem is not None
+    assert "earlier start" in refused.problem
+
+
+def test_leaked_groups_are_those_of_the_tag_that_nobody_knows(parent: str) -> None:
+    hierarchy = Hierarchy.detect()
+    made = {name: hierarchy.create("kvmsec_1", name, parent) for name in ("a.b", "a-b", "tasks")}
+    hierarchy.create("kvmsec_2", "other", parent)
+    leaked = hierarchy.leaked("kvmsec_1", ["a-b"], parent)
+    assert {name: set(group.paths) for name, group in leaked.items()} == {
+        name: set(made[name].paths) for name in ("a.b", "tasks")
+    }
+    assert hierarchy.leaked("kvmsec_3", [], parent) == {}
+
+
+def test_under_the_default_parent_nothing_is_left(join: Join) -> None:
+    tag = f"kvmsec_test_{secrets.token_hex(4)}"
+    group = Hierarchy.detect().create(tag, "guest")
+    try:
+        assert group.paths
+        assert group.problem is None
+        own = Path("/proc/self/cgroup").read_text()
+        process = join(group, _SLEEP)
+        assert f"/kvmsec/{tag}/vm-guest" in Path(f"/proc/{process.pid}/cgroup").read_text()
+        assert Path("/proc/self/cgroup").read_text() == own
+    finally:
+        group.kill(5)
+        group.remove()
+    assert not any(os.path.exists(os.path.dirname(path)) for path in group.paths)
+
+
+def test_starts_and_ends_at_once_do_not_take_each_others_parents_away(parent: str) -> None:
+    hierarchy = Hierarchy.detect()
+    children = []
+    for number in range(4):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                for _ in range(200):
+                    group = hierarchy.create("kvmsec_1", f"guest{number}", parent)
+                    assert len(group.paths) == len(hierarchy.mounts), group.problem
+                    group.remove()
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+
+
+def test_a_kill_for_want_of_memory_is_counted(parent: str, join: Join) -> None:
+    group = Hierarchy.detect().create("kvmsec_1", "hungry", parent)
+    limits = ("memory.max", "memory.limit_in_bytes")
+    limit = next(
+        (Path(path, name) for path in group.paths for name in limits if Path(path, name).exists()),
+        None,
+    )
+    if limit is None:
+        pytest.skip(f"no memory controller here: {group.problem}")
+    assert group.oom_kills() == 0
+    limit.write_text(str(24 << 20))
+    process = join(group, "held = b'x' * (256 << 20)")
+    assert process.wait(30) == -9
+    assert group.oom_kills() == 1
+
+
+def test_what_cannot_be_ended_in_time_is_said(
+    one: Hierarchy, parent: str, join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands for a process that the kernel can't end: the signal goes astray."""
+    group = one.create("kvmsec_1", "stuck", parent)
+    join(group, _SLEEP)
+    monkeypatch.setattr("hypervisor.cgroups.processes.kill", lambda pidfd: None)
+    monkeypatch.setattr("hypervisor.cgroups.os.write", lambda descriptor, data: len(data))
+    started = time.monotonic()
+    assert not group.kill(0.2)
+    assert 0.15 < time.monotonic() - started < 3
+
+
+def test_version_one_is_joined_without_the_lock_that_waits_for_a_grace_period(
+    one: Hierarchy, parent: str
+) -> None:
+    group = one.create("kvmsec_1", "guest", parent)
+    name = "tasks" if one.mounts[0].version == 1 else "cgroup.procs"
+    assert group.procs_files == (f"{group.paths[0]}/{name}",)
