@@ -38,6 +38,13 @@ def _rule(rule: Rule[Any]) -> Mapping[str, Rule[Any]]:
     return {"rule": rule}
 
 
+def _freed_ranges(value: object) -> UidRanges:
+    freed = rules.uid_ranges(value)
+    from uidpool.accounts import AccountRules  # only who frees a range pays for it
+
+    return AccountRules(freed=freed).freed
+
+
 def _log_prefix(value: object) -> str:
     try:
         return LogSettings(prefix=rules.text(value)).prefix
@@ -77,7 +84,7 @@ class UidSettings:
     """`[uids]`: how long a released uid rests, and which foreign ranges this host leaves free."""
 
     reuse_delay_s: int = field(default=60, metadata=_rule(rules.whole_number(0, 86400 * 30)))
-    freed_ranges: UidRanges = field(default=EMPTY, metadata=_rule(rules.uid_ranges))
+    freed_ranges: UidRanges = field(default=EMPTY, metadata=_rule(_freed_ranges))
 
 
 @frozen

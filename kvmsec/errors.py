@@ -140,14 +140,11 @@ class PoolRefused(KvmsecError):
 
 
 class UidsInUse(KvmsecError):
-    """Uids that still have a holder can't leave the pool; `holders` maps each to who holds it."""
+    """Uids that still have a holder can't be let go; `holders` maps each to who holds it."""
 
-    def __init__(self, holders: Mapping[int, str]) -> None:
+    def __init__(self, what: str, holders: Mapping[int, str], *, hint: str) -> None:
         listed = _listed([f"uid {uid}: {holder}" for uid, holder in sorted(holders.items())])
-        super().__init__(
-            f"these uids can't leave the pool:{listed}",
-            hint="stop the instances first, or let the uids leave once they are free: --drain",
-        )
+        super().__init__(f"{what}:{listed}", hint=hint)
         self.holders = dict(holders)
 
 

@@ -77,7 +77,12 @@ class FileStore:
             remove_file(leftover)
 
     def _write(self, cluster: Cluster, revision: int) -> None:
-        envelope = {"format": FORMAT, "revision": revision, "cluster": document_of(cluster)}
+        document = document_of(cluster)
+        try:
+            cluster_from(document)
+        except ValueError as error:  # a pool whose text outgrew what is read back, for one
+            raise StoreNotWritten(self._path, f"it could not be read again: {error}") from error
+        envelope = {"format": FORMAT, "revision": revision, "cluster": document}
         write_atomically(self._path, json.dumps(envelope, indent=2).encode() + b"\n")
 
     def _decode(self, content: bytes) -> tuple[Cluster, int]:

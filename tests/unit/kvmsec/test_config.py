@@ -91,10 +91,10 @@ def test_every_setting_is_read(place: Path) -> None:
 
 @pytest.mark.root
 def test_showing_tells_what_was_written_from_what_is_a_default(place: Path) -> None:
-    place.write_text('[uids]\nfreed_ranges = "5, 4"\n[firewall]\nbackend = "auto"\n')
+    place.write_text('[uids]\nfreed_ranges = "61001, 61000"\n[firewall]\nbackend = "auto"\n')
     shown = {setting.key: (setting.value, setting.origin) for setting in show_config(place)}
 
-    assert shown["uids.freed_ranges"] == ("4-5", str(place))
+    assert shown["uids.freed_ranges"] == ("61000-61001", str(place))
     assert shown["firewall.backend"] == ("auto", str(place))
     assert shown["uids.reuse_delay_s"] == (60, "default")
     assert shown["security.weakest_model"] == ("none", "default")

@@ -1,0 +1,1 @@
+"""Decisions over a cluster's nodes; it sees them through Protocols only."""
