@@ -1,0 +1,166 @@
+"""An instance's definition, from what a file or options hold to every fault in it."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from hypervisor.errors import SpecError
+from hypervisor.machine import Machine
+from kvmsec.errors import BadDefinition, BadName
+from kvmsec.model.instance import (
+    InstanceDefinition,
+    definition_from,
+    read_definition,
+    read_kept_definition,
+)
+from kvmsec.model.names import require_name
+from kvmsec.model.security import SecurityModel
+
+WHOLE = """
+security_model = "user"
+security_domain = "web"
+autostart = true
+memory_mib = 64
+firmware = "/srv/tiny.rom"
+[[disks]]
+path = "/srv/disk.img"
+"""
+
+
+def faults(document: dict[str, object], name: str = "web1") -> tuple[str, ...]:
+    with pytest.raises(BadDefinition) as caught:
+        definition_from(document, name, source="web1.toml")
+    assert caught.value.message.startswith("web1.toml:")
+    return caught.value.problems
+
+
+def test_a_definition_is_one_flat_table(tmp_path: Path) -> None:
+    file = tmp_path / "web1.toml"
+    file.write_text(WHOLE)
+    definition = definition_from(read_definition(file), "web1", source=str(file))
+
+    assert definition.name == definition.machine.name == "web1"
+    assert definition.security_model is SecurityModel.USER
+    assert definition.security_domain == "web"
+    assert definition.autostart
+    assert definition.machine.memory_mib == 64
+    assert definition.machine.disks[0].path == Path("/srv/disk.img")
+
+
+def test_json_holds_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "web1.json"
+    file.write_text(json.dumps({"memory_mib": 64, "name": "web1"}))
+
+    assert definition_from(read_definition(file), "web1", source="-").machine.memory_mib == 64
+
+
+def test_nothing_said_leaves_security_to_the_cluster() -> None:
+    definition = definition_from({}, "web1", source="options")
+
+    assert definition == InstanceDefinition(machine=Machine(name="web1"))
+    assert definition.security_model is None
+    assert not definition.autostart
+
+
+def test_all_faults_are_named_together_ours_and_the_machines() -> None:
+    problems = faults(
+        {
+            "name": "web2",
+            "security_model": "root",
+            "autostart": "yes",
+            "memory_mib": 0,
+            "colour": "red",
+        }
+    )
+    text = "\n".join(problems)
+
+    for part in ("name: ", "security_model: ", "autostart: ", "memory_mib: ", "colour"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"security_model": "user"},
+        {"security_model": "pool", "security_domain": "web"},
+        {"security_model": "none", "security_domain": "web"},
+        {"security_domain": ""},
+        {"security_domain": "a\nb"},
+        {"security_domain": 5},
+    ],
+)
+def test_a_domain_that_does_not_fit_is_a_fault_of_the_definition(
+    document: dict[str, object],
+) -> None:
+    (problem,) = faults(document)
+    assert problem.startswith("security_domain: ")
+
+
+NAMES = ["", "../x", "-x", "x\n", "A", "a_b", "é", "a" * 64, "a" * 4096, "a", "a.b-c", "a" * 63]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_application_and_the_hypervisor_take_the_same_names(name: str) -> None:
+    def takes(make: object) -> bool:
+        try:
+            require_name("an instance", name) if make is require_name else Machine(name=name)
+        except (BadName, SpecError):
+            return False
+        return True
+
+    assert takes(require_name) == takes(Machine)
+
+
+def test_a_bad_name_is_refused_before_anything_else() -> None:
+    with pytest.raises(BadName):
+        definition_from({"colour": "red"}, "../x", source="options")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("web1.toml", b"memory_mib = "),
+        ("web1.toml", b"\xff"),
+        ("web1.toml", b"a = " + b"[" * 20000),
+        ("web1.json", b"[1, 2]"),
+        ("web1.json", b'{"a": '),
+        ("web1.json", b"[" * 200_000),
+        ("web1.toml", b"#" * ((1 << 20) + 1)),
+    ],
+)
+def test_a_garbled_file_is_an_error_that_names_it(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(BadDefinition) as caught:
+        read_definition(file)
+    assert caught.value.source == str(file)
+    assert len(caught.value.message) < 500
+
+
+def test_a_fifo_or_a_directory_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for place in (tmp_path / "fifo", tmp_path):
+        with pytest.raises(BadDefinition, match="not a regular file"):
+            read_definition(place)
+
+
+def test_a_missing_file_is_the_callers_to_judge(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_definition(tmp_path / "web1.toml")
+
+
+@pytest.mark.root
+def test_a_kept_definition_that_others_can_change_is_refused() -> None:
+    place = Path("/run/kvmsec-test-definition.toml")
+    place.write_text("memory_mib = 64")
+    try:
+        assert read_kept_definition(place) == {"memory_mib": 64}
+        place.chmod(0o666)
+        with pytest.raises(BadDefinition, match="written by others"):
+            read_kept_definition(place)
+    finally:
+        place.unlink()
