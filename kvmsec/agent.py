@@ -112,7 +112,7 @@ class Agent(Protocol):
         """Reset the guest; process and uid stay the same."""
         ...
 
-    async def list(self) -> list[InstanceInfo]:
+    async def list(self) -> tuple[InstanceInfo, ...]:
         """Every instance that runs, ended unasked, or has a definition; changes nothing."""
         ...
 
@@ -128,7 +128,7 @@ class Agent(Protocol):
         """What kvmsec and the instance itself have said; changes nothing."""
         ...
 
-    async def uid_states(self, *, with_free: bool = False) -> list[UidState]:
+    async def uid_states(self, *, with_free: bool = False) -> tuple[UidState, ...]:
         """The uids of the pool and those that instances of this root hold; changes nothing."""
         ...
 
@@ -140,7 +140,7 @@ class Agent(Protocol):
         """Put this root's packet rules in place, whatever is there now."""
         ...
 
-    async def verify_rules(self) -> list[Finding]:
+    async def verify_rules(self) -> tuple[Finding, ...]:
         """Hold the packet rules against what they must be, and send a canary."""
         ...
 
@@ -152,7 +152,7 @@ class Agent(Protocol):
         """Take this root's packet rules away; refused while an instance runs under them."""
         ...
 
-    async def doctor(self) -> list[Finding]:
+    async def doctor(self) -> tuple[Finding, ...]:
         """Whether this host is ready, check by check."""
         ...
 
