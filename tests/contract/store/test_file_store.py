@@ -14,7 +14,9 @@ import pytest
 from attrs import evolve
 
 from kvmsec.errors import StoreNotWritten, StoreTooNew, StoreUnreadable
-from kvmsec.linux.errors import LockBusy
+from kvmsec.linux.children import run_in_child
+from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.errors import ChildFailed, LockBusy
 from kvmsec.linux.locks import FileLock
 from kvmsec.model.cluster import FORMAT, Cluster, Member
 from kvmsec.store import file as file_store
@@ -187,6 +189,19 @@ def fill(path: Path) -> None:
 
 def a_cluster_like(cluster: Cluster, pool: str) -> Cluster:
     return evolve(cluster, uid_pool=UidRanges.parse(pool))
+
+
+@pytest.mark.root
+def test_whoever_is_not_root_is_told_so(place: Path) -> None:
+    written(place)
+    with pytest.raises(ChildFailed) as caught:
+        run_in_child(
+            lambda: FileStore(place).load()[1],
+            what="reading the store",
+            credentials=Credentials(240001, 240001),
+            timeout_s=10,
+        )
+    assert caught.value.kind == "NotRoot"
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(place: Path) -> None:

@@ -240,6 +240,16 @@ def test_a_change_whose_rules_are_refused_is_taken_back(node: FakeNode) -> None:
     assert node.rules == POOL
 
 
+def test_what_a_killed_modify_left_draining_is_finished_by_the_next(node: FakeNode) -> None:
+    before = init(node)
+    _, revision = node.store.load()
+    half_done = evolve(before, uid_pool=ranges("1000-1008"), draining=ranges("1009"))
+    node.store.save(half_done, revision)
+
+    assert not modify(node, add=ranges("1020")).draining
+    assert node.rules == ranges("1000-1008,1020")
+
+
 def test_an_unfit_added_uid_changes_nothing(node: FakeNode) -> None:
     before = init(node)
     node.unfit = ranges("1020")
