@@ -145,14 +145,16 @@ def make_private_directory(path: Path, mode: int = 0o700) -> None:
 def require_trusted(path: Path) -> None:
     """Refuse a path that somebody other than root could change, itself or any directory above.
 
-    A sticky directory (such as /tmp) is refused as well. Symbolic links are resolved, and each
-    directory on the way is held to the rule. Raises UntrustedPath, and OSError when it is missing.
+    A sticky directory (such as /tmp) may stand above it: in one, nobody else can rename or remove
+    an entry of root's (inode(7)). Symbolic links are resolved, and each directory on the way is
+    held to the rule. Raises UntrustedPath, and OSError when it is missing.
     """
+    real = Path(os.path.realpath(path))
     for step in _steps_of(path):
         status = step.lstat()
         if status.st_uid != 0:
             raise UntrustedPath(step, f"belongs to uid {status.st_uid}, not to root")
-        if stat.S_ISLNK(status.st_mode):
+        if stat.S_ISLNK(status.st_mode) or (status.st_mode & stat.S_ISVTX and step != real):
             continue
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             mode = stat.S_IMODE(status.st_mode)
