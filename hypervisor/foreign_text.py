@@ -7,11 +7,11 @@ def escaped(text: str | bytes, *, limit_chars: int = 200) -> str:
     Escape sequences, line feeds, bidirectional overrides and undecodable bytes come out as `\\x1b`
     and the like, so that foreign words can neither steer a terminal nor forge a line of a log.
     """
-    if isinstance(text, bytes):
-        text = text[: 4 * limit_chars + 4].decode(errors="backslashreplace")
     cut = text[:limit_chars]
+    rest = len(text) - len(cut)
+    words = cut.decode(errors="backslashreplace") if isinstance(cut, bytes) else cut
     shown = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in cut
+        for character in words
     )
-    return shown if len(text) <= limit_chars else f"{shown}… ({len(text)} characters)"
+    return f"{shown}… (and {rest} more)" if rest else shown

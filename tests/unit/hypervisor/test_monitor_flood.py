@@ -1,0 +1,167 @@
+"""A monitor that sends without end costs bounded memory and leaves others their time."""
+
+import asyncio
+import contextlib
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hypervisor.monitor import Monitor, MonitorGarbled, MonitorTimedOut
+from hypervisor.monitor.events import KEPT_BYTES, KEPT_EVENTS
+
+Serve = Callable[[str], socket.socket]
+
+FLOOD_EVENTS = 200_000
+MIB = 1 << 20
+
+SERVER = r"""
+import json, socket, sys
+peer = socket.socket(fileno=int(sys.argv[1]))
+GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\n'
+def hear():
+    text = ""
+    while True:
+        text += peer.recv(65536).decode()
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass
+def answer(command):
+    peer.sendall(b'{"return": {"status": "running"}, "id": "%s"}\n' % command["id"].encode())
+def greet():
+    peer.sendall(GREETING)
+    answer(hear())
+def flood(data):
+    while True:
+        peer.sendall(data)
+event = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "NOISE", "data": {"n": 1}}\n'
+small = b'{"event":"N"}\n'
+bomb = b'{"event": "BOMB", "data": {"x": [' + b"{}," * 340000 + b'0]}}\n'
+"""
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Run a script as a monitor in a process of its own; gives the client's end of the line."""
+    servers = []
+
+    def start(script: str) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            argv = [sys.executable, "-I", "-S", "-c", SERVER + script, str(theirs.fileno())]
+            servers.append(
+                subprocess.Popen(argv, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL)
+            )
+        return ours
+
+    yield start
+    for server in servers:
+        server.kill()
+        server.wait()
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def test_a_flood_of_events_costs_bounded_memory(serve: Serve) -> None:
+    async def survive() -> int:
+        script = f"greet()\nfor _ in range({FLOOD_EVENTS // 1000}): peer.sendall(event * 1000)\n"
+        async with await Monitor.attach(serve(f"{script}answer(hear())")) as monitor:
+            before = resident_bytes()
+            answer = await monitor.execute("query-status", timeout_s=60)
+            growth = resident_bytes() - before
+            assert answer == {"status": "running"}
+            assert monitor.position == FLOOD_EVENTS
+            assert monitor.dropped_events == FLOOD_EVENTS - KEPT_EVENTS
+        return growth
+
+    assert asyncio.run(survive()) < 16 * MIB
+
+
+def test_events_that_swell_when_parsed_are_kept_as_text(serve: Serve) -> None:
+    async def survive() -> int:
+        async with await Monitor.attach(serve("greet()\nflood(bomb)")) as monitor:
+            before = resident_bytes()
+            for _ in range(20):
+                await monitor.wait_event(["BOMB"], timeout_s=20)
+            kept = sum(len(event.line) for event in monitor._client.log.since(0))
+            assert kept <= KEPT_BYTES
+            return resident_bytes() - before
+
+    # One message of 1 MiB takes 25 MiB while it is parsed; 20 that were kept would take 500.
+    assert asyncio.run(survive()) < 120 * MIB
+
+
+def test_a_flood_leaves_everybody_else_their_turn(serve: Serve) -> None:
+    async def live_on() -> tuple[int, int]:
+        """How many events there were, and how many at most in one turn of the event loop."""
+        async with await Monitor.attach(serve("greet()\nflood(small * 10000)")) as monitor:
+            largest, end = 0, time.monotonic() + 1
+            while time.monotonic() < end:
+                before = monitor.position
+                await asyncio.sleep(0)
+                largest = max(largest, monitor.position - before)
+            return monitor.position, largest
+
+    total, largest = asyncio.run(live_on())
+
+    # A turn of the reader ends after 2 ms; one read from the socket brings 17,000 such events.
+    assert total > 5000
+    assert largest < 5000
+
+
+def test_a_flood_does_not_outlast_a_deadline(serve: Serve) -> None:
+    async def give_up() -> None:
+        async with await Monitor.attach(serve("greet()\nflood(event * 1000)")) as monitor:
+            with pytest.raises(MonitorTimedOut):
+                await monitor.execute("query-status", timeout_s=0.3)
+
+    started = time.monotonic()
+    asyncio.run(give_up())
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("flood(event * 1000)", MonitorGarbled),
+        ("flood(b'x' * 100000)", MonitorGarbled),
+        ("flood(GREETING * 1000)", MonitorGarbled),
+        ("peer.sendall(GREETING)\nflood(b'x' * 100000)", MonitorGarbled),
+        ("peer.sendall(GREETING)\nflood(event * 1000)", MonitorTimedOut),
+        ("peer.sendall(GREETING)\nflood(b' ' * 100 + b'\\n')", MonitorGarbled),
+    ],
+)
+def test_a_flood_before_the_greeting_is_over_is_bounded(
+    serve: Serve, script: str, error: type[Exception]
+) -> None:
+    async def refuse() -> None:
+        with pytest.raises(error):
+            await Monitor.attach(serve(script), timeout_s=1)
+
+    before, started = resident_bytes(), time.monotonic()
+    asyncio.run(refuse())
+    assert resident_bytes() - before < 16 * MIB
+    assert time.monotonic() - started < 5
+
+
+def test_a_reader_of_a_flood_sees_the_newest(serve: Serve) -> None:
+    async def read() -> int:
+        async with await Monitor.attach(serve("greet()\nflood(event * 1000)")) as monitor:
+            seen = -1
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    async for event in monitor.events():
+                        assert event.sequence > seen
+                        seen = event.sequence
+            return seen
+
+    assert asyncio.run(read()) > KEPT_EVENTS
