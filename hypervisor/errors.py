@@ -37,16 +37,15 @@ class SpecError(HypervisorError):
         super().__init__(text)
 
 
-class ForbiddenArgument(HypervisorError):
-    """An extra QEMU argument is not among those that the node's configuration may add."""
+class ForbiddenArguments(HypervisorError):
+    """Extra QEMU arguments are not among those that a node's configuration may add."""
 
-    def __init__(self, argument: str, reason: str) -> None:
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
         super().__init__(
-            f"the extra QEMU argument {argument!r} is refused: {reason}",
-            hint="take it out of qemu.extra_arguments in kvmsec.toml",
+            "\n  ".join(["extra QEMU arguments are refused:", *map(str, self.problems)]),
+            hint="take them out of the extra arguments in kvmsec.toml",
         )
-        self.argument = argument
-        self.reason = reason
 
 
 class Unsupported(HypervisorError):

@@ -41,7 +41,7 @@ MAC_PREFIX: Final = "52:54:00"
 """The locally administered prefix that QEMU gives to its own NICs."""
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
-_MACHINE: Final = re.compile(r"pc|q35|microvm|pc-(?:i440fx|q35)-[a-z0-9][a-z0-9.-]{0,31}")
+MACHINE_TYPE: Final = re.compile(r"pc|q35|microvm|pc-(?:i440fx|q35)-[a-z0-9][a-z0-9.-]{0,31}")
 _CPU: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _MAC: Final = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
@@ -237,7 +237,9 @@ class Machine:
     vcpus: int = field(default=1, validator=_between(1, MAX_VCPUS))
     machine: str = field(
         default="pc",
-        validator=Rule(_matches(_MACHINE, "pc, q35, microvm or a versioned pc-i440fx-*, pc-q35-*")),
+        validator=Rule(
+            _matches(MACHINE_TYPE, "pc, q35, microvm or a versioned pc-i440fx-*, pc-q35-*")
+        ),
     )
     cpu: str | None = field(default=None, validator=Rule(_cpu_problem, is_optional=True))
     accelerator: Accelerator = field(default="kvm", validator=_one_of("kvm", "tcg", "auto"))

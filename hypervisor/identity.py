@@ -1,0 +1,94 @@
+"""Whether a file is still the one that was looked at, and answers that hold for as long."""
+
+import contextlib
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+from attrs import frozen
+
+from kvmsec.linux.files import make_private_directory, write_atomically
+
+_LIMIT_BYTES: Final = 1 << 20
+T = TypeVar("T")
+
+
+@frozen
+class FileIdentity:
+    """What changes when a file is replaced, edited, or given to somebody (links are followed)."""
+
+    path: str
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path | str) -> "FileIdentity":
+        """Look at a file; raises OSError."""
+        status = os.stat(path)
+        return cls(
+            str(path),
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
+
+    def still_holds(self) -> bool:
+        """Whether the path leads to the same file, unchanged."""
+        try:
+            return FileIdentity.of(self.path) == self
+        except OSError:
+            return False
+
+
+@frozen
+class _Entry:
+    key: str
+    files: tuple[FileIdentity, ...]
+    answer: msgspec.Raw
+
+
+@frozen
+class Memory:
+    """Answers on disk, in a directory that only root may write; each stands on files.
+
+    An answer is forgotten when one of its files is no longer what it was, and when what is on
+    disk can't be read: the question is then asked again.
+    """
+
+    directory: Path
+
+    def recall(self, key: str, kind: type[T]) -> T | None:
+        """The answer that was kept for `key`, if it still holds."""
+        try:
+            entry = msgspec.json.decode(self._read(key), type=_Entry)
+            if entry.key == key and all(file.still_holds() for file in entry.files):
+                return msgspec.json.decode(entry.answer, type=kind)
+        except (OSError, msgspec.MsgspecError):
+            pass
+        return None
+
+    def keep(self, key: str, files: tuple[FileIdentity, ...], answer: Any) -> None:
+        """Write an answer down; a full disk costs the next caller a question, no more."""
+        entry = _Entry(key, files, msgspec.Raw(msgspec.json.encode(answer)))
+        with contextlib.suppress(OSError):
+            make_private_directory(self.directory)
+            write_atomically(self._path(key), msgspec.json.encode(entry))
+
+    def _path(self, key: str) -> Path:
+        return self.directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+    def _read(self, key: str) -> bytes:
+        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+                raise PermissionError(f"{self._path(key)} could have been written by others")
+            return file.read(_LIMIT_BYTES)
