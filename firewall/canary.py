@@ -1,0 +1,147 @@
+"""A packet that must be refused: the proof that a uid can send nothing, asked of the kernel itself.
+
+Sent as the very uid, with no privilege, in the caller's network namespace: an empty UDP datagram
+to the loopback address of each family and, only once that was refused, one to an address beyond
+this host where there is a route to any (a rule that covers `lo` alone must not pass). Refused
+means EPERM, which a DROP in the output hook gives to UDP, and that our own drop counter has risen:
+another firewall's refusal proves nothing about our rules.
+"""
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+from attrs import frozen
+
+from firewall.backend import Dropped
+from firewall.policy import FAMILIES, Family
+from firewall.routes import LOOPBACK, Target, find_routed_target
+from kvmsec.linux.children import run_in_child
+from kvmsec.linux.credentials import Credentials
+
+DEADLINE_S: Final = 1.0
+
+# Answers that say "this host does not have the family": no such socket, or no ::1 to send from
+# (IPv6 switched off on lo). ENETUNREACH is none of them: that is `lo` being down, a family that
+# is there and can send as soon as anybody configures an interface.
+_FAMILY_ABSENT: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+
+
+@frozen
+class Attempt:
+    """One datagram: where to, and the error that it met (None: it was sent)."""
+
+    family: Family
+    address: str
+    error: int | None
+    is_loopback: bool
+
+    @property
+    def is_refused(self) -> bool:
+        return self.error == errno.EPERM
+
+    @property
+    def is_family_absent(self) -> bool:
+        return self.is_loopback and self.error in _FAMILY_ABSENT
+
+    def __str__(self) -> str:
+        said = "was sent" if self.error is None else f"gave {_describe(self.error)}"
+        return f"a packet to {self.address} {said}"
+
+
+@frozen
+class Report:
+    """What the canary met. `risen` is by how much our drop counters rose meanwhile."""
+
+    uid: int
+    attempts: tuple[Attempt, ...]
+    risen: Dropped
+
+    @property
+    def failures(self) -> tuple[Attempt, ...]:
+        """Attempts that were neither refused nor impossible."""
+        return tuple(
+            attempt
+            for attempt in self.attempts
+            if not attempt.is_refused and not attempt.is_family_absent
+        )
+
+    @property
+    def absent(self) -> tuple[Family, ...]:
+        """Families that this host doesn't have, as far as a packet can tell."""
+        return tuple(
+            family
+            for family in FAMILIES
+            if not any(one.family == family and one.is_refused for one in self.attempts)
+            and any(one.family == family and one.is_family_absent for one in self.attempts)
+        )
+
+    @property
+    def uncounted(self) -> tuple[Family, ...]:
+        """Families in which packets were refused, but not (all) by rules of ours."""
+        return tuple(family for family in FAMILIES if self.risen.of(family) < self._refused(family))
+
+    def _refused(self, family: Family) -> int:
+        return sum(one.is_refused for one in self.attempts if one.family == family)
+
+    @property
+    def is_proof(self) -> bool:
+        """Every packet was refused, by our rules, in both families."""
+        return not (self.failures or self.absent or self.uncounted)
+
+
+def probe(uid: int, gid: int, read_dropped: Callable[[], Dropped]) -> Report:
+    """Send the canary as `uid` and `gid`, within a second.
+
+    Raises ChildFailed and ChildTimedOut (kvmsec.linux.errors), and what `read_dropped` raises.
+    """
+    before = read_dropped()
+    answers = run_in_child(
+        _send_all,
+        what=f"sending a packet as uid {uid}",
+        credentials=Credentials(uid, gid),
+        timeout_s=DEADLINE_S,
+    )
+    after = read_dropped()
+    risen = Dropped(*(max(0, after.of(family) - before.of(family)) for family in FAMILIES))
+    return Report(uid, tuple(_parse(answer) for answer in answers), risen)
+
+
+def _parse(answer: Any) -> Attempt:
+    """One answer of the child, which has the uid that is not trusted: taken word by word."""
+    family, address, error, is_loopback = answer
+    return Attempt(
+        "ipv4" if family == "ipv4" else "ipv6",
+        str(address),
+        None if error is None else int(error),
+        bool(is_loopback),
+    )
+
+
+def _send_all() -> list[tuple[str, str, int | None, bool]]:
+    """The child's part. Nothing is sent beyond the host unless all of loopback is closed."""
+    answers: list[tuple[str, str, int | None, bool]] = []
+    for target in LOOPBACK:
+        answers.append((target.family, target.address, _send(target), True))
+    if all(error in (errno.EPERM, *_FAMILY_ABSENT) for _, _, error, _ in answers):
+        for beyond in filter(None, map(find_routed_target, FAMILIES)):
+            answers.append((beyond.family, beyond.address, _send(beyond), False))
+    return answers
+
+
+def _send(target: Target) -> int | None:
+    try:
+        with socket.socket(
+            target.socket_family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+        ) as sender:
+            sender.sendto(b"", target.socket_address)
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def _describe(number: int) -> str:
+    """`EPERM (Operation not permitted)`."""
+    return f"{errno.errorcode.get(number, number)} ({os.strerror(number)})"
