@@ -1,0 +1,106 @@
+"""Keys that the kernel holds for a uid, which outlive its processes (keyrings(7)).
+
+A key in a uid's user keyring or persistent keyring is found by whoever has that uid next.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+from typing import Final
+
+_PROC_LIMIT_BYTES: Final = 16 << 20
+_NR_KEYCTL: Final = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "s390x": 280, "ppc64le": 271}
+
+# linux/include/uapi/linux/keyctl.h
+_GET_KEYRING_ID: Final = 0
+_JOIN_SESSION_KEYRING: Final = 1
+_SETPERM: Final = 5
+_CLEAR: Final = 7
+_INVALIDATE: Final = 21
+_GET_PERSISTENT: Final = 22
+_PROCESS_KEYRING: Final = -2
+_USER_KEYRING: Final = -4
+_USER_SESSION_KEYRING: Final = -5
+_EVERY_RIGHT: Final = 0x3F3F0000  # of the possessor and the owner
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def key_count(uid: int) -> int:
+    """How many keys the kernel holds that belong to a uid, wherever they are linked.
+
+    /proc/key-users counts every key, whereas /proc/keys shows a reader only those that it may
+    view. Keys that nobody can reach any more are counted until the kernel has collected them,
+    some tens of milliseconds. Raises OSError.
+    """
+    prefix = f"{uid}:".encode()
+    try:
+        with open("/proc/key-users", "rb") as file:
+            lines = file.read(_PROC_LIMIT_BYTES).splitlines()
+    except FileNotFoundError:
+        return 0  # A kernel without keys.
+    for line in lines:
+        if line.lstrip().startswith(prefix):
+            return int(line.split()[2].partition(b"/")[0])
+    return 0
+
+
+def invalidate_own_keys() -> int:
+    """Drop every key and keyring of the calling process's uid; returns how many were dropped.
+
+    To be called by a process that has become the uid: nobody else, root included, may do it. A
+    key or keyring whose owner took every right on it away stays (`key_count` tells), until the
+    next boot. Invalid keys are collected at once, revoked ones only after minutes.
+    """
+    join_new_session()
+    dropped = 0
+    # Looked up before any is dropped: while a user's keyring is invalid none of them is found.
+    for key in dict.fromkeys([*_well_known_keyrings(), *_visible_keys(os.getuid())]):
+        with contextlib.suppress(OSError):
+            _keyctl(_SETPERM, key, _EVERY_RIGHT)
+        with contextlib.suppress(OSError):
+            _keyctl(_CLEAR, key)
+        with contextlib.suppress(OSError):
+            _keyctl(_INVALIDATE, key)
+            dropped += 1
+    return dropped
+
+
+def join_new_session() -> None:
+    """Give the calling process a session keyring of its own, with nothing in it.
+
+    Without it a process possesses the session keyring that it inherited: what an administrator's
+    login put there can be read by whatever uid the process becomes. Raises OSError.
+    """
+    _keyctl(_JOIN_SESSION_KEYRING, None)
+
+
+def _well_known_keyrings() -> list[int]:
+    found = []
+    for operation, *arguments in (
+        (_GET_KEYRING_ID, _USER_KEYRING, 1),
+        (_GET_KEYRING_ID, _USER_SESSION_KEYRING, 1),
+        # Linked into the process's own keyring, since only a possessor may drop it.
+        (_GET_PERSISTENT, -1, _PROCESS_KEYRING),
+    ):
+        with contextlib.suppress(OSError):
+            found.append(_keyctl(operation, *arguments))
+    return found
+
+
+def _visible_keys(uid: int) -> list[int]:
+    """The serial numbers of the keys of a uid that the caller may view (/proc/keys)."""
+    with open("/proc/keys", "rb") as file:
+        lines = file.read(_PROC_LIMIT_BYTES).splitlines()
+    owner = str(uid).encode()
+    return [int(words[0], 16) for line in lines if (words := line.split())[5] == owner]
+
+
+def _keyctl(operation: int, *arguments: int | None) -> int:
+    words = [None if argument is None else ctypes.c_long(argument) for argument in arguments]
+    number = _NR_KEYCTL[platform.machine()]
+    result: int = _libc.syscall(ctypes.c_long(number), ctypes.c_long(operation), *words)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result

@@ -1,0 +1,169 @@
+"""The processes of a uid: found by any of its four ids, and ended all at once."""
+
+import contextlib
+import os
+import re
+import select
+import signal
+import time
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from kvmsec.linux import processes as linux_processes
+from kvmsec.linux.children import run_in_child
+from kvmsec.linux.locks import FileLock
+from uidpool.errors import NotSweepable
+from uidpool.ranges import LAST_UID, UidRanges
+
+_STATUS_BYTES: Final = 4096
+# The name is escaped by the kernel, so that no process can put a line of its own in here.
+_FIELDS: Final = re.compile(
+    rb"Name:\t(?P<name>[^\n]*)\n.*?State:\t(?P<state>\S).*?\nUid:\t(?P<uids>[\d\t]+)\n", re.DOTALL
+)
+_THREADS: Final = re.compile(rb"\nThreads:\t(\d+)\n")
+_NOBODY: Final = 65534
+
+
+@frozen
+class Process:
+    """A process that has the uid as real, effective, saved or filesystem uid."""
+
+    pid: int
+    name: str
+    is_zombie: bool
+
+    def __str__(self) -> str:
+        return f"{self.pid} ({self.name[:16]!a})"
+
+
+def find_processes(uid: int) -> list[Process]:
+    """Every process of a uid that this PID namespace can see, those of inner namespaces too.
+
+    A process is a zombie when none of its threads runs any more: a leader may end first. Threads
+    share their leader's uids unless a privileged program changed that, which an instance is not.
+    Raises ProcessLookupError when /proc doesn't show the caller's namespace, and when something of
+    the uid runs that no look at /proc finds (a process that forks and ends all the time).
+    """
+    if os.readlink("/proc/self") != str(os.getpid()):
+        raise ProcessLookupError("/proc is not that of this PID namespace")
+    found = _scan(uid)
+    if not found and _anything_runs(uid):
+        found = _scan(uid)
+        if not found and _anything_runs(uid):
+            raise ProcessLookupError("processes of the uid run that can't be caught in /proc")
+    return found
+
+
+def _scan(uid: int) -> list[Process]:
+    word = str(uid).encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and (one := _read(int(name), word)):
+            found.append(one)
+    return found
+
+
+def _read(pid: int, uid: bytes) -> Process | None:
+    try:
+        descriptor = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    try:
+        status = os.read(descriptor, _STATUS_BYTES)
+    except ProcessLookupError:
+        return None
+    finally:
+        os.close(descriptor)
+    fields = _FIELDS.match(status)
+    if fields is None or uid not in fields["uids"].split():
+        return None
+    threads = _THREADS.search(status)
+    has_ended = fields["state"] in b"ZX" and threads is not None and int(threads[1]) <= 1
+    return Process(pid, fields["name"].decode(errors="replace"), has_ended)
+
+
+def _anything_runs(uid: int) -> bool:
+    """Whether the kernel knows a process with this real uid: one call, which no fork outruns."""
+    try:
+        os.getpriority(os.PRIO_USER, uid)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def check_sweepable(uid: int, pool: UidRanges, reaper_uid: int) -> None:
+    """Raise NotSweepable unless ending everything of the uid can hit only the pool's."""
+    if uid not in pool:
+        raise NotSweepable(uid, "it is not in the pool")
+    if not 0 < uid <= LAST_UID:
+        raise NotSweepable(uid, "it is no uid of an instance")
+    if reaper_uid <= 0 or reaper_uid == uid or reaper_uid in pool:
+        raise NotSweepable(uid, f"uid {reaper_uid} can't be the reaper")
+
+
+def end_processes(
+    uid: int, *, pool: UidRanges, reaper_uid: int, lock: Path, timeout_s: float
+) -> list[Process]:
+    """Kill everything of a uid of the pool; returns what is left after at most `timeout_s`.
+
+    One kill(-1) ends all of them at once (a fork is refused while a signal is pending, so that no
+    fork loop outruns it), by a child that may signal nobody else. One sweep at a time, under
+    `lock`: two sweepers have the reaper's uid in common and would hit each other. Raises
+    NotSweepable, LockBusy, ChildFailed, ChildTimedOut, OSError.
+    """
+    check_sweepable(uid, pool, reaper_uid)
+    deadline = time.monotonic() + timeout_s
+    sweep_lock = FileLock(lock)
+    sweep_lock.acquire(timeout_s)
+    try:
+        while True:
+            remaining = max(deadline - time.monotonic(), 0.1)
+            run_in_child(
+                lambda: _sweep(uid, reaper_uid),
+                what=f"ending the processes of uid {uid}",
+                timeout_s=remaining,
+            )
+            left = [one for one in find_processes(uid) if not one.is_zombie]
+            if not left or time.monotonic() >= deadline:
+                return left
+            _wait_for_end(left, deadline)
+    finally:
+        sweep_lock.release()
+
+
+def _sweep(uid: int, reaper_uid: int) -> None:
+    """In a child: become (reaper, uid, reaper) and kill everything that this may signal.
+
+    A signal goes to those whose real or saved uid is the sender's real or effective one (kill(2)).
+    With real uid 0 that would be every process of root's; with (x, uid, uid) the instance could
+    signal the sweeper first.
+    """
+    os.setgroups([])
+    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+    os.setresuid(reaper_uid, uid, reaper_uid)
+    status = linux_processes.read_status(os.getpid())
+    if status is None or status.uids != (reaper_uid, uid, reaper_uid, uid):
+        raise PermissionError("the sweeper did not get its uids")
+    if any(status.capabilities[:3]) or status.capabilities[4]:
+        raise PermissionError("the sweeper kept a capability")
+    with contextlib.suppress(ProcessLookupError):  # Nobody else is in this PID namespace.
+        os.kill(-1, signal.SIGKILL)
+
+
+def _wait_for_end(processes: list[Process], deadline: float) -> None:
+    """Wait until these processes have ended, or the deadline."""
+    with contextlib.ExitStack() as stack:
+        waiting = select.poll()
+        count = 0
+        for one in processes[:256]:
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(one.pid)
+                stack.callback(os.close, descriptor)
+                waiting.register(descriptor, select.POLLIN)
+                count += 1
+        while count and (remaining := deadline - time.monotonic()) > 0:
+            for descriptor, _ in waiting.poll(remaining * 1000):
+                waiting.unregister(descriptor)
+                count -= 1

@@ -1,0 +1,189 @@
+"""What a uid still has on this node, and the end of all of it.
+
+A uid goes to its next holder only when nothing is left: no process, no IPC object, no key and no
+file where anybody may leave one.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from attrs import evolve, frozen
+
+from kvmsec.linux import keyrings
+from kvmsec.linux.children import run_in_child
+from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.errors import LinuxError
+from kvmsec.linux.ipc import SysvObject, remove_sysv_object, sysv_objects
+from uidpool.files import Bounds, find_files, remove_files
+from uidpool.processes import Process, check_sweepable, end_processes, find_processes
+from uidpool.ranges import UidRanges
+
+_SHOWN: Final = 5
+_COLLECTED_WITHIN_S: Final = 2.0
+_COLLECTION_STEP_S: Final = 0.005
+_NOBODY: Final = 65534
+
+
+@frozen
+class Usage:
+    """What a uid has; `incomplete` says why it could not be found out for certain.
+
+    `zombies` are ended processes that nobody has taken note of yet: they can do nothing, and do
+    not count. `files` are some paths of `file_count`; `keys` is a number, since the kernel doesn't
+    tell which.
+    """
+
+    uid: int
+    processes: tuple[Process, ...] = ()
+    zombies: tuple[Process, ...] = ()
+    ipc: tuple[SysvObject, ...] = ()
+    keys: int = 0
+    files: tuple[str, ...] = ()
+    file_count: int = 0
+    incomplete: str | None = None
+
+    @property
+    def is_clean(self) -> bool:
+        return not (self.processes or self.ipc or self.keys or self.file_count or self.incomplete)
+
+    def reason(self) -> str:
+        """What is left in one line, safe to print; "nothing" when that is the case."""
+        said = []
+        if self.processes:
+            said.append(f"processes {_some([str(one) for one in self.processes])}")
+        if self.ipc:
+            said.append(f"IPC objects {_some([str(one) for one in self.ipc])}")
+        if self.keys:
+            said.append(f"{self.keys} keys in the kernel")
+        if self.file_count:
+            names = [ascii(path)[:120] for path in self.files]
+            said.append(f"files {_some(names, self.file_count)}")
+        if self.incomplete:
+            said.append(f"not looked through: {self.incomplete}")
+        return "; ".join(said) or "nothing"
+
+
+def _some(names: list[str], count: int | None = None) -> str:
+    left_out = (len(names) if count is None else count) - len(names[:_SHOWN])
+    return ", ".join(names[:_SHOWN]) + (f" and {left_out} more" if left_out > 0 else "")
+
+
+def inspect(uid: int, *, bounds: Bounds | None = None) -> Usage:
+    """What a uid has now; a part that can't be looked at makes the answer `incomplete`.
+
+    Processes are looked for first: once there is none, none can come, and nothing is added behind
+    the scan. About a millisecond on a node with a hundred processes, and 20 us for each more.
+    """
+    problems: list[str] = []
+    processes: list[Process] = []
+    objects: list[SysvObject] = []
+    keys = 0
+    try:
+        processes = find_processes(uid)
+        objects = sysv_objects(uid)
+        keys = keyrings.key_count(uid)
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
+    found = find_files(uid, bounds=bounds)
+    if found.incomplete:
+        problems.append(found.incomplete)
+    return Usage(
+        uid=uid,
+        processes=tuple(one for one in processes if not one.is_zombie),
+        zombies=tuple(one for one in processes if one.is_zombie),
+        ipc=tuple(objects),
+        keys=keys,
+        files=tuple(found.paths),
+        file_count=found.count,
+        incomplete="; ".join(problems) or None,
+    )
+
+
+@frozen
+class Cleaner:
+    """Cleans uids of a pool: who ends their processes, and the lock that sweeps share.
+
+    `pool` must hold every uid that is swept, those included that are draining.
+    """
+
+    pool: UidRanges
+    reaper_uid: int
+    sweep_lock: Path
+    timeout_s: float = 10.0
+
+    def __call__(self, uid: int) -> Usage:
+        """End and remove what a uid of the pool has; returns what is left."""
+        return clean(
+            uid,
+            pool=self.pool,
+            reaper_uid=self.reaper_uid,
+            sweep_lock=self.sweep_lock,
+            timeout_s=self.timeout_s,
+        )
+
+
+def clean(
+    uid: int, *, pool: UidRanges, reaper_uid: int, sweep_lock: Path, timeout_s: float = 10.0
+) -> Usage:
+    """End every process of a uid of the pool and remove what it left; returns what is still there.
+
+    For the `pool` model alone: under another one a uid may have processes that are nobody's
+    business here. What failed on the way is part of the answer. Raises NotSweepable for a uid that
+    is not the pool's.
+    """
+    check_sweepable(uid, pool, reaper_uid)
+    before = inspect(uid)
+    if before.is_clean and not before.zombies:
+        return before
+    failures: list[str] = []
+    with _noting(failures):
+        left = end_processes(
+            uid, pool=pool, reaper_uid=reaper_uid, lock=sweep_lock, timeout_s=timeout_s
+        )
+        if not left:
+            _remove_what_is_left(uid, failures)
+    after = inspect(uid)
+    if after.is_clean:
+        return after
+    problems = [*failures, after.incomplete] if after.incomplete else failures
+    return evolve(after, incomplete="; ".join(problems) or None)
+
+
+def _remove_what_is_left(uid: int, failures: list[str]) -> None:
+    """Once no process of the uid is there to put back what is taken."""
+    with _noting(failures):
+        for one in sysv_objects(uid):
+            remove_sysv_object(one)
+    with _noting(failures):
+        _drop_keys(uid)
+    remove_files(uid)
+
+
+@contextlib.contextmanager
+def _noting(failures: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, LinuxError) as error:
+        failures.append(str(error))
+
+
+def _drop_keys(uid: int) -> None:
+    """Invalidate the uid's keys and wait until the kernel has collected them.
+
+    The kernel tells nobody when it has, so this looks again every few milliseconds; it takes some
+    tens of them.
+    """
+    if not keyrings.key_count(uid):
+        return
+    run_in_child(
+        keyrings.invalidate_own_keys,
+        what=f"dropping the keys of uid {uid}",
+        timeout_s=_COLLECTED_WITHIN_S,
+        credentials=Credentials(uid, _NOBODY),
+    )
+    deadline = time.monotonic() + _COLLECTED_WITHIN_S
+    while keyrings.key_count(uid) and time.monotonic() < deadline:
+        time.sleep(_COLLECTION_STEP_S)
