@@ -4,6 +4,7 @@ Whoever holds a tap's descriptor may change much of it without any capability: w
 the descriptor, its owner, its MAC, its filters. `reset` and `own` put that back.
 """
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -30,6 +31,8 @@ _IFF_TUN_EXCL: Final = 0x8000
 FEATURES: Final = IFF_NO_PI | IFF_VNET_HDR
 _VNET_HEADER_BYTES: Final = 10  # struct virtio_net_hdr, what a new tap has
 _SEND_BUFFER_BYTES: Final = 2**31 - 1
+_FRAME_BYTES: Final = 65536 + _VNET_HEADER_BYTES
+_MOST_FRAMES: Final = 4096  # Several queues' worth (1000 frames): a busy bridge never ends.
 
 
 def create(name: str, *, index: int | None = None) -> int:
@@ -92,3 +95,11 @@ def reset(descriptor: int) -> None:
     fcntl.ioctl(descriptor, _TUNSETSNDBUF, struct.pack("i", _SEND_BUFFER_BYTES))
     fcntl.ioctl(descriptor, _TUNSETVNETHDRSZ, struct.pack("i", _VNET_HEADER_BYTES))
     fcntl.ioctl(descriptor, _TUNSETVNETLE, struct.pack("i", 0))
+
+
+def discard_frames(descriptor: int) -> None:
+    """Throw away what the node has queued for a tap's holder; reads never block from then on."""
+    os.set_blocking(descriptor, False)
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(_MOST_FRAMES):
+            os.read(descriptor, _FRAME_BYTES)

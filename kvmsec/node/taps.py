@@ -168,6 +168,8 @@ async def _borrow(
         remember(record)
         tun.reset(descriptor)
         ipv6.turn_off(name)
+        # To attach gave it a carrier: the node may have greeted its neighbours over it by then.
+        tun.discard_frames(descriptor)
         await _set(netlink, record, state="up")
     except BaseException:
         os.close(descriptor)
@@ -280,6 +282,9 @@ async def _give_back(netlink: "AsyncIPRoute", record: TapRecord) -> None:
         await _put_back(netlink, record, descriptor)
     finally:
         os.close(descriptor)
+    # Only now, without a carrier: nobody is left to be greeted.
+    if record.former.ipv6 is not None:
+        ipv6.write(record.name, record.former.ipv6)
 
 
 async def _put_back(netlink: "AsyncIPRoute", record: TapRecord, descriptor: int) -> None:
@@ -309,8 +314,6 @@ async def _put_back(netlink: "AsyncIPRoute", record: TapRecord, descriptor: int)
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes:
         await _set(netlink, record, **changes)
-    if former.ipv6 is not None:
-        ipv6.write(record.name, former.ipv6)
 
 
 async def leaked_taps(known: Collection[TapRecord], *, tag: str) -> list[TapRecord]:
