@@ -4,10 +4,8 @@ import asyncio
 import contextlib
 import resource
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,51 +18,6 @@ Serve = Callable[[str], socket.socket]
 FLOOD_EVENTS = 200_000
 MIB = 1 << 20
 
-SERVER = r"""
-import json, socket, sys
-peer = socket.socket(fileno=int(sys.argv[1]))
-GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\n'
-def hear():
-    text = ""
-    while True:
-        text += peer.recv(65536).decode()
-        try:
-            return json.loads(text)
-        except ValueError:
-            pass
-def answer(command):
-    peer.sendall(b'{"return": {"status": "running"}, "id": "%s"}\n' % command["id"].encode())
-def greet():
-    peer.sendall(GREETING)
-    answer(hear())
-def flood(data):
-    while True:
-        peer.sendall(data)
-event = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "NOISE", "data": {"n": 1}}\n'
-small = b'{"event":"N"}\n'
-bomb = b'{"event": "BOMB", "data": {"x": [' + b"{}," * 340000 + b'0]}}\n'
-"""
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Run a script as a monitor in a process of its own; gives the client's end of the line."""
-    servers = []
-
-    def start(script: str) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            argv = [sys.executable, "-I", "-S", "-c", SERVER + script, str(theirs.fileno())]
-            servers.append(
-                subprocess.Popen(argv, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL)
-            )
-        return ours
-
-    yield start
-    for server in servers:
-        server.kill()
-        server.wait()
-
 
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -73,12 +26,12 @@ def resident_bytes() -> int:
 
 def test_a_flood_of_events_costs_bounded_memory(serve: Serve) -> None:
     async def survive() -> int:
-        script = f"greet()\nfor _ in range({FLOOD_EVENTS // 1000}): peer.sendall(event * 1000)\n"
+        script = f"greet()\nfor _ in range({FLOOD_EVENTS // 1000}): peer.sendall(EVENT * 1000)\n"
         async with await Monitor.attach(serve(f"{script}answer(hear())")) as monitor:
             before = resident_bytes()
             answer = await monitor.execute("query-status", timeout_s=60)
             growth = resident_bytes() - before
-            assert answer == {"status": "running"}
+            assert answer == {}
             assert monitor.position == FLOOD_EVENTS
             assert monitor.dropped_events == FLOOD_EVENTS - KEPT_EVENTS
         return growth
@@ -88,7 +41,7 @@ def test_a_flood_of_events_costs_bounded_memory(serve: Serve) -> None:
 
 def test_events_that_swell_when_parsed_are_kept_as_text(serve: Serve) -> None:
     async def survive() -> int:
-        async with await Monitor.attach(serve("greet()\nflood(bomb)")) as monitor:
+        async with await Monitor.attach(serve("greet()\nflood(BOMB)")) as monitor:
             before = resident_bytes()
             for _ in range(20):
                 await monitor.wait_event(["BOMB"], timeout_s=20)
@@ -103,7 +56,7 @@ def test_events_that_swell_when_parsed_are_kept_as_text(serve: Serve) -> None:
 def test_a_flood_leaves_everybody_else_their_turn(serve: Serve) -> None:
     async def live_on() -> tuple[int, int]:
         """How many events there were, and how many at most in one turn of the event loop."""
-        async with await Monitor.attach(serve("greet()\nflood(small * 10000)")) as monitor:
+        async with await Monitor.attach(serve("greet()\nflood(SMALL * 10000)")) as monitor:
             largest, end = 0, time.monotonic() + 1
             while time.monotonic() < end:
                 before = monitor.position
@@ -120,7 +73,7 @@ def test_a_flood_leaves_everybody_else_their_turn(serve: Serve) -> None:
 
 def test_a_flood_does_not_outlast_a_deadline(serve: Serve) -> None:
     async def give_up() -> None:
-        async with await Monitor.attach(serve("greet()\nflood(event * 1000)")) as monitor:
+        async with await Monitor.attach(serve("greet()\nflood(EVENT * 1000)")) as monitor:
             with pytest.raises(MonitorTimedOut):
                 await monitor.execute("query-status", timeout_s=0.3)
 
@@ -132,11 +85,11 @@ def test_a_flood_does_not_outlast_a_deadline(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("script", "error"),
     [
-        ("flood(event * 1000)", MonitorGarbled),
+        ("flood(EVENT * 1000)", MonitorGarbled),
         ("flood(b'x' * 100000)", MonitorGarbled),
         ("flood(GREETING * 1000)", MonitorGarbled),
         ("peer.sendall(GREETING)\nflood(b'x' * 100000)", MonitorGarbled),
-        ("peer.sendall(GREETING)\nflood(event * 1000)", MonitorTimedOut),
+        ("peer.sendall(GREETING)\nflood(EVENT * 1000)", MonitorTimedOut),
         ("peer.sendall(GREETING)\nflood(b' ' * 100 + b'\\n')", MonitorGarbled),
     ],
 )
@@ -155,7 +108,7 @@ def test_a_flood_before_the_greeting_is_over_is_bounded(
 
 def test_a_reader_of_a_flood_sees_the_newest(serve: Serve) -> None:
     async def read() -> int:
-        async with await Monitor.attach(serve("greet()\nflood(event * 1000)")) as monitor:
+        async with await Monitor.attach(serve("greet()\nflood(EVENT * 1000)")) as monitor:
             seen = -1
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.5):
