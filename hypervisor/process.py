@@ -37,8 +37,11 @@ class Newborn:
     before, the child reads the end of its pipe and ends: no unknown QEMU can be left behind.
     """
 
-    def __init__(self, process: ProcessId, pidfd: int, go: int, report: int) -> None:
+    def __init__(self, process: ProcessId, pidfd: int, go: int, report: int, jail: Jail) -> None:
         self.process = process
+        self.jail = jail
+        # Looked up now: the launcher closes its own copies before QEMU's are checked.
+        self.granted = frozenset(map(_file_identity, (*jail.descriptors.values(), jail.log)))
         self.pidfd = pidfd
         self._go = go
         self._report = report
@@ -101,7 +104,7 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
     process = processes.identify(pid)
     if process is None:
         raise ProcessLookupError("/proc does not show the new process: is it mounted?")
-    return Newborn(process, pidfd, go, report)
+    return Newborn(process, pidfd, go, report, jail)
 
 
 def _become_qemu(jail: Jail, program: str, argv: Sequence[str], go: int, report: int) -> NoReturn:
@@ -135,8 +138,9 @@ def _report(pipe: int, step: str, number: int, detail: str) -> None:
     os.write(pipe, json.dumps({"step": step, "errno": number, "detail": detail[:1024]}).encode())
 
 
-def confinement_problems(process: ProcessId, jail: Jail) -> list[str]:
+def confinement_problems(newborn: Newborn) -> list[str]:
     """Hold what /proc says of a started QEMU against what its jail was to be (proc(5))."""
+    process, jail = newborn.process, newborn.jail
     status = processes.read_status(process.pid)
     if status is None or processes.identify(process.pid) != process:
         return ["the process is gone"]
@@ -152,7 +156,7 @@ def confinement_problems(process: ProcessId, jail: Jail) -> list[str]:
     problems = [
         f"{what} {found}, wanted {want}" for what, (found, want) in wanted.items() if found != want
     ]
-    return problems + _shared_namespaces(process.pid) + _foreign_descriptors(process.pid, jail)
+    return problems + _shared_namespaces(process.pid) + _foreign_descriptors(newborn)
 
 
 def _shared_namespaces(pid: int) -> list[str]:
@@ -164,18 +168,17 @@ def _shared_namespaces(pid: int) -> list[str]:
     ]
 
 
-def _foreign_descriptors(pid: int, jail: Jail) -> list[str]:
+def _foreign_descriptors(newborn: Newborn) -> list[str]:
     """Descriptors that QEMU can't have made itself: files of the node's that nobody granted."""
-    granted = {_file_identity(ours) for ours in (*jail.descriptors.values(), jail.log)}
     problems = []
-    for entry in os.scandir(f"/proc/{pid}/fd"):
+    for entry in os.scandir(f"/proc/{newborn.process.pid}/fd"):
         try:
             target, status = os.readlink(entry.path), os.stat(entry.path)
         except FileNotFoundError:
             continue
         inside = target.startswith(("/dev/", "/output/", "/boot/", "/usr/", "/lib", "/old"))
         anonymous = not target.startswith("/")
-        if not (inside or anonymous or (status.st_dev, status.st_ino) in granted):
+        if not (inside or anonymous or (status.st_dev, status.st_ino) in newborn.granted):
             problems.append(f"it holds a descriptor of {target}")
     return problems
 
