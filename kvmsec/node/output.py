@@ -12,7 +12,7 @@ from typing import Final
 
 from kvmsec.linux import namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
-from kvmsec.linux.files import open_without_links, replace_atomically
+from kvmsec.linux.files import open_without_links, read_bounded, replace_atomically
 
 QEMU_LOG: Final = "qemu.log"
 SERIAL_LOG: Final = "serial.log"
@@ -86,6 +86,14 @@ def keep(directory: Path, target: Path, limit_bytes: int) -> bytes:
     """Copy what an instance said to a file of kvmsec's, bounded; returns QEMU's own words."""
     words = read(directory, QEMU_LOG, _RESERVED_BYTES)
     serial = read(directory, SERIAL_LOG, limit_bytes)
-    parts = [b"--- QEMU\n", words, b"\n--- serial line\n", serial, b"\n"]
-    replace_atomically(target, b"".join(parts))
+    replace_atomically(target, b"%d\n%s%s" % (len(words), words, serial))
     return words
+
+
+def recall(kept: Path) -> tuple[bytes, bytes]:
+    """QEMU's words and the serial line of an instance's last run; empty without one."""
+    try:
+        length, _, said = read_bounded(kept, 1 << 31).partition(b"\n")
+        return said[: int(length)], said[int(length) :]
+    except (FileNotFoundError, ValueError):
+        return b"", b""

@@ -1,0 +1,37 @@
+"""Whether this node takes an instance at all: decided before anything is made for it."""
+
+from kvmsec.errors import BadDefinition
+from kvmsec.model.instance import InstanceDefinition
+from kvmsec.model.security import Security, SecurityModel, decide_security
+from kvmsec.node.host import Host
+
+
+def admit(host: Host, definition: InstanceDefinition) -> Security:
+    """Under which security an instance starts here.
+
+    Raises SecurityRefused, and BadDefinition for more memory or CPUs than the node's limits allow.
+    """
+    _require_within_limits(host, definition)
+    cluster, _ = host.store.load()
+    return decide_security(
+        definition.security_model,
+        definition.security_domain,
+        default=cluster.default_model if cluster else SecurityModel.NONE,
+        pool_is_empty=not (cluster and cluster.uid_pool),
+        weakest=host.config.security.weakest_model,
+    )
+
+
+def _require_within_limits(host: Host, definition: InstanceDefinition) -> None:
+    machine, limits = definition.machine, host.config.limits
+    asked = {
+        "memory_mib": (machine.memory_mib, limits.max_memory_mib),
+        "vcpus": (machine.vcpus, limits.max_vcpus),
+    }
+    problems = [
+        f"{what}: {wanted} is more than the {most} that this node allows an instance"
+        for what, (wanted, most) in asked.items()
+        if most is not None and wanted > most
+    ]
+    if problems:
+        raise BadDefinition(machine.name, problems, hint="see [limits] in kvmsec.toml")

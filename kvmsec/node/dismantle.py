@@ -1,0 +1,139 @@
+"""Taking an instance back: the one way out, for a stop, a failed start, a crash, a dead launcher.
+
+A record names each thing before that thing is made, so that the same steps undo any part of a
+start. Every step takes "it isn't there" for done: they can be repeated after any interruption.
+"""
+
+import contextlib
+import os
+import shutil
+from typing import Final
+
+from attrs import frozen
+
+from hypervisor import cgroups, process
+from hypervisor.process import Ended
+from kvmsec.errors import KvmsecError
+from kvmsec.linux import processes
+from kvmsec.node import journal, output, taps
+from kvmsec.node.host import Host
+from kvmsec.node.records import InstanceRecord
+from kvmsec.node.waiting import readable
+from uidpool.claims import LeaseKey, Quarantined
+
+KILL_TIMEOUT_S: Final = 10.0
+
+
+class NotEnded(KvmsecError):
+    """A QEMU outlived SIGKILL: it is stuck in the kernel."""
+
+    def __init__(self, record: InstanceRecord) -> None:
+        pid = record.process.pid if record.process else None
+        super().__init__(
+            f"{record.name}: process {pid} did not end within {KILL_TIMEOUT_S:g} s of SIGKILL",
+            hint=f"see what it waits for in /proc/{pid}/stack (a dead disk?), then stop it again",
+        )
+        self.record = record
+
+
+@frozen
+class Remains:
+    """What was learnt while an instance was taken back."""
+
+    ended: Ended | None
+    oom_kills: int
+    words: str
+    quarantined: str | None
+
+    @property
+    def why(self) -> str:
+        """Why its process ended, as far as anybody was there to see it."""
+        if self.oom_kills:
+            return "killed by the kernel: out of memory"
+        if self.ended is None:
+            return "unknown: nothing was there to see it end"
+        if self.ended.signal is not None:
+            return f"killed by {self.ended.signal.name}"
+        return f"exited with status {self.ended.status}"
+
+
+async def dismantle(host: Host, record: InstanceRecord) -> Remains:
+    """End what is left of an instance and take back everything that was made for it.
+
+    The caller holds the instance's lock. What can't be cleaned is quarantined and said; the
+    record goes last. Raises OSError and the errors of the rooms.
+    """
+    ended, oom_kills = None, 0
+    if record.is_of_this_boot:  # A pid or a control group of another boot means nothing.
+        ended = await _end_process(record)
+        oom_kills = _end_cgroup(record)
+    words = _keep_words(host, record)
+    await taps.remove_taps(record.taps)
+    quarantined = _release_uid(host, record)
+    remove_files(host, record.name)
+    host.rules.settle()
+    return Remains(ended, oom_kills, words, quarantined)
+
+
+async def _end_process(record: InstanceRecord) -> Ended | None:
+    """Kill QEMU through a descriptor of that very process; its PID namespace ends with it."""
+    if record.process is None:
+        return None
+    pidfd = processes.open_pidfd(record.process)
+    if pidfd is None:
+        return None
+    try:
+        processes.kill(pidfd)
+        if not await readable(pidfd, KILL_TIMEOUT_S):
+            raise NotEnded(record)
+        return process.reap(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def _end_cgroup(record: InstanceRecord) -> int:
+    group = cgroups.InstanceCgroup(record.cgroups)
+    kills = group.oom_kills()
+    group.kill(KILL_TIMEOUT_S)
+    group.remove()
+    return kills
+
+
+def _keep_words(host: Host, record: InstanceRecord) -> str:
+    directory = host.paths.instance(record.name).output
+    if not output.is_mounted(directory):
+        return ""
+    target = host.paths.instance_output(record.name)
+    with contextlib.suppress(OSError):  # A full disk must not keep an instance from ending.
+        output.keep(directory, target, host.config.limits.log_kib * 1024)
+    words = output.read(directory, output.QEMU_LOG, 4096).decode(errors="replace")
+    output.unmount(directory)
+    return words
+
+
+def _release_uid(host: Host, record: InstanceRecord) -> str | None:
+    """Give the uid back; the reason when it had to be quarantined instead.
+
+    Looked up by the start it was drawn for: a launcher may have died before it noted the uid.
+    """
+    for lease in host.claims.leases():
+        if (lease.instance, lease.generation) != (record.name, record.generation):
+            continue
+        outcome = host.claims.release(LeaseKey(lease.uid, lease.instance, lease.generation))
+        if isinstance(outcome, Quarantined):
+            reason = f"uid {lease.uid} is quarantined: {outcome.reason}"
+            journal.note(host.paths.instance_log(record.name), reason)
+            return reason
+    return None
+
+
+def remove_files(host: Host, name: str) -> None:
+    """Remove the instance's directory, its record last: until then it can be found again."""
+    place = host.paths.instance(name)
+    output.unmount(place.output)
+    for path in (place.qmp_socket, place.serial_socket):
+        path.unlink(missing_ok=True)
+    for directory in (place.output, place.mount_point):
+        shutil.rmtree(directory, ignore_errors=True)
+    place.record.unlink(missing_ok=True)
+    shutil.rmtree(place.directory, ignore_errors=True)

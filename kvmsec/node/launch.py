@@ -1,0 +1,268 @@
+"""Starting an instance: one ordered list of steps, from its definition to a running guest.
+
+Each step notes in the instance's record what it is about to make, so that whatever line the
+launcher dies at, `dismantle` can take everything back. A step that fails has the same done at
+once.
+"""
+
+import os
+import secrets
+import shlex
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from inspect import isawaitable
+from typing import Any, Final
+
+from attrs import evolve, frozen
+
+from hypervisor import cgroups, process
+from hypervisor.jail import Jail
+from hypervisor.monitor import Monitor
+from hypervisor.process import Newborn
+from kvmsec.agent import InstanceState
+from kvmsec.errors import KvmsecError, StartFailed
+from kvmsec.linux import processes
+from kvmsec.linux.errors import Fault
+from kvmsec.linux.locks import FileLock
+from kvmsec.model.instance import InstanceDefinition
+from kvmsec.model.security import Security, SecurityModel
+from kvmsec.node import boot_files, images_in_use, journal, output, records, sockets, taps
+from kvmsec.node.dismantle import dismantle
+from kvmsec.node.engine import Engine
+from kvmsec.node.grants import Lent, place
+from kvmsec.node.host import Host
+from kvmsec.node.identities import Identity, identity_for
+from kvmsec.node.records import InstanceRecord
+from kvmsec.node.waiting import readable
+
+OnStep = Callable[[str], None]
+
+
+async def launch(
+    host: Host, definition: InstanceDefinition, security: Security, engine: Engine, on_step: OnStep
+) -> InstanceRecord:
+    """Start an instance that does not run; the caller holds its lock.
+
+    Returns the record of the running instance. Raises the error of the step that failed, and
+    StartFailed with QEMU's own words once there was a QEMU; nothing is left then.
+    """
+    start = _Start(host, definition, security, engine)
+    try:
+        for step in STEPS:
+            on_step(step.name)
+            result = step.act(start)
+            if isawaitable(result):
+                await result
+    except BaseException as error:
+        await start.let_go()
+        raise await _taken_back(start, error) from error
+    await start.let_go()
+    return start.record
+
+
+async def _taken_back(start: "_Start", error: BaseException) -> BaseException:
+    """Undo a start; returns the error to raise, with QEMU's own words where it had any."""
+    log = start.host.paths.instance_log(start.record.name)
+    journal.note(log, f"start {start.record.generation} failed: {error}")
+    remains = await dismantle(start.host, start.record)
+    if remains.words:
+        journal.note(log, f"QEMU said: {remains.words}")
+    # An error of a person's own making, or of another's doing, stays what it is.
+    if not start.is_forked or not isinstance(error, Fault):
+        return error
+    return StartFailed(start.record.name, error.message, output=remains.words, hint=error.hint)
+
+
+class NotReady(KvmsecError):
+    """QEMU was not ready in time."""
+
+    def __init__(self, what: str, timeout_s: float) -> None:
+        super().__init__(
+            f"{what} within {timeout_s:g} s",
+            hint="give it longer with qemu.ready_timeout_s in kvmsec.toml, if the host is slow",
+        )
+
+
+class _Start:
+    """What one start has made so far."""
+
+    def __init__(
+        self, host: Host, definition: InstanceDefinition, security: Security, engine: Engine
+    ) -> None:
+        self.host = host
+        self.security = security
+        self.engine = engine
+        self.machine = definition.machine
+        self.opened = ExitStack()
+        self.lent = Lent()
+        self.identity: Identity
+        self.cgroup: cgroups.InstanceCgroup
+        self.monitor: Monitor | None = None
+        self.log = -1
+        self.newborn: Newborn | None = None
+        self.files = host.paths.instance(self.machine.name)
+        self.record = InstanceRecord(
+            name=self.machine.name,
+            generation=secrets.token_hex(8),
+            state=InstanceState.STARTING,
+            model=security.model,
+            domain=security.domain,
+            machine=self.machine,
+            launcher=processes.myself(),
+            created_at=datetime.now(UTC),
+            accelerator=engine.accelerator,
+            qemu=str(engine.binary),
+            qemu_version=engine.features.version_text,
+        )
+
+    @property
+    def is_forked(self) -> bool:
+        return self.newborn is not None
+
+    def note(self, **changes: Any) -> None:
+        self.record = records.advance(self.host.paths, self.record, **changes)
+
+    async def let_go(self) -> None:
+        """Close the launcher's own hold on everything; what was granted is QEMU's alone then."""
+        if self.monitor is not None:
+            await self.monitor.close()
+        self.opened.close()
+
+    # The steps, in their order -----------------------------------------------------------
+
+    def begin(self) -> None:
+        self.files.make()
+        records.save(self.host.paths, self.record)
+
+    def take_identity(self) -> None:
+        self.identity = identity_for(self.host, self.security, self.record)
+        self.note(uid=self.identity.uid, user=self.identity.user)
+
+    def open_images(self) -> None:
+        # Under one lock from the look at the others' records to the line in our own.
+        with FileLock(self.host.paths.images_lock):
+            disks = images_in_use.open_disks(self.machine, self.identity.inspector, self.opened)
+            everything = [image for chain in disks for image in chain]
+            others = (one for one in records.every(self.host.paths) if one.name != self.record.name)
+            images_in_use.require_unused(everything, others)
+            self.note(images=images_in_use.uses_of(everything))
+        self.lent = evolve(self.lent, disks=disks)
+
+    def open_boot_files(self) -> None:
+        opened = boot_files.open_all(self.machine, self.opened)
+        self.lent = evolve(self.lent, boot_files=opened)
+
+    async def open_taps(self) -> None:
+        opened = []
+        for nic in self.machine.nics:
+            request = taps.TapRequest(nic.tap, nic.bridge, nic.vhost)
+            tap = await taps.open_tap(
+                request,
+                tag=self.host.paths.tag,
+                instance=self.record.name,
+                remember=lambda record: self.note(taps=(*self.record.taps, record)),
+            )
+            self.opened.callback(tap.close)
+            opened.append(tap)
+        self.lent = evolve(self.lent, taps=tuple(opened))
+
+    def bind_sockets(self) -> None:
+        qmp = self.opened.enter_context(sockets.listen(self.files.qmp_socket))
+        serial = None
+        if self.machine.serial:
+            serial = self.opened.enter_context(sockets.listen(self.files.serial_socket))
+        self.lent = evolve(self.lent, qmp=qmp, serial=serial)
+
+    def mount_output(self) -> None:
+        size_kib = self.host.config.limits.log_kib
+        self.log = output.mount(self.files.output, self.identity.credentials, size_kib)
+        self.opened.callback(os.close, self.log)
+
+    def make_cgroup(self) -> None:
+        parent = self.host.config.cgroup.parent
+        group = self.host.hierarchy.create(self.host.paths.tag, self.record.name, parent)
+        self.cgroup = group
+        self.note(cgroups=group.paths)
+
+    def prove_rules(self) -> None:
+        if self.security.model is not SecurityModel.NONE:
+            self.host.rules.prove(self.identity.uid, self.identity.credentials.gid)
+
+    def fork(self) -> None:
+        """The child waits in its jail until its record is written: see `Newborn`."""
+        extra = self.host.config.qemu.extra_arguments
+        placed = place(self.engine, self.machine, self.lent, extra)
+        jail = Jail(
+            name=self.record.name,
+            credentials=self.identity.credentials,
+            mount_point=str(self.files.mount_point),
+            output=str(self.files.output),
+            log=self.log,
+            binds=self.engine.closure.binds,
+            boot_files=self.lent.boot_files,
+            has_kvm=self.engine.accelerator == "kvm",
+            cgroups=self.cgroup.procs_files,
+            descriptors=placed.descriptors,
+        )
+        self.newborn = process.spawn(jail, placed.argv[0], placed.argv)
+        self.opened.callback(self.newborn.close)
+        self.opened.callback(os.close, self.newborn.pidfd)
+        self.note(process=self.newborn.process, argv=placed.argv)
+
+    def release(self) -> None:
+        assert self.newborn is not None
+        log = self.host.paths.instance_log(self.record.name)
+        journal.note(log, f"start {self.record.generation}: {shlex.join(self.record.argv)}")
+        self.newborn.release()
+
+    async def become_qemu(self) -> None:
+        assert self.newborn is not None
+        if not await readable(self.newborn.fileno(), self.host.config.qemu.ready_timeout_s):
+            raise NotReady("its jail did not stand", self.host.config.qemu.ready_timeout_s)
+        self.newborn.executed()
+        # QEMU has its own: with ours closed, a QEMU that dies hangs up on who waits for it.
+        self.lent.close_sockets()
+
+    async def become_ready(self) -> None:
+        timeout_s = self.host.config.qemu.ready_timeout_s
+        self.monitor = await Monitor.connect(self.files.qmp_socket, timeout_s=timeout_s)
+
+    def verify(self) -> None:
+        assert self.newborn is not None
+        problems = process.confinement_problems(self.newborn)
+        if problems:
+            raise process.NotConfined(problems)
+
+    async def run(self) -> None:
+        assert self.monitor is not None
+        await self.monitor.cont()
+        self.note(state=InstanceState.RUNNING, started_at=datetime.now(UTC))
+
+
+@frozen
+class Step:
+    """One step of a start, and why it stands where it does."""
+
+    name: str
+    act: Callable[[_Start], Awaitable[None] | None]
+    reason: str
+
+
+STEPS: Final = (
+    Step("record", _Start.begin, "what isn't written down can't be taken back"),
+    Step("identity", _Start.take_identity, "an exhausted pool is told before anything is touched"),
+    Step("images", _Start.open_images, "headers are read as the instance's own uid"),
+    Step("boot files", _Start.open_boot_files, "copied into the jail from these descriptors"),
+    Step("taps", _Start.open_taps, "up and without IPv6 before a guest is behind them"),
+    Step("sockets", _Start.bind_sockets, "root's alone; QEMU gets them listening"),
+    Step("output", _Start.mount_output, "the only place that the instance may fill"),
+    Step("cgroup", _Start.make_cgroup, "the child joins it before anything else"),
+    Step("rules", _Start.prove_rules, "last before the fork: a packet of that uid is refused now"),
+    Step("fork", _Start.fork, "the child waits, so that no QEMU can be without a record"),
+    Step("release", _Start.release, "from here on the record leads to the process"),
+    Step("exec", _Start.become_qemu, "QEMU has its final uid before its first instruction"),
+    Step("ready", _Start.become_ready, "the reply to qmp_capabilities, not the greeting"),
+    Step("verify", _Start.verify, "what the kernel shows, before the guest's first instruction"),
+    Step("run", _Start.run, "the guest starts; from here on the instance outlives its launcher"),
+)

@@ -1,0 +1,293 @@
+"""The agent of this node: what a daemon and the command line drive instances with."""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from kvmsec.agent import Event, Finding, InstanceInfo, InstanceLog, InstanceState, UidState
+from kvmsec.errors import AlreadyRunning, InstancesRun, NotRoot, UnknownInstance
+from kvmsec.linux import processes
+from kvmsec.linux.locks import FileLock
+from kvmsec.model.instance import InstanceDefinition
+from kvmsec.node import records
+from kvmsec.node.host import Host
+from kvmsec.node.listing import describe, describe_all, read_log
+from kvmsec.node.records import InstanceRecord
+from kvmsec.node.uids import held_uids, release_uid, uid_states
+from kvmsec.node.waiting import acquire, readable
+from kvmsec.paths import Paths
+from uidpool.accounts import AccountRules, Problem, check_pool
+from uidpool.ranges import UidRanges
+
+_LOCK_TIMEOUT_S: Final = 120.0
+_EVENT_QUEUE: Final = 256
+
+
+class LocalNode:
+    """This node; all its files lie below `root`.
+
+    For one event loop and a process with one thread (a start forks). `on_step` is told the name of
+    each step of a start before it is taken.
+    """
+
+    def __init__(
+        self, root: Path | str = "/", *, on_step: Callable[[str], None] = lambda step: None
+    ) -> None:
+        self.host = Host(Paths(root))
+        self._on_step = on_step
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._listeners: set[asyncio.Queue[Event]] = set()
+        self._watches: dict[str, asyncio.Task[None]] = {}
+
+    async def start(self, definition: InstanceDefinition) -> InstanceInfo:
+        """Start an instance; returns once its guest runs.
+
+        Raises AlreadyRunning, LockBusy while another command works on it, PoolExhausted before
+        anything is touched, and otherwise the error of the step that failed, with everything that
+        had been made taken back.
+        """
+        from kvmsec.node.admission import admit
+        from kvmsec.node.engine import engine_for
+        from kvmsec.node.launch import launch
+
+        name = definition.name
+        await self.reconcile()
+        async with self._turn(name):
+            await self._require_stopped(name)
+            security = admit(self.host, definition)
+            engine = engine_for(self.host, definition.machine)
+            self._publish(name, InstanceState.STARTING)
+            try:
+                record = await launch(self.host, definition, security, engine, self._on_step)
+            except BaseException as error:
+                self._publish(name, InstanceState.STOPPED, str(error))
+                raise
+            records.forget(self.host.paths, name)
+            self._publish(name, InstanceState.RUNNING)
+            self._watch(record)
+            return describe(self.host, record)
+
+    async def _require_stopped(self, name: str) -> None:
+        """Refuse a start of what runs; what ended or was interrupted is settled first."""
+        from kvmsec.node.reconcile import is_true, settle_record
+
+        record = records.load(self.host.paths, name)
+        if record is None:
+            return
+        if is_true(record):
+            raise AlreadyRunning(name)
+        await settle_record(self.host, record)
+
+    async def stop(
+        self, name: str, *, timeout_s: float = 60.0, force: bool = False
+    ) -> InstanceInfo:
+        """End an instance; returns when its uid is clean and released.
+
+        ACPI powerdown first; SIGKILL after `timeout_s` seconds, or at once with `force`. An
+        instance that has ended already is fine. Raises UnknownInstance.
+        """
+        from kvmsec.node.halt import halt
+
+        await self.reconcile()
+        async with self._turn(name):
+            record = records.load(self.host.paths, name)
+            if record is None:
+                return self._ended_already(name)
+            self._publish(name, InstanceState.STOPPING)
+            reason = await halt(self.host, record, 0.0 if force else timeout_s)
+            self._publish(name, InstanceState.STOPPED, reason)
+            return InstanceInfo(name=name, state=InstanceState.STOPPED, reason=reason)
+
+    def _ended_already(self, name: str) -> InstanceInfo:
+        had_ended = records.forget(self.host.paths, name)
+        if not had_ended and not self.host.paths.definition(name).is_file():
+            raise UnknownInstance(name)
+        return InstanceInfo(name=name, state=InstanceState.STOPPED)
+
+    async def reboot(self, name: str) -> None:
+        """Reset the guest; its process, its uid and everything it was lent stay.
+
+        Raises UnknownInstance when it doesn't run, and MonitorError.
+        """
+        from hypervisor.monitor import Monitor
+
+        await self.reconcile()
+        async with self._turn(name):
+            if records.load(self.host.paths, name) is None:
+                raise UnknownInstance(name)
+            async with await Monitor.connect(self.host.paths.instance(name).qmp_socket) as monitor:
+                await monitor.reset()
+
+    async def list(self) -> tuple[InstanceInfo, ...]:
+        """Every instance of this node, by name; reads only."""
+        return describe_all(self.host)
+
+    async def info(self, name: str) -> InstanceInfo:
+        """One instance and its details; reads only. Raises UnknownInstance."""
+        for found in describe_all(self.host, only=name):
+            return found
+        raise UnknownInstance(name)
+
+    async def log(self, name: str) -> InstanceLog:
+        """What kvmsec and the instance itself have said. Raises UnknownInstance."""
+        return read_log(self.host, name)
+
+    async def uid_states(self, *, with_free: bool = False) -> tuple[UidState, ...]:
+        """The uids of the pool, and those that are held or kept back; reads only."""
+        return uid_states(self.host, with_free=with_free)
+
+    async def release_uid(self, uid: int) -> UidState:
+        """Clean a quarantined uid. Raises NotQuarantined, and UidNotClean with what is left."""
+        self._require_root()
+        return release_uid(self.host, uid)
+
+    async def apply_rules(self) -> None:
+        """Put this root's packet rules in place. Raises FirewallError."""
+        self._require_root()
+        self.host.paths.make_directories()
+        self.host.rules.apply()
+
+    async def verify_rules(self) -> tuple[Finding, ...]:
+        """Hold the packet rules against what they must be; each way in which they differ."""
+        return self.host.rules.verify()
+
+    async def show_rules(self) -> Mapping[str, Any]:
+        """The rules in force, their counters and the last drops, as JSON has it."""
+        return self.host.rules.firewall.show()
+
+    async def remove_rules(self, *, force: bool = False) -> None:
+        """Take this root's packet rules away. Raises InstancesRun unless `force`."""
+        self._require_root()
+        guarded = [one.name for one in records.every(self.host.paths) if one.uid]
+        if guarded and not force:
+            raise InstancesRun(guarded)
+        self.host.rules.remove()
+
+    async def doctor(self) -> tuple[Finding, ...]:
+        """Whether this host is ready, check by check; reads only."""
+        from kvmsec.node.doctor import examine
+
+        return tuple(await examine(self.host))
+
+    async def reconcile(self) -> tuple[str, ...]:
+        """Put right what killed processes left; says what was done, a line each."""
+        from kvmsec.cluster.operations import settle
+        from kvmsec.node.reconcile import reconcile
+
+        self._require_root()
+        self.host.paths.make_directories()
+        done = await reconcile(self.host)
+        cluster, _ = self.host.store.load()
+        if cluster is not None and cluster.draining:
+            await settle(self.host.store, [self])
+        return done
+
+    async def events(self) -> AsyncIterator[Event]:
+        """What happens to this node's instances from the first `anext` on.
+
+        Starts and stops through this object, and every end of a running instance. A listener that
+        falls more than 256 events behind loses the oldest.
+        """
+        queue: asyncio.Queue[Event] = asyncio.Queue(_EVENT_QUEUE)
+        self._listeners.add(queue)
+        for record in records.every(self.host.paths):
+            self._watch(record)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._listeners.discard(queue)
+
+    async def close(self) -> None:
+        """Stop watching; instances live on."""
+        watches = list(self._watches.values())
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
+
+    def _require_root(self) -> None:
+        if os.geteuid() != 0:
+            raise NotRoot("acting on instances")
+
+    # What a cluster asks of a node (kvmsec.cluster.nodes.ClusterNode) ----------------------
+
+    @property
+    def name(self) -> str:
+        return socket.gethostname()
+
+    async def check_pool(self, uids: UidRanges) -> Sequence[Problem]:
+        """What keeps these uids from being in the pool on this node."""
+        return check_pool(uids, AccountRules(self.host.config.uids.freed_ranges))
+
+    async def held_uids(self) -> Mapping[int, str]:
+        """Each uid that an instance of this root holds, or that is quarantined: by whom, or why."""
+        return held_uids(self.host)
+
+    async def running_instances(self) -> Sequence[str]:
+        """The names of the instances of this root that run, start or stop."""
+        return records.names(self.host.paths)
+
+    async def sync_rules(self) -> None:
+        """Make the packet rules hold what the cluster's state and the records say, and no more."""
+        self.host.paths.make_directories()
+        self.host.rules.sync()
+
+    async def forget_resting(self) -> None:
+        """Forget which uids of this root rest; what is leased or quarantined is kept."""
+        self.host.claims.forget_resting()
+
+    @asynccontextmanager
+    async def _turn(self, name: str) -> AsyncIterator[None]:
+        """The right to act on an instance: among this process's tasks, and among processes."""
+        turn = self._turns.setdefault(name, asyncio.Lock())
+        async with turn:
+            lock = FileLock(self.host.paths.instance_lock(name))
+            await acquire(lock, _LOCK_TIMEOUT_S)
+            try:
+                yield
+            finally:
+                # Of an instance that is gone, no lock file stays either.
+                if self.host.paths.instance(name).directory.exists():
+                    lock.release()
+                else:
+                    lock.discard()
+
+    def _publish(self, name: str, state: InstanceState, reason: str | None = None) -> None:
+        event = Event(datetime.now(UTC), name, state, reason)
+        for queue in self._listeners:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(event)
+
+    def _watch(self, record: InstanceRecord) -> None:
+        if record.process is None or record.generation in self._watches:
+            return
+        pidfd = processes.open_pidfd(record.process)
+        if pidfd is None:
+            return
+        task = asyncio.create_task(self._see_end(record, pidfd))
+        self._watches[record.generation] = task
+        task.add_done_callback(lambda _: self._watches.pop(record.generation, None))
+
+    async def _see_end(self, record: InstanceRecord, pidfd: int) -> None:
+        """Clean up after an instance that ends by itself, as soon as it does."""
+        try:
+            await readable(pidfd, None)
+            await self._after_end(record)
+        finally:
+            os.close(pidfd)
+
+    async def _after_end(self, record: InstanceRecord) -> None:
+        from kvmsec.node.reconcile import is_true, settle_record
+
+        async with self._turn(record.name):
+            now = records.load(self.host.paths, record.name)
+            if now is None or now.generation != record.generation or is_true(now):
+                return
+            line = await settle_record(self.host, now)
+            self._publish(record.name, InstanceState.CRASHED, line)

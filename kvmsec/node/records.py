@@ -1,0 +1,167 @@
+"""An instance's record: written before each thing that it names is made.
+
+Whoever finds a record can take back all that a start had made, whatever line its launcher died
+at; so the record is the undo log of a start as well as the memory of a running instance. It means
+nothing on another boot, and is not synced to disk.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+from attrs import evolve, field, frozen
+
+from hypervisor.machine import Machine
+from kvmsec.agent import InstanceState
+from kvmsec.errors import KvmsecError
+from kvmsec.linux.files import read_bounded, remove_file, replace_atomically
+from kvmsec.linux.processes import ProcessId
+from kvmsec.model.names import require_name
+from kvmsec.model.security import SecurityModel
+from kvmsec.node.taps import TapRecord
+from kvmsec.paths import Paths
+
+FORMAT: Final = 1
+_LIMIT_BYTES: Final = 1 << 20
+
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
+
+
+@frozen
+class ImageUse:
+    """An image that an instance has open, by device and inode, and whether it writes to it."""
+
+    identity: str
+    path: str
+    is_written: bool
+
+
+@frozen(kw_only=True)
+class InstanceRecord:
+    """One start of an instance; `generation` tells it from every other start."""
+
+    name: str
+    generation: str
+    state: InstanceState
+    model: SecurityModel
+    machine: Machine
+    launcher: ProcessId
+    created_at: Time
+    format: int = FORMAT
+    domain: str | None = None
+    uid: int | None = None
+    user: str | None = None
+    accelerator: str | None = None
+    qemu: str | None = None
+    qemu_version: str | None = None
+    process: ProcessId | None = None
+    started_at: Time | None = None
+    images: tuple[ImageUse, ...] = ()
+    taps: tuple[TapRecord, ...] = ()
+    cgroups: tuple[str, ...] = ()
+    argv: tuple[str, ...] = field(default=())
+
+    @property
+    def is_of_this_boot(self) -> bool:
+        from kvmsec.linux.processes import boot_id
+
+        return self.launcher.boot_id == boot_id()
+
+
+class RecordUnreadable(KvmsecError):
+    """A record can't be read; what it stands for is left alone rather than guessed at."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path} can't be used: {reason}",
+            hint="if no QEMU of that instance runs any more, remove the file's directory",
+        )
+        self.path = path
+
+
+@frozen(kw_only=True)
+class LastState:
+    """How an instance ended that nobody stopped: kept until it is started or stopped again."""
+
+    name: str
+    state: InstanceState
+    reason: str
+    at: Time
+    last_words: str = ""
+
+
+def save(paths: Paths, record: InstanceRecord) -> InstanceRecord:
+    """Write a record in place of the one before. Raises OSError."""
+    replace_atomically(paths.instance(record.name).record, _encode(record))
+    return record
+
+
+def advance(paths: Paths, record: InstanceRecord, **changes: Any) -> InstanceRecord:
+    """Save a record with some fields changed, and return it."""
+    return save(paths, evolve(record, **changes))
+
+
+def load(paths: Paths, name: str) -> InstanceRecord | None:
+    """The record of an instance; None when it has none. Raises RecordUnreadable."""
+    path = paths.instance(name).record
+    try:
+        return _decode(read_bounded(path, _LIMIT_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RecordUnreadable(path, str(error)) from error
+
+
+def names(paths: Paths) -> list[str]:
+    """The instances that have a directory here, a record in it or not; sorted."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for entry in paths.instances.iterdir():
+            with contextlib.suppress(KvmsecError):
+                found.append(require_name("an instance", entry.name))
+    return sorted(found)
+
+
+def every(paths: Paths) -> Iterator[InstanceRecord]:
+    """Every record that can be read."""
+    for name in names(paths):
+        with contextlib.suppress(RecordUnreadable):
+            record = load(paths, name)
+            if record is not None:
+                yield record
+
+
+def remember(paths: Paths, last: LastState) -> None:
+    """Keep how an instance ended. Raises OSError."""
+    replace_atomically(paths.last_state(last.name), _encode(last))
+
+
+def recall(paths: Paths, name: str) -> LastState | None:
+    """How an instance ended, if nobody asked for it; None too when that can't be read."""
+    try:
+        data = read_bounded(paths.last_state(name), _LIMIT_BYTES)
+        return msgspec.json.decode(data, type=LastState, dec_hook=_decode_value)
+    except (OSError, ValueError):
+        return None
+
+
+def forget(paths: Paths, name: str) -> bool:
+    """Drop how an instance ended; whether there was something to drop."""
+    return remove_file(paths.last_state(name))
+
+
+def _encode(value: object) -> bytes:
+    return msgspec.json.encode(value, enc_hook=str)
+
+
+def _decode(data: bytes) -> InstanceRecord:
+    return msgspec.json.decode(data, type=InstanceRecord, dec_hook=_decode_value)
+
+
+def _decode_value(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise ValueError(f"expected text for {kind.__name__}, not {value!a}")

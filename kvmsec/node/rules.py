@@ -1,0 +1,108 @@
+"""The packet rules of this node: which uids they must hold, and the proof before a start."""
+
+from pathlib import Path
+from typing import Final
+
+from firewall.guard import Firewall
+from firewall.policy import LogSettings, Policy, format_uids
+from kvmsec.agent import Finding
+from kvmsec.config import FirewallSettings
+from kvmsec.linux.files import read_bounded, remove_file, replace_atomically
+from kvmsec.linux.locks import FileLock
+from kvmsec.node import records
+from kvmsec.paths import Paths
+from kvmsec.store import Store
+from uidpool.ranges import EMPTY, UidRanges
+
+_LIMIT_BYTES: Final = 1 << 22
+
+
+class Rules:
+    """What keeps instances off the node's network: the pool's uids and each `user` model's.
+
+    What was applied last is noted, so that a start finds out without reading the kernel's rules
+    whether they have to change; whether they *hold* is for the canary alone.
+    """
+
+    def __init__(self, paths: Paths, settings: FirewallSettings, store: Store) -> None:
+        self._paths = paths
+        self._store = store
+        self._log = LogSettings(prefix=settings.log_prefix, group=settings.log_group)
+        self.firewall = Firewall(settings.backend, paths.tag)
+
+    def policy(self) -> Policy:
+        """The rules that this node must have now, from the cluster's pool and its records."""
+        cluster, _ = self._store.load()
+        wanted = cluster.guarded_uids if cluster else EMPTY
+        for record in records.every(self._paths):
+            if record.uid:
+                wanted |= UidRanges.of((record.uid, record.uid))
+        return Policy(wanted.ranges, self._log, self._paths.tag)
+
+    def prove(self, uid: int, gid: int) -> None:
+        """Return once a packet has proved that this uid can't send; else raise NotProved."""
+        with self._lock():
+            policy = self.policy()
+            if self._noted() != repr(policy):
+                self._apply(policy)
+            self.firewall.prove(uid, gid, policy)
+
+    def apply(self) -> None:
+        """Put the rules in place, whatever is there now. Raises FirewallError."""
+        with self._lock():
+            self._apply(self.policy())
+
+    def sync(self) -> None:
+        """Make the rules hold what they must, and no more: without a uid no rule is left."""
+        with self._lock():
+            self._sync()
+
+    def settle(self) -> None:
+        """After an instance's end: change the rules if that changed what they must hold."""
+        with self._lock():
+            if self._noted() not in (None, repr(self.policy())):
+                self._sync()
+
+    def verify(self) -> tuple[Finding, ...]:
+        """Hold the rules against what they must be, by structure and by packet; reads only."""
+        policy = self.policy()
+        found = self.firewall.verify(policy)
+        if not found:
+            uids = format_uids(policy.uids) or "nobody"
+            return (Finding("rules", "ok", "firewall", f"{uids} can send nothing"),)
+        return tuple(Finding(one.code, "error", "firewall", one.message, one.hint) for one in found)
+
+    def _sync(self) -> None:
+        policy = self.policy()
+        if policy.uids:
+            self._apply(policy)
+        else:
+            self._remove()
+
+    def remove(self) -> None:
+        """Take this root's rules away, all of them. Raises FirewallError."""
+        with self._lock():
+            self._remove()
+
+    def _apply(self, policy: Policy) -> None:
+        # Noted after it holds: a start that finds another note than it wants applies again.
+        remove_file(self._note)
+        self.firewall.apply(policy)
+        replace_atomically(self._note, repr(policy).encode())
+
+    def _remove(self) -> None:
+        self.firewall.remove()
+        remove_file(self._note)
+
+    @property
+    def _note(self) -> Path:
+        return self._paths.run / "rules"
+
+    def _noted(self) -> str | None:
+        try:
+            return read_bounded(self._note, _LIMIT_BYTES).decode()
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _lock(self) -> FileLock:
+        return FileLock(self._paths.run / "rules.lock")
