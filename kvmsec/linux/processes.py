@@ -9,7 +9,7 @@ from typing import Final
 
 from attrs import frozen
 
-_STATUS_LIMIT: Final = 64 * 1024
+_STATUS_LIMIT: Final = 1 << 20  # 65,536 groups (NGROUPS_MAX) of ten digits fit.
 CAPABILITY_SETS: Final = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
@@ -44,7 +44,8 @@ class ProcessStatus:
 
     @property
     def is_zombie(self) -> bool:
-        return self.state in ("Z", "X")
+        """Whether it has ended: a leader that ended before its threads only looks like it."""
+        return _has_ended(self.state, self.threads)
 
 
 def pids() -> list[int]:
@@ -52,14 +53,32 @@ def pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
+@frozen
+class _Look:
+    """What one read of /proc/PID/stat shows, all of the same moment."""
+
+    state: str
+    threads: int
+    start_ticks: int
+
+
 def identify(pid: int) -> ProcessId | None:
     """The identity of a running process (or zombie), None when there is none with this pid."""
+    seen = _look_at(pid)
+    return None if seen is None else ProcessId(pid, seen.start_ticks, boot_id())
+
+
+def _look_at(pid: int) -> _Look | None:
     stat = _read(f"/proc/{pid}/stat")
     if not stat:
         return None
     # The name may hold anything, spaces and parentheses too: count from the last parenthesis.
     after_name = stat[stat.rindex(b")") + 2 :].split()
-    return ProcessId(pid, int(after_name[19]), boot_id())
+    return _Look(after_name[0].decode(), int(after_name[17]), int(after_name[19]))
+
+
+def _has_ended(state: str, threads: int) -> bool:
+    return state in ("Z", "X") and threads <= 1
 
 
 def myself() -> ProcessId:
@@ -72,10 +91,10 @@ def myself() -> ProcessId:
 
 def is_alive(process: ProcessId) -> bool:
     """Whether that very process is there and has not ended; a zombie has."""
-    if identify(process.pid) != process:
+    seen = _look_at(process.pid)
+    if seen is None or ProcessId(process.pid, seen.start_ticks, boot_id()) != process:
         return False
-    status = read_status(process.pid)
-    return status is not None and not status.is_zombie
+    return not _has_ended(seen.state, seen.threads)
 
 
 def open_pidfd(process: ProcessId) -> int | None:
@@ -100,24 +119,27 @@ def kill(pidfd: int, number: signal.Signals = signal.SIGKILL) -> None:
 
 
 def read_status(pid: int) -> ProcessStatus | None:
-    """Read /proc/PID/status; None when there is no such process."""
+    """Read /proc/PID/status; None when there is no such process.
+
+    Raises KeyError when the kernel leaves out a line that a judgement could rest on.
+    """
     raw = _read(f"/proc/{pid}/status")
     if not raw:
         return None
-    fields: dict[str, str] = {}
-    for line in raw.decode(errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key, value.strip())
+    # The kernel escapes newlines in a process's name, and no other character that `splitlines`
+    # takes for the end of a line: a form feed there would let a process forge the lines below.
+    lines = (line.partition(b":") for line in raw.split(b"\n"))
+    fields = {key.decode(): value.strip().decode(errors="replace") for key, _, value in lines}
     return ProcessStatus(
         name=fields["Name"],
         state=fields["State"][:1],
         uids=_numbers(fields["Uid"]),
         gids=_numbers(fields["Gid"]),
-        groups=_numbers(fields.get("Groups", "")),
-        capabilities=tuple(int(fields.get(name, "0"), 16) for name in CAPABILITY_SETS),
+        groups=_numbers(fields["Groups"]),
+        capabilities=tuple(int(fields[name], 16) for name in CAPABILITY_SETS),
         no_new_privs=fields.get("NoNewPrivs") == "1",
         seccomp=int(fields.get("Seccomp", "0")),
-        threads=int(fields.get("Threads", "1")),
+        threads=int(fields["Threads"]),
     )
 
 
@@ -126,14 +148,17 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _read(path: str) -> bytes:
-    """One read of a /proc file; empty when its process has gone."""
+    """A /proc file of a process; empty when that has gone."""
+    chunks = []
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError):
         return b""
     try:
-        return os.read(descriptor, _STATUS_LIMIT)
+        while chunk := os.read(descriptor, _STATUS_LIMIT):
+            chunks.append(chunk)
     except ProcessLookupError:
         return b""
     finally:
         os.close(descriptor)
+    return b"".join(chunks)
