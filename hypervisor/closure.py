@@ -160,12 +160,14 @@ def interpreter_of(head: bytes) -> Path | None:
     """
     if head[:6] != b"\x7fELF\x02\x01":
         raise ValueError("not a 64-bit ELF file")
-    (table,) = struct.unpack_from("<Q", head, 32)
-    size, count = struct.unpack_from("<HH", head, 54)
+    (table,) = struct.unpack("<Q", head[32:40])
+    size, count = struct.unpack("<HH", head[54:58])
     for index in range(count):
-        kind, _, offset = struct.unpack_from("<IIQ", head, table + index * size)
+        # Slices, since an offset from a damaged file may be past what an index can be.
+        entry = head[table + index * size :][:56]
+        kind, _, offset = struct.unpack("<IIQ", entry[:16])
         if kind == _PT_INTERP:
-            (length,) = struct.unpack_from("<Q", head, table + index * size + 32)
+            (length,) = struct.unpack("<Q", entry[32:40])
             if offset + length > len(head):
                 raise ValueError("its interpreter is not at the beginning of the file")
             return Path(head[offset : offset + length].rstrip(b"\0").decode())

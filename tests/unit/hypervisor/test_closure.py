@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hypervisor.closure import Closure, find_closure, interpreter_of
@@ -54,6 +54,7 @@ def test_what_is_no_program_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 @given(st.binary(max_size=300), st.integers(0, 200), st.binary(max_size=40))
+@example(tail=b"", place=39, noise=b"\x80")
 def test_a_damaged_header_never_ends_in_another_error(
     tail: bytes, place: int, noise: bytes
 ) -> None:
