@@ -164,7 +164,8 @@ def interpreter_of(head: bytes) -> Path | None:
     size, count = struct.unpack("<HH", head[54:58])
     for index in range(count):
         # Slices, since an offset from a damaged file may be past what an index can be.
-        entry = head[table + index * size :][:56]
+        start = table + index * size
+        entry = head[start : start + 56]
         kind, _, offset = struct.unpack("<IIQ", entry[:16])
         if kind == _PT_INTERP:
             (length,) = struct.unpack("<Q", entry[32:40])
