@@ -15,6 +15,7 @@ from hypervisor import cgroups, process
 from hypervisor.process import Ended
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import processes
+from kvmsec.model.security import SecurityModel
 from kvmsec.node import journal, output, taps
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord
@@ -112,19 +113,27 @@ def _keep_words(host: Host, record: InstanceRecord) -> str:
 
 
 def _release_uid(host: Host, record: InstanceRecord) -> str | None:
-    """Give the uid back; the reason when it had to be quarantined instead.
-
-    Looked up by the start it was drawn for: a launcher may have died before it noted the uid.
-    """
-    for lease in host.claims.leases():
-        if (lease.instance, lease.generation) != (record.name, record.generation):
-            continue
-        outcome = host.claims.release(LeaseKey(lease.uid, lease.instance, lease.generation))
+    """Give the uid back; the reason when it had to be quarantined instead."""
+    if record.model is not SecurityModel.POOL:
+        return None
+    for key in _leases_of(host, record):
+        outcome = host.claims.release(key)
         if isinstance(outcome, Quarantined):
-            reason = f"uid {lease.uid} is quarantined: {outcome.reason}"
+            reason = f"uid {key.uid} is quarantined: {outcome.reason}"
             journal.note(host.paths.instance_log(record.name), reason)
             return reason
     return None
+
+
+def _leases_of(host: Host, record: InstanceRecord) -> list[LeaseKey]:
+    """What a start drew; looked up where its launcher died before it noted the uid."""
+    if record.uid is not None:
+        return [LeaseKey(record.uid, record.name, record.generation)]
+    return [
+        lease.key
+        for lease in host.claims.leases()
+        if (lease.instance, lease.generation) == (record.name, record.generation)
+    ]
 
 
 def remove_files(host: Host, name: str) -> None:

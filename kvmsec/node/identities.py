@@ -3,15 +3,15 @@
 from typing import Final
 
 from attrs import frozen
-from uidpool.claims import LeaseKey
 
 from kvmsec.errors import KvmsecError, NoCluster
 from kvmsec.linux.credentials import Credentials
 from kvmsec.model.security import Security, SecurityModel
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord
-from uidpool.accounts import Account, AccountRules, find_account, resolve_domain
+from uidpool.accounts import AccountRules, find_account, resolve_domain
 from uidpool.ranges import EMPTY
+from uidpool.snapshot import Account
 
 _NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
 _DRAWS: Final = 8
@@ -79,7 +79,7 @@ def _draw(host: Host, record: InstanceRecord) -> Account:
         account = find_account(lease.uid)
         if account is not None and now is not None and lease.uid in now.uid_pool:
             return account
-        host.claims.release(LeaseKey(lease.uid, lease.instance, lease.generation))
+        host.claims.release(lease.key)
         if account is None:
             raise MissingUser(lease.uid)
     raise PoolChanges

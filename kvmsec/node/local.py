@@ -125,7 +125,7 @@ class LocalNode:
 
     async def list(self) -> tuple[InstanceInfo, ...]:
         """Every instance of this node, by name; reads only."""
-        return describe_all(self.host)
+        return tuple(describe_all(self.host))
 
     async def info(self, name: str) -> InstanceInfo:
         """One instance and its details; reads only. Raises UnknownInstance."""
@@ -142,7 +142,7 @@ class LocalNode:
         return uid_states(self.host, with_free=with_free)
 
     async def release_uid(self, uid: int) -> UidState:
-        """Clean a quarantined uid. Raises NotQuarantined, and UidNotClean with what is left."""
+        """Clean a quarantined uid. Raises UidNotClean with what is left, UidHeld, ClaimsError."""
         self._require_root()
         return release_uid(self.host, uid)
 
@@ -240,6 +240,7 @@ class LocalNode:
     async def forget_resting(self) -> None:
         """Forget which uids of this root rest; what is leased or quarantined is kept."""
         self.host.claims.forget_resting()
+        self.host.claims.remove_if_unused()
 
     @asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[None]:

@@ -12,7 +12,7 @@ from kvmsec.node import journal, records, taps
 from kvmsec.node.dismantle import KILL_TIMEOUT_S, Remains, dismantle, remove_files
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord, LastState
-from uidpool.claims import Lease, LeaseKey
+from uidpool.claims import Lease
 
 
 async def reconcile(host: Host) -> tuple[str, ...]:
@@ -107,7 +107,7 @@ def _release_orphaned_uids(host: Host) -> list[str]:
 
 
 def _release(host: Host, lease: Lease) -> str:
-    outcome = host.claims.release(LeaseKey(lease.uid, lease.instance, lease.generation))
+    outcome = host.claims.release(lease.key)
     return f"uid {lease.uid}: was {lease.instance}'s, {outcome}"
 
 
