@@ -130,6 +130,13 @@ class UidRanges:
         which = bisect_right(self._counts, index)
         return self.ranges[which][1] - (self._counts[which] - 1 - index)
 
+    def index(self, uid: int) -> int:
+        """The place of a uid in ascending order, from 0; raises ValueError when it isn't there."""
+        if uid not in self:
+            raise ValueError(f"{uid} is not among the uids")
+        which = bisect_right(self._firsts, uid) - 1
+        return self._counts[which] - 1 - (self.ranges[which][1] - uid)
+
     def __or__(self, other: Self) -> Self:
         return type(self)(self.ranges + other.ranges)
 

@@ -1,0 +1,345 @@
+"""Draw a uid, hold it, release it: at most one holder on a node, whatever crashes when.
+
+A draw is uniform over the free uids, from the operating system's CSPRNG. Every change of the
+records is made under one lock, and written so that a crash at any line leaves a uid held rather
+than free: a rest or a quarantine is there before its lease goes.
+"""
+
+import contextlib
+import secrets
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from attrs import evolve, frozen
+
+from kvmsec.linux.processes import boot_id, myself
+from uidpool import provision, usage
+from uidpool.errors import (
+    ClaimsError,
+    NoCleanUid,
+    PoolExhausted,
+    RecordNotWritten,
+    RecordUnreadable,
+    UidHeld,
+)
+from uidpool.ledger import Ledger
+from uidpool.occupation import Occupation
+from uidpool.ranges import EMPTY, UidRanges
+from uidpool.records import Lease, LeaseKey, Quarantine, Rest
+from uidpool.snapshot import Snapshot
+
+__all__ = [
+    "Claims",
+    "Lease",
+    "LeaseKey",
+    "Quarantine",
+    "Quarantined",
+    "Released",
+    "Rest",
+    "State",
+    "UidState",
+]
+
+DEFAULT_REUSE_DELAY_S: Final = 60.0
+_ATTEMPTS: Final = 8
+
+
+class State(StrEnum):
+    """What a uid of the pool is at."""
+
+    FREE = "free"
+    LEASED = "leased"
+    RESTING = "resting"
+    DRAINING = "draining"
+    QUARANTINED = "quarantined"
+
+
+@frozen
+class UidState:
+    """A uid that is not simply free: whose it is or was, why, and until when it rests."""
+
+    uid: int
+    state: State
+    instance: str | None = None
+    root: str | None = None
+    reason: str | None = None
+    until: datetime | None = None
+
+
+@frozen
+class Released:
+    """The uid was clean and is given back."""
+
+    def __str__(self) -> str:
+        return "released"
+
+
+@frozen
+class Quarantined:
+    """The uid could not be cleaned, and is kept back until it is."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"quarantined: {self.reason}"
+
+
+class Claims:
+    """Who holds which uid on this node, for every kvmsec root of it.
+
+    `leases` (below /run) and `state` (below /var/lib) are directories that only root may enter;
+    they are made when they are needed. `root` names the kvmsec root that draws. `inspect` and
+    `clean` are `uidpool.usage`'s unless a test brings its own.
+    """
+
+    def __init__(
+        self,
+        leases: Path,
+        state: Path,
+        *,
+        root: str,
+        inspect: Callable[[int], usage.Usage] = usage.inspect,
+        clean: Callable[[int], usage.Usage] | None = None,
+    ) -> None:
+        self.root = root
+        self._ledger = Ledger(leases, state)
+        self._inspect = inspect
+        self._clean = clean or self._clean_with_reaper
+
+    # --- draw
+
+    def draw(
+        self,
+        pool: UidRanges,
+        *,
+        instance: str,
+        generation: str,
+        draining: UidRanges = EMPTY,
+        reuse_delay_s: float = DEFAULT_REUSE_DELAY_S,
+    ) -> Lease:
+        """Lease one uid of the pool, at random among the free ones, and prove that it is clean.
+
+        Uids of `draining` are not drawn; resting ones only when no other is free, the one that
+        has rested longest first. A uid that is found dirty is quarantined and another is drawn, at
+        most eight. Raises PoolExhausted, NoCleanUid, RecordNotWritten, LockBusy, UntrustedPath.
+        """
+        reasons: dict[int, str] = {}
+        for _ in range(_ATTEMPTS):
+            try:
+                lease = self._lease_one(pool - draining, instance, generation, reuse_delay_s)
+            except PoolExhausted as exhausted:
+                if reasons:
+                    raise NoCleanUid(reasons) from exhausted
+                raise
+            found = self._inspect_drawn(lease)
+            if found.is_clean:
+                return lease
+            reasons[lease.uid] = found.reason()
+            self._quarantine(lease, found.reason())
+            if found.incomplete:
+                break  # What stopped this look would stop the next, and the pool be used up.
+        raise NoCleanUid(reasons)
+
+    def _lease_one(
+        self, uids: UidRanges, instance: str, generation: str, reuse_delay_s: float
+    ) -> Lease:
+        with self._ledger.changing() as occupation:
+            uid = occupation.choose(uids, secrets.randbelow)
+            lease = self._new_lease(LeaseKey(uid, instance, generation), reuse_delay_s)
+            self._ledger.create_lease(lease)
+            # A rest that stays beside a lease means nothing: the lease counts.
+            with contextlib.suppress(RecordNotWritten):
+                self._remove_rests(occupation, uid)
+            return lease
+
+    def _new_lease(self, key: LeaseKey, reuse_delay_s: float) -> Lease:
+        return Lease(
+            uid=key.uid,
+            instance=key.instance,
+            generation=key.generation,
+            root=self.root,
+            boot_id=boot_id(),
+            launcher=myself(),
+            created_at=datetime.now(UTC),
+            reuse_delay_s=max(reuse_delay_s, 0.0),
+        )
+
+    def _inspect_drawn(self, lease: Lease) -> usage.Usage:
+        try:
+            return self._inspect(lease.uid)
+        except BaseException:
+            # Nobody has used the uid yet: it is as free as before.
+            with self._ledger.changing():
+                self._ledger.remove_lease(lease.uid)
+            raise
+
+    def adopt(self, key: LeaseKey, *, reuse_delay_s: float = DEFAULT_REUSE_DELAY_S) -> Lease:
+        """Make sure that a running instance holds its uid, with the caller as its launcher.
+
+        For a lease whose launcher has died, and for one that was lost (somebody emptied /run).
+        Raises UidHeld when another instance holds the uid, RecordUnreadable, RecordNotWritten.
+        """
+        with self._ledger.changing():
+            held = self._ledger.lease(key.uid)
+            if held is None:
+                lease = self._new_lease(key, reuse_delay_s)
+                self._ledger.create_lease(lease)
+                return lease
+            if held.key != key:
+                raise UidHeld(key.uid, f"instance {held.instance!a} (root {held.root!a})")
+            lease = evolve(held, launcher=myself(), boot_id=boot_id())
+            self._ledger.replace_lease(lease)
+            return lease
+
+    # --- release
+
+    def release(self, key: LeaseKey) -> Released | Quarantined:
+        """Clean the uid of a lease and give it back, or quarantine it.
+
+        A lease that is not there any more, or is another start's by now, is left alone: nothing
+        of its holder is touched, however often this is called. Raises RecordUnreadable,
+        RecordNotWritten (the uid stays leased), LockBusy.
+        """
+        with self._ledger.releasing(key.uid):
+            lease = self._ledger.lease(key.uid)
+            if lease is None or lease.key != key:
+                return self._earlier_outcome(key)
+            left = self._clean(key.uid)
+            if not left.is_clean:
+                return self._quarantine(lease, left.reason())
+            with self._ledger.changing() as occupation:
+                self._remove_rests(occupation, key.uid)
+                if lease.reuse_delay_s > 0:
+                    self._ledger.create_rest(key.uid, lease.reuse_delay_s, lease.root)
+                self._ledger.remove_quarantine(key.uid)
+                self._ledger.remove_lease(key.uid)
+            return Released()
+
+    def retry(self, uid: int) -> Released | Quarantined:
+        """Try again to clean a quarantined uid, or one whose lease can't be read.
+
+        In the latter case nothing is ended or removed, since an instance may be running: the uid
+        is freed when it is found clean. Raises UidHeld when an instance holds it, and ClaimsError
+        when the uid is neither.
+        """
+        with self._ledger.releasing(uid):
+            try:
+                lease = self._ledger.lease(uid)
+            except RecordUnreadable as unreadable:
+                return self._retry_unreadable(uid, unreadable)
+            if lease is not None:
+                raise UidHeld(uid, f"instance {lease.instance!a} (root {lease.root!a})")
+            if self._ledger.quarantine_of(uid) is None:
+                raise ClaimsError(
+                    f"uid {uid} is not quarantined", hint="see what is: kvmsec uids list"
+                )
+            left = self._clean(uid)
+            if not left.is_clean:
+                return Quarantined(left.reason())
+            with self._ledger.changing():
+                self._ledger.remove_quarantine(uid)
+            return Released()
+
+    def _retry_unreadable(self, uid: int, unreadable: RecordUnreadable) -> Released | Quarantined:
+        found = self._inspect(uid)
+        if not found.is_clean:
+            return Quarantined(f"{unreadable.message}; it still has: {found.reason()}")
+        with self._ledger.changing():
+            self._ledger.remove_quarantine(uid)
+            self._ledger.remove_lease(uid)
+        return Released()
+
+    def _earlier_outcome(self, key: LeaseKey) -> Released | Quarantined:
+        found = self._ledger.quarantine_of(key.uid)
+        if found and (found.instance, found.generation) == (key.instance, key.generation):
+            return Quarantined(found.reason)
+        return Released()
+
+    def _quarantine(self, lease: Lease, reason: str) -> Quarantined:
+        record = Quarantine(
+            uid=lease.uid,
+            reason=reason,
+            instance=lease.instance,
+            generation=lease.generation,
+            root=lease.root,
+            since=datetime.now(UTC),
+        )
+        with self._ledger.changing():
+            self._ledger.write_quarantine(record)
+            self._ledger.remove_lease(lease.uid)
+        return Quarantined(reason)
+
+    def _remove_rests(self, occupation: Occupation, uid: int) -> None:
+        for rest in occupation.rests_of(uid):
+            self._ledger.remove_rest(rest)
+
+    def _clean_with_reaper(self, uid: int) -> usage.Usage:
+        """Only ever called for a uid that a lease or a quarantine says was drawn from a pool."""
+        reaper = provision.find_reaper(Snapshot.read())
+        if reaper is None:
+            found = self._inspect(uid)
+            if found.is_clean:
+                return found
+            missing = f"there is no user {provision.REAPER} (kvmsec uids provision POOL makes it)"
+            return evolve(found, incomplete=missing)
+        own = UidRanges.of((uid, uid))
+        return usage.clean(uid, pool=own, reaper_uid=reaper.uid, sweep_lock=self._ledger.sweep_lock)
+
+    # --- what is known
+
+    def leases(self) -> tuple[Lease, ...]:
+        """The leases of every root, by uid; those that can't be read are in `unreadable`."""
+        return tuple(one for one in self._ledger.leases() if isinstance(one, Lease))
+
+    def unreadable(self) -> tuple[RecordUnreadable, ...]:
+        """The leases that can't be read. Their uids count as leased until `retry` frees them."""
+        return tuple(one for one in self._ledger.leases() if isinstance(one, RecordUnreadable))
+
+    def stale(self) -> tuple[Lease, ...]:
+        """The leases of another boot: their instances are gone, their uids wait to be released."""
+        return tuple(lease for lease in self.leases() if lease.boot_id != boot_id())
+
+    def resting(self) -> tuple[Rest, ...]:
+        """The rests that are not over, by uid."""
+        return tuple(sorted(self._ledger.rests(), key=lambda rest: rest.uid))
+
+    def quarantined(self) -> tuple[Quarantine, ...]:
+        """The quarantined uids and why, by uid."""
+        return tuple(self._ledger.quarantines())
+
+    def states(self, *, draining: UidRanges = EMPTY) -> tuple[UidState, ...]:
+        """Every uid of this node that is leased, quarantined or resting, one entry each, by uid.
+
+        A leased uid of `draining` is told as draining.
+        """
+        found: dict[int, UidState] = {}
+        for rest in self._ledger.rests():
+            found[rest.uid] = UidState(rest.uid, State.RESTING, until=rest.ends_at)
+        for one in self._ledger.quarantines():
+            found[one.uid] = UidState(
+                one.uid, State.QUARANTINED, one.instance or None, one.root or None, one.reason
+            )
+        for lease in self._ledger.leases():
+            if isinstance(lease, RecordUnreadable):
+                uid = int(lease.path.name)
+                found[uid] = UidState(uid, State.LEASED, reason=lease.message)
+            else:
+                state = State.DRAINING if lease.uid in draining else State.LEASED
+                found[lease.uid] = UidState(lease.uid, state, lease.instance, lease.root)
+        return tuple(found[uid] for uid in sorted(found))
+
+    # --- the end of a cluster
+
+    def forget_resting(self) -> None:
+        """Drop the rests of this root's uids: for when its cluster is destroyed."""
+        with self._ledger.changing() as occupation:
+            for rest in occupation.rests():
+                if self._ledger.is_rest_of(rest, self.root):
+                    self._ledger.remove_rest(rest)
+
+    def remove_if_unused(self) -> bool:
+        """Remove the directories if no root of this node has a record there; whether it did."""
+        return self._ledger.remove_if_unused()

@@ -1,0 +1,278 @@
+"""The records on disk, and the one lock under which they change.
+
+`leases` holds a file for each lease; `state` the directories `resting` and `quarantine`, which
+outlive a reboot. All of them are root's alone.
+"""
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from attrs import evolve
+
+from kvmsec.linux.files import (
+    create_exclusively,
+    make_private_directory,
+    remove_file,
+    write_atomically,
+)
+from kvmsec.linux.locks import FileLock
+from uidpool.errors import RecordNotWritten, RecordUnreadable
+from uidpool.occupation import Occupation
+from uidpool.records import (
+    Lease,
+    Quarantine,
+    Rest,
+    encode,
+    read_lease,
+    read_quarantine,
+    uid_of_name,
+)
+
+_LOCK_TIMEOUT_S: Final = 30.0
+_RELEASE_TIMEOUT_S: Final = 60.0
+_PURGED_AT_ONCE: Final = 256
+# What a writer that was killed leaves; all writers hold the lock, so whoever has it may remove it.
+_UNFINISHED: Final = re.compile(r"\.[0-9.]+\.[0-9a-f]{16}", re.ASCII)
+
+
+class Ledger:
+    """Reads and writes the records; what is to be written is decided elsewhere.
+
+    Every method that writes raises RecordNotWritten where it can't, and leaves nothing half done.
+    """
+
+    def __init__(self, leases: Path, state: Path) -> None:
+        self._leases = leases
+        self._state = state
+        self._resting = state / "resting"
+        self._quarantine = state / "quarantine"
+
+    @property
+    def sweep_lock(self) -> Path:
+        """The lock that all sweeps of this node share."""
+        return self._leases / ".sweep.lock"
+
+    # --- locks
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[Occupation]:
+        """Hold the lock under which records change; gives what there is once it is tidied.
+
+        Raises LockBusy after half a minute, RecordNotWritten, UntrustedPath.
+        """
+        lock = self._lock()
+        try:
+            yield self._tidied()
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def releasing(self, uid: int) -> Iterator[None]:
+        """One release of a uid at a time.
+
+        Without it a second one could still be cleaning, which kills, when the first has given the
+        uid to its next holder.
+        """
+        lock = FileLock(self._leases / f".{uid}.release")
+        with _writing(lock.path):
+            make_private_directory(self._leases)
+            lock.acquire(_RELEASE_TIMEOUT_S)
+        try:
+            yield
+        finally:
+            lock.discard()
+
+    def _lock(self) -> FileLock:
+        lock = FileLock(self._leases / ".lock")
+        while True:
+            with _writing(lock.path), contextlib.suppress(FileNotFoundError):
+                for place in (self._leases, self._state, self._resting, self._quarantine):
+                    make_private_directory(place)
+                lock.acquire(_LOCK_TIMEOUT_S)
+                if self._resting.is_dir() and self._quarantine.is_dir():
+                    return lock
+            # `remove_if_unused` was at work in between: make the directories again.
+            lock.release()
+
+    def _tidied(self) -> Occupation:
+        """Remove unfinished files and rests that are over; mend rests that begin in the future.
+
+        Those were written before the clock was set back: they begin now.
+        """
+        leases, quarantined = os.listdir(self._leases), os.listdir(self._quarantine)
+        resting = os.listdir(self._resting)
+        for place, names in (
+            (self._leases, leases),
+            (self._quarantine, quarantined),
+            (self._resting, resting),
+        ):
+            for name in names:
+                if name[0] == "." and _UNFINISHED.fullmatch(name):
+                    self._remove(place / name)
+        now_ms = _now_ms()
+        return Occupation(
+            leased=_uids_of(leases),
+            quarantined=_uids_of(quarantined),
+            rests=self._tidied_rests(resting, now_ms),
+            now_ms=now_ms,
+        )
+
+    def _tidied_rests(self, names: list[str], now_ms: int) -> list[Rest]:
+        kept = []
+        purged = 0
+        for name in names:
+            rest = Rest.from_name(name)
+            if rest is None:
+                continue
+            if rest.is_over(now_ms) and purged < _PURGED_AT_ONCE:
+                purged += 1
+                self._remove(self._resting / name)
+                continue
+            if rest.since_ms > now_ms:
+                rest = evolve(rest, since_ms=now_ms)
+                with _writing(self._resting / name):
+                    (self._resting / name).rename(self._resting / rest.name)
+            kept.append(rest)
+        return kept
+
+    # --- leases
+
+    def lease(self, uid: int) -> Lease | None:
+        """The lease of a uid, None when there is none. Raises RecordUnreadable."""
+        return read_lease(self._leases / str(uid))
+
+    def leases(self) -> Iterator[Lease | RecordUnreadable]:
+        """Every lease, by uid; in place of one that can't be read, why."""
+        for uid in sorted(_uids_of(_names_in(self._leases))):
+            try:
+                lease = self.lease(uid)
+            except RecordUnreadable as error:
+                yield error
+            else:
+                if lease is not None:
+                    yield lease
+
+    def create_lease(self, lease: Lease) -> None:
+        """Write a lease where there is none; hold `changing`."""
+        path = self._leases / str(lease.uid)
+        with _writing(path):
+            try:
+                create_exclusively(path, encode(lease))
+            except FileExistsError:
+                raise
+            except OSError:
+                remove_file(path)  # It may be there, and only its directory not synced.
+                raise
+
+    def replace_lease(self, lease: Lease) -> None:
+        """Write a lease in place of the one that is there; hold `changing`."""
+        path = self._leases / str(lease.uid)
+        with _writing(path):
+            write_atomically(path, encode(lease))
+
+    def remove_lease(self, uid: int) -> None:
+        self._remove(self._leases / str(uid))
+
+    # --- quarantine
+
+    def quarantine_of(self, uid: int) -> Quarantine | None:
+        """The quarantine of a uid; a record that can't be read is one with that as its reason."""
+        path = self._quarantine / str(uid)
+        try:
+            return read_quarantine(path)
+        except RecordUnreadable as error:
+            changed = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+            return Quarantine(uid, error.message, "", "", "", changed)
+
+    def quarantines(self) -> Iterator[Quarantine]:
+        """Every quarantine, by uid."""
+        for uid in sorted(_uids_of(_names_in(self._quarantine))):
+            record = self.quarantine_of(uid)
+            if record is not None:
+                yield record
+
+    def write_quarantine(self, record: Quarantine) -> None:
+        path = self._quarantine / str(record.uid)
+        with _writing(path):
+            write_atomically(path, encode(record))
+
+    def remove_quarantine(self, uid: int) -> None:
+        self._remove(self._quarantine / str(uid))
+
+    # --- rests
+
+    def rests(self) -> list[Rest]:
+        """The rests that are not over, in no order."""
+        now_ms = _now_ms()
+        found = (Rest.from_name(name) for name in _names_in(self._resting))
+        return [rest for rest in found if rest is not None and not rest.is_over(now_ms)]
+
+    def create_rest(self, uid: int, delay_s: float, root: str) -> None:
+        """Let a uid rest from now on; hold `changing`."""
+        path = self._resting / Rest(uid, _now_ms(), round(delay_s * 1000)).name
+        with _writing(path):
+            write_atomically(path, os.fsencode(root))
+
+    def remove_rest(self, rest: Rest) -> None:
+        self._remove(self._resting / rest.name)
+
+    def is_rest_of(self, rest: Rest, root: str) -> bool:
+        """Whether the uid was released by an instance of this kvmsec root."""
+        try:
+            return (self._resting / rest.name).read_bytes() == os.fsencode(root)
+        except FileNotFoundError:
+            return False
+
+    # --- the end
+
+    def remove_if_unused(self) -> bool:
+        """Remove the directories when they hold no record."""
+        lock = self._lock()
+        try:
+            places = (self._leases, self._resting, self._quarantine)
+            if any(name[0] != "." for place in places for name in os.listdir(place)):
+                return False
+            for name in os.listdir(self._leases):
+                if name != ".lock":
+                    self._remove(self._leases / name)
+            # Whoever waits for the lock makes again what is gone, and what isn't empty stays.
+            lock.discard()
+            for place in (self._resting, self._quarantine, self._state, self._leases):
+                with contextlib.suppress(OSError):
+                    place.rmdir()
+            return True
+        finally:
+            lock.release()
+
+    def _remove(self, path: Path) -> None:
+        with _writing(path):
+            remove_file(path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordNotWritten(path, error) from error
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
+
+
+def _uids_of(names: list[str]) -> list[int]:
+    return [uid for name in names if (uid := uid_of_name(name)) is not None]
