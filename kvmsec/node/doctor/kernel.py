@@ -1,0 +1,146 @@
+"""What the kernel has to offer: everything that a jail is made of, tried rather than looked up."""
+
+import errno
+import os
+import platform
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from hypervisor.cgroups import Hierarchy
+from kvmsec.linux import namespaces, processes, syscalls
+from kvmsec.linux.credentials import Credentials, become
+from kvmsec.linux.files import open_without_links
+from kvmsec.node.doctor.subject import Answer, Subject, error, ok, warning
+
+_NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
+_PR_SET_SECCOMP: Final = 22
+_SECCOMP_MODE_FILTER: Final = 2
+_YAMA: Final = Path("/proc/sys/kernel/yama/ptrace_scope")
+_CONTAINER_HINT: Final = (
+    "run kvmsec on the host itself, or in a container that is given all privileges"
+)
+_KINDS: Final = {
+    "mount": namespaces.CLONE_NEWNS,
+    "network": namespaces.CLONE_NEWNET,
+    "IPC": namespaces.CLONE_NEWIPC,
+    "UTS": namespaces.CLONE_NEWUTS,
+    "PID": namespaces.CLONE_NEWPID,
+    "cgroup": namespaces.CLONE_NEWCGROUP,
+}
+
+
+def check_system(subject: Subject) -> Iterator[Answer]:
+    """Versions, and the one architecture that the system calls are numbered for."""
+    about = f"Python {platform.python_version()}, Linux {os.uname().release}, {os.uname().machine}"
+    if os.uname().machine == "x86_64":
+        yield ok(about)
+    else:
+        yield error(f"{about}: kvmsec knows x86_64 only", "use an x86_64 host")
+
+
+def check_system_calls(subject: Subject) -> Iterator[Answer]:
+    """Each call that Debian's Python takes for granted or has no name for."""
+    # close_range (5.9) needs no trial: without it no child process would have come this far.
+    missing = [name for name, use in _CALLS.items() if not _works(use)]
+    if missing:
+        yield error(
+            f"not available: {', '.join(missing)}",
+            f"run Linux 5.12 or later; in a container, {_CONTAINER_HINT}",
+        )
+    else:
+        yield ok(f"{', '.join(_CALLS)}")
+
+
+def _works(use: Callable[[], None]) -> bool:
+    try:
+        use()
+    except OSError as failure:
+        # What is asked for does not exist or is senseless: said by a kernel that has the call.
+        return failure.errno in (errno.ENOENT, errno.EINVAL)
+    return True
+
+
+def _open_by_rules() -> None:
+    os.close(open_without_links(Path("/proc"), os.O_PATH))
+
+
+def _signal_by_descriptor() -> None:
+    pidfd = os.pidfd_open(os.getpid())
+    signal.pidfd_send_signal(pidfd, 0)
+    os.close(pidfd)
+
+
+def _change_no_mount() -> None:
+    syscalls.set_mount_attributes("/proc/no such mount", syscalls.MOUNT_ATTR_NODEV)
+
+
+_CALLS: Final = {
+    "openat2": _open_by_rules,
+    "pidfd_open and pidfd_send_signal": _signal_by_descriptor,
+    "mount_setattr": _change_no_mount,
+}
+
+
+def check_namespaces(subject: Subject) -> Iterator[Answer]:
+    """A process of our own leaves each kind of namespace; it ends right after."""
+    refused = {}
+    for kind, flag in _KINDS.items():
+        try:
+            syscalls.unshare(flag)
+        except OSError as failure:
+            refused[kind] = failure.strerror
+    if refused:
+        reasons = "; ".join(f"{kind}: {reason}" for kind, reason in refused.items())
+        yield error(f"can't be made anew: {reasons}", _CONTAINER_HINT)
+    else:
+        yield ok(", ".join(_KINDS))
+
+
+def check_privileges(subject: Subject) -> Iterator[Answer]:
+    """A process of our own gives up everything for good, and the kernel filters system calls."""
+    try:
+        syscalls.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, 0)
+    except OSError as failure:
+        # EFAULT: the filter that we didn't give could not be read, so filters are known (prctl(2)).
+        if failure.errno != errno.EFAULT:
+            yield error(
+                f"the kernel has no seccomp filters ({failure.strerror})",
+                "run a kernel with CONFIG_SECCOMP_FILTER, as distributions' kernels are",
+            )
+    try:
+        become(_NOBODY)
+    except OSError as failure:
+        yield error(f"root can't be given up for good: {failure}", _CONTAINER_HINT)
+        return
+    status = processes.read_status(os.getpid())
+    if status is not None and status.no_new_privs and not any(status.capabilities):
+        yield ok("seccomp filters, no_new_privs, and nothing left once root is given up")
+    else:
+        yield error("the kernel still shows capabilities once root is given up", _CONTAINER_HINT)
+
+
+def check_ptrace(subject: Subject) -> Iterator[Answer]:
+    """For information: under `pool` no two instances share a uid, so none may trace another."""
+    try:
+        scope = _YAMA.read_text().strip()
+    except FileNotFoundError:
+        yield ok("the kernel has no Yama: processes that share a uid may trace one another")
+        return
+    if scope == "0":
+        yield ok("Yama allows it: instances that share a user (model `user`) may trace one another")
+    else:
+        yield ok(f"Yama restricts it (ptrace_scope {scope})")
+
+
+def check_cgroups(subject: Subject) -> Iterator[Answer]:
+    hierarchy = Hierarchy.detect()
+    if hierarchy.problem is None:
+        yield ok(hierarchy.layout)
+        return
+    found = f"{hierarchy.layout}: {hierarchy.problem}" if hierarchy.mounts else hierarchy.problem
+    if subject.config and "cgroup" in subject.config.confinement.may_be_missing:
+        yield ok(f"{found} (kvmsec.toml says that it may be missing)")
+    else:
+        yield warning(found, "mount it: mount -t cgroup2 none /sys/fs/cgroup")

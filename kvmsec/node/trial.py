@@ -1,0 +1,165 @@
+"""A guest that is booted only to see whether this host runs guests.
+
+Nothing of it outlives the call, however that ends: the guest and whoever looks after it live in a
+PID namespace whose first process is killed with the caller, and all their files on a tmpfs in a
+mount namespace of their own. The guest has the same jail as an instance, as nobody, without a
+control group.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal
+
+from hypervisor import cmdline, process, tiny
+from hypervisor.closure import Closure
+from hypervisor.errors import HypervisorError
+from hypervisor.features import Features
+from hypervisor.foreign_text import escaped
+from hypervisor.jail import BootFile, Jail
+from hypervisor.machine import Machine
+from hypervisor.monitor import Monitor
+from kvmsec.errors import KvmsecError
+from kvmsec.linux import namespaces, syscalls
+from kvmsec.linux.children import start_child
+from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.errors import ChildFailed, ChildTimedOut
+from kvmsec.node import output, sockets
+from kvmsec.node.waiting import readable
+
+NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
+_PR_SET_PDEATHSIG: Final = 1
+_PLACE: Final = Path("/run")  # a directory that is everywhere, and that QEMU is not started from
+_FIRMWARE: Final = PurePosixPath("/boot/firmware")
+_QMP, _SERIAL = 3, 4
+_GRACE_S: Final = 1.0
+_WORDS_CHARS: Final = 300
+
+
+class TrialFailed(KvmsecError):
+    """The guest did not boot; the message says what was seen, with QEMU's own words."""
+
+
+def boot_tiny_guest(
+    closure: Closure,
+    features: Features,
+    accelerator: Literal["kvm", "tcg"],
+    *,
+    timeout_s: float,
+) -> float:
+    """Boot the tiny guest in a jail and wait for its banner; returns the seconds that it took.
+
+    Needs root and one thread. Raises TrialFailed.
+    """
+
+    def supervise() -> dict[str, Any]:
+        _leave_the_host()
+        return asyncio.run(_boot(closure, features, accelerator, timeout_s))
+
+    try:
+        with namespaces.children_in_new_pid_namespace():
+            child = start_child(supervise, what=f"booting the tiny guest under {accelerator}")
+        told = child.collect(timeout_s + _GRACE_S)
+    except (ChildFailed, ChildTimedOut) as failure:
+        raise TrialFailed(failure.message) from failure
+    if problem := told["problem"]:
+        raise TrialFailed(str(problem))
+    return float(told["took_s"])
+
+
+def _leave_the_host() -> None:
+    """Take places of our own: a /proc that shows our PID namespace, and a tmpfs to work on."""
+    syscalls.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    syscalls.unshare(namespaces.CLONE_NEWNS)
+    namespaces.mount(None, "/", None, namespaces.MS_REC | namespaces.MS_PRIVATE)
+    flags = namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC
+    namespaces.mount("proc", "/proc", "proc", flags)
+    namespaces.mount("kvmsec-trial", str(_PLACE), "tmpfs", flags, "size=1m,mode=0700")
+
+
+async def _boot(
+    closure: Closure, features: Features, accelerator: Literal["kvm", "tcg"], timeout_s: float
+) -> dict[str, Any]:
+    """What there is to tell: `took_s` until the banner, or the `problem`."""
+    started = time.monotonic()
+    machine = Machine(name="doctor", memory_mib=1, firmware=tiny.rom_path())
+    grants = cmdline.Grants(qmp=_QMP, serial=_SERIAL, firmware=_FIRMWARE)
+    argv = cmdline.build(machine, features, grants, accelerator=accelerator)
+    with ExitStack() as opened:
+        jail, listeners = _make_jail(closure, accelerator, opened)
+        newborn = process.spawn(jail, closure.program, (closure.program, *argv))
+        opened.callback(process.kill_and_wait, newborn.pidfd, _GRACE_S)
+        problem = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                newborn.release()
+                await readable(newborn.fileno(), None)
+                newborn.executed()
+                for listener in listeners:
+                    listener.close()
+                problem = await _hear(newborn)
+        except TimeoutError:
+            problem = f"it did not speak within {timeout_s:g} s"
+        except HypervisorError as failure:
+            problem = failure.message
+        took_s = time.monotonic() - started
+        if problem is not None and (words := _last_words(jail)):
+            problem = f"{problem}; QEMU said: {words}"
+    return {"took_s": took_s, "problem": problem}
+
+
+def _make_jail(
+    closure: Closure, accelerator: str, opened: ExitStack
+) -> tuple[Jail, tuple[socket.socket, ...]]:
+    rom = os.open(tiny.rom_path(), os.O_RDONLY | os.O_CLOEXEC)
+    opened.callback(os.close, rom)
+    for name in ("root", "output"):
+        (_PLACE / name).mkdir(mode=0o700)
+    log = output.mount(_PLACE / "output", NOBODY, size_kib=64)
+    opened.callback(os.close, log)
+    qmp = opened.enter_context(sockets.listen(_PLACE / "qmp"))
+    serial = opened.enter_context(sockets.listen(_PLACE / "serial"))
+    jail = Jail(
+        name="doctor",
+        credentials=NOBODY,
+        mount_point=str(_PLACE / "root"),
+        output=str(_PLACE / "output"),
+        log=log,
+        binds=closure.binds,
+        boot_files=(BootFile(rom, os.fstat(rom).st_size, _FIRMWARE.name),),
+        has_kvm=accelerator == "kvm",
+        descriptors={_QMP: qmp.fileno(), _SERIAL: serial.fileno()},
+    )
+    return jail, (qmp, serial)
+
+
+async def _hear(newborn: process.Newborn) -> str | None:
+    """Let the guest run once its confinement was seen; None when its banner came."""
+    async with await Monitor.connect(_PLACE / "qmp") as monitor:
+        if problems := process.confinement_problems(newborn):
+            return f"QEMU is not confined: {'; '.join(problems)}"
+        with sockets.connect(_PLACE / "serial") as line:
+            line.setblocking(False)
+            await monitor.cont()
+            return await _read_banner(line)
+
+
+async def _read_banner(line: socket.socket) -> str | None:
+    heard = b""
+    while not heard.startswith(tiny.BANNER):
+        chunk = await asyncio.get_running_loop().sock_recv(line, 256)
+        if not chunk:
+            return "QEMU ended before its guest spoke"
+        heard += chunk
+        if not tiny.BANNER.startswith(heard[: len(tiny.BANNER)]):
+            return f"it spoke otherwise than expected: {escaped(heard, limit_chars=80)}"
+    return None
+
+
+def _last_words(jail: Jail) -> str:
+    words = output.read(Path(jail.output), output.QEMU_LOG, 1 << 16)
+    return escaped(words.strip(), limit_chars=_WORDS_CHARS)
