@@ -44,7 +44,7 @@ class LogSettings:
     """How refused packets are logged.
 
     `prefix` opens each line: 1 to 29 printable ASCII characters, without those that quote or
-    expand (double quote, backslash, dollar). `group` sends lines to that NFLOG group (0..65535)
+    expand (quotes, backslash, dollar). `group` sends lines to that NFLOG group (0..65535)
     rather than to the kernel log. `per_minute` bounds the lines of one uid (of one range of uids
     under iptables, which has no match that counts by uid), so that an instance can't roll the
     kernel's log over. Raises PolicyError.
@@ -69,8 +69,8 @@ def _prefix_problems(prefix: str) -> Iterable[str]:
         yield "the log prefix is empty"
     if (size := len(prefix.encode(errors="replace"))) > PREFIX_LIMIT_BYTES:
         yield f"the log prefix has {size} bytes, the kernel keeps {PREFIX_LIMIT_BYTES}"
-    if any(not " " <= letter <= "~" or letter in '"\\$' for letter in prefix):
-        yield f'the log prefix {prefix!a} is not printable ASCII without ", \\ and $'
+    if any(not " " <= letter <= "~" or letter in "\"'\\$" for letter in prefix):
+        yield f"the log prefix {prefix!a} is not printable ASCII without quotes, \\ and $"
 
 
 def _merge(pairs: Iterable[tuple[int, int]]) -> UidPairs:

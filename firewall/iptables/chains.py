@@ -36,6 +36,7 @@ _KERNEL_HINT: Final = (
     "xt_connmark, xt_limit and xt_LOG (modprobe ip_tables ip6_tables), or set the firewall's "
     "backend to nftables"
 )
+_PRIVILEGE_HINT: Final = "run as root, with CAP_NET_ADMIN in this network namespace"
 _LOCK_HINT: Final = "another tool is changing packet rules: wait for it, then try again"
 
 
@@ -120,9 +121,8 @@ class IptablesBackend:
         try:
             lock.acquire(_LOCK_DEADLINE_S)
         except (LockBusy, OSError) as error:
-            raise RulesRefused(
-                self.name, "take the xtables lock", str(error), hint=_LOCK_HINT
-            ) from error
+            hint = _LOCK_HINT if isinstance(error, LockBusy) else _PRIVILEGE_HINT
+            raise RulesRefused(self.name, "take the xtables lock", str(error), hint=hint) from error
         return lock
 
     def read(self) -> Installed | None:
@@ -161,8 +161,7 @@ class IptablesBackend:
         except FileNotFoundError as error:
             raise RulesUnreadable(self.name, _missing(error), hint=_INSTALL_HINT) from error
         except (CommandFailed, CommandTimedOut, ValueError) as error:
-            hint = "run as root, with CAP_NET_ADMIN in this network namespace"
-            raise RulesUnreadable(self.name, f"{family}: {error}", hint=hint) from error
+            raise RulesUnreadable(self.name, f"{family}: {error}", hint=_PRIVILEGE_HINT) from error
 
 
 def _plan(policy: Policy, tables: Mapping[Family, Tables]) -> list[TableChange]:
@@ -188,8 +187,7 @@ def _change(
     lines = saved.chain_of(tables[family], table, tag) or ()
     hook = saved.chain_of(tables[family], table, ruleset.HOOK) or ()
     jumps = sum(line.words == ("-j", tag) for line in hook)
-    counters = saved.carry_counters(wanted, lines)
-    rules = tuple(zip(wanted, counters, strict=True))
+    rules = tuple(zip(wanted, saved.heirs(wanted, lines), strict=True))
     return TableChange(family, table, tag, rules, jumps if is_bypassed else None)
 
 

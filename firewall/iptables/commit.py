@@ -9,13 +9,14 @@ error here. It costs the import (0.4 s), which only a change of the rules pays.
 import ctypes
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from attrs import frozen
 
+from firewall.iptables.counters import read_counters
 from firewall.iptables.ruleset import HOOK, Part, Rule
-from firewall.iptables.saved import Counters
+from firewall.iptables.saved import NO_COUNTERS, Counters
 from firewall.policy import PREFIX_LIMIT_BYTES, Family
 
 # struct xt_nflog_info of linux/netfilter/xt_NFLOG.h: the prefix follows a u32 and four u16 ...
@@ -29,12 +30,15 @@ _MATCH_HEADER_BYTES: Final = 32
 
 @frozen
 class TableChange:
-    """What one table of one family is to hold: our chain with its counters, and the jump to it."""
+    """What our chain is to hold in one table of one family, and the jump to it.
+
+    `rules` come with the places of present rules whose counters each goes on from.
+    """
 
     family: Family
     table: str
     chain: str
-    rules: tuple[tuple[Rule, Counters], ...]
+    rules: tuple[tuple[Rule, tuple[int, ...]], ...]
     # How many rules of OUTPUT jump to the chain now; None leaves them alone.
     misplaced_jumps: int | None
 
@@ -43,8 +47,9 @@ def commit(changes: Sequence[TableChange]) -> None:
     """Carry the changes out, table by table; each commit is atomic, all of them are not.
 
     The caller holds the xtables lock. Raises what python-iptables raises. Every table is opened
-    and edited before the first is committed, so that a family that the kernel doesn't have fails
-    before anything has changed.
+    and every rule made before the first commit, so that a family that the kernel doesn't have
+    fails before anything has changed, and so that little time passes between the reading of the
+    counters and the commit: packets in between are dropped, but not counted.
     """
     _silence()
     import iptc
@@ -52,9 +57,9 @@ def commit(changes: Sequence[TableChange]) -> None:
     # The library asks every table in ALL whether a target's name is a chain of it, and asking
     # makes the kernel create the table (nat among them, for every packet of the host).
     iptc.Table.ALL = iptc.Table6.ALL = sorted({change.table for change in changes})
-    tables = [_edit(iptc, change) for change in changes]
-    for table in tables:
-        table.commit()
+    prepared = [_prepare(iptc, change) for change in changes]
+    for edit in prepared:
+        edit()
 
 
 def _silence() -> None:
@@ -64,27 +69,39 @@ def _silence() -> None:
     os.dup2(sink, 2)
 
 
-def _edit(iptc: Any, change: TableChange) -> Any:
+def _prepare(iptc: Any, change: TableChange) -> Callable[[], None]:
+    """Open the table and make the rules; the edit and its commit are what is returned."""
     table_type, rule_type = (
         (iptc.Table, iptc.Rule) if change.family == "ipv4" else (iptc.Table6, iptc.Rule6)
     )
     # With autocommit on, the library swallows a commit that failed.
     table = table_type(change.table, autocommit=False)
-    if table.is_chain(change.chain):
-        chain = iptc.Chain(table, change.chain)
-        chain.flush()
-    else:
-        chain = table.create_chain(change.chain)
     encoder = _Encoder(rule_type)
-    for rule, counters in change.rules:
-        table.append_entry(change.chain, encoder.encode(rule, counters))
-    if change.misplaced_jumps is not None:
-        hook = iptc.Chain(table, HOOK)
-        jump = Rule(Part(change.chain))
-        for _ in range(change.misplaced_jumps):
-            hook.delete_rule(_build(rule_type, jump))
-        hook.insert_rule(_build(rule_type, jump), 0)
-    return table
+    entries = [encoder.encode(rule) for rule, _ in change.rules]
+
+    def edit() -> None:
+        old = read_counters(change.family, change.table, change.chain)
+        if table.is_chain(change.chain):
+            iptc.Chain(table, change.chain).flush()
+        else:
+            table.create_chain(change.chain)
+        for entry, (_, places) in zip(entries, change.rules, strict=True):
+            encoder.set_counters(entry, [old[place] for place in places])
+            table.append_entry(change.chain, entry)
+        if change.misplaced_jumps is not None:
+            _put_jump_first(iptc, table, rule_type, change.chain, change.misplaced_jumps)
+        table.commit()
+
+    return edit
+
+
+def _put_jump_first(iptc: Any, table: Any, rule_type: Any, chain: str, misplaced: int) -> None:
+    hook = iptc.Chain(table, HOOK)
+    # A target is a chain by name only once the table has it.
+    jump = _build(rule_type, Rule(Part(chain)))
+    for _ in range(misplaced):
+        hook.delete_rule(jump)
+    hook.insert_rule(jump, 0)
 
 
 def _build(rule_type: Any, rule: Rule) -> Any:
@@ -112,27 +129,33 @@ class _Encoder:
     def __init__(self, rule_type: Any) -> None:
         self._rule_type = rule_type
         self._made: dict[Rule, Any] = {}
+        header = type(rule_type().entry)
+        self._counters_at = header.counters.offset
+        self._uids_at = ctypes.sizeof(header) + _MATCH_HEADER_BYTES
 
-    def encode(self, rule: Rule, counters: Counters) -> Any:
+    def encode(self, rule: Rule) -> Any:
         kind, uids = _without_uids(rule)
         if kind not in self._made:
             self._made[kind] = self._make(rule)
-        made, counters_at, uids_at = self._made[kind]
+        made = self._made[kind]
         entry = type(made).from_buffer_copy(made)
-        struct.pack_into("=QQ", entry, counters_at, *counters)
         if uids is not None:
-            struct.pack_into("=II", entry, uids_at, *uids)
+            struct.pack_into("=II", entry, self._uids_at, *uids)
         return entry
 
-    def _make(self, rule: Rule) -> tuple[Any, int, int]:
+    def set_counters(self, entry: Any, counters: Sequence[Counters]) -> None:
+        """Let the entry start from the sum of the counters."""
+        packets, size = (sum(values) for values in zip(NO_COUNTERS, *counters, strict=True))
+        struct.pack_into("=QQ", entry, self._counters_at, packets, size)
+
+    def _make(self, rule: Rule) -> Any:
         built = _build(self._rule_type, rule)
         built.final_check()
         entry = built.rule
         prefix = dict(rule.target.options).get("nflog-prefix")
         if prefix is not None:
             _write_nflog_prefix(entry, prefix)
-        header = type(built.entry)
-        return entry, header.counters.offset, ctypes.sizeof(header) + _MATCH_HEADER_BYTES
+        return entry
 
 
 def _without_uids(rule: Rule) -> tuple[Rule, tuple[int, int] | None]:

@@ -4,6 +4,7 @@ The handle is made for each reading and freed after it, so that it is of the net
 that the caller has now (python-iptables keeps its handles, and takes half a second to import).
 """
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ _NAMES: Final[dict[Family, Path]] = {
     "ipv6": Path("/proc/thread-self/net/ip6_tables_names"),
 }
 
+_PRIVILEGE_HINT: Final = "run as root, with CAP_NET_ADMIN in this network namespace"
+
 
 class _Counters(ctypes.Structure):
     """struct xt_counters of linux/netfilter/x_tables.h."""
@@ -36,39 +39,61 @@ _COUNTERS_OFFSET: Final[dict[Family, int]] = {"ipv4": 96, "ipv6": 152}
 
 
 def tables_in_use(family: Family) -> frozenset[str]:
-    """The legacy tables that exist in this namespace; asking the kernel by name would make them."""
+    """The legacy tables that exist in this namespace; asking the kernel by name would make them.
+
+    Raises RulesUnreadable without the privilege to know.
+    """
     try:
         return frozenset(_NAMES[family].read_text().split())
     except FileNotFoundError:
         return frozenset()
+    except PermissionError as error:
+        raise RulesUnreadable("iptables", f"{family}: {error}", hint=_PRIVILEGE_HINT) from error
 
 
 def read_dropped(family: Family, is_ours: Callable[[str], bool]) -> int:
     """Packets dropped by the chains of `filter` that `is_ours`. Raises RulesUnreadable."""
     if "filter" not in tables_in_use(family):
         return 0
+    with _opened(family, "filter") as (call, handle):
+        chains = list(_walk(call["first_chain"](handle), lambda: call["next_chain"](handle)))
+        return sum(
+            packets
+            for chain in chains
+            if is_ours(chain.decode())
+            for target, (packets, _) in _rules(call, handle, chain, family)
+            if target == b"DROP"
+        )
+
+
+def read_counters(family: Family, table: str, chain: str) -> list[tuple[int, int]]:
+    """Packets and bytes of each rule of a chain, none where there is no such chain."""
+    with _opened(family, table) as (call, handle):
+        return [counters for _, counters in _rules(call, handle, chain.encode(), family)]
+
+
+@contextlib.contextmanager
+def _opened(family: Family, table: str) -> Iterator[tuple[dict[str, Any], int]]:
     call = _functions(family)
-    handle = call["init"](b"filter")
+    handle = call["init"](table.encode())
     if not handle:
         detail = call["strerror"](ctypes.get_errno()).decode(errors="replace")
-        hint = "run as root, with CAP_NET_ADMIN in this network namespace"
-        raise RulesUnreadable("iptables", f"{family}: {detail}", hint=hint)
+        raise RulesUnreadable("iptables", f"{family}: {detail}", hint=_PRIVILEGE_HINT)
     try:
-        chains = list(_walk(call["first_chain"](handle), lambda: call["next_chain"](handle)))
-        ours = [chain for chain in chains if is_ours(chain.decode())]
-        return sum(_dropped(call, handle, chain, family) for chain in ours)
+        yield call, handle
     finally:
         call["free"](handle)
 
 
-def _dropped(call: dict[str, Any], handle: int, chain: bytes, family: Family) -> int:
-    total = 0
+def _rules(
+    call: dict[str, Any], handle: int, chain: bytes, family: Family
+) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    """The target's name and the counters of each rule of a chain."""
     entry = call["first_rule"](chain, handle)
     while entry:
-        if call["get_target"](entry, handle) == b"DROP":
-            total += _Counters.from_address(entry + _COUNTERS_OFFSET[family]).packets
+        counters = _Counters.from_address(entry + _COUNTERS_OFFSET[family])
+        yield call["get_target"](entry, handle), (counters.packets, counters.bytes)
         entry = call["next_rule"](entry, handle)
-    return total
 
 
 def _walk(first: bytes | None, following: Callable[[], bytes | None]) -> Iterator[bytes]:

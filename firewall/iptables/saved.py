@@ -146,23 +146,23 @@ def uids(tables: Tables, tag: str) -> UidPairs:
     return tuple(sorted(pairs))
 
 
-def carry_counters(wanted: Sequence[Rule], lines: Sequence[Line]) -> list[Counters]:
-    """The counters that the wanted rules start with, so that no total falls.
+def heirs(wanted: Sequence[Rule], lines: Sequence[Line]) -> list[tuple[int, ...]]:
+    """For each wanted rule, the places of the present lines whose counters it goes on from.
 
-    A rule that stays keeps its own; what rules that go had dropped is added to the first one.
+    A rule that stays keeps its own; what rules that go had dropped is added to the first one, so
+    that no total falls.
     """
-    left: dict[tuple[str, ...], list[Counters]] = {}
-    for line in lines:
-        left.setdefault(line.words, []).append(line.counters)
-    carried = []
+    left: dict[tuple[str, ...], list[int]] = {}
+    for place, line in enumerate(lines):
+        left.setdefault(line.words, []).append(place)
+    inherited: list[tuple[int, ...]] = []
     for rule in wanted:
         same = left.get(rule.words())
-        carried.append(same.pop(0) if same else NO_COUNTERS)
-    gone = [one for words, each in left.items() if _drops(words) for one in each]
-    if carried:
-        packets, size = (sum(values) for values in zip(carried[0], *gone, strict=True))
-        carried[0] = (packets, size)
-    return carried
+        inherited.append((same.pop(0),) if same else ())
+    gone = [place for words, places in left.items() if _drops(words) for place in places]
+    if inherited:
+        inherited[0] += tuple(gone)
+    return inherited
 
 
 def restore_script(now: Tables, before: Tables, tag: str) -> str:

@@ -1,5 +1,6 @@
 """The nftables backend: one `inet` table of our own for both families."""
 
+import contextlib
 import difflib
 import json
 from typing import Any, Final
@@ -77,7 +78,9 @@ class NftablesBackend:
             self._nft.change(ruleset.remove(self.tag) + rules)
             self._nft.change(ruleset.remove(stand_in))
         except NftFailed as error:
-            self._delete(stand_in)
+            # If that fails too: it holds our rules, and the next change deletes it.
+            with contextlib.suppress(RulesRefused):
+                self._delete(stand_in)
             raise self._refused("apply the rules", error) from error
         if findings := self.compare(policy):
             raise RulesRefused(self.name, "apply the rules", findings[0].message, hint=_MEND_HINT)

@@ -47,11 +47,11 @@ class Host:
         )
 
     def rules(self) -> str:
-        """Everything that packet filters hold here but counters and empty tables."""
+        """Everything that packet filters hold here but counters, elements and empty tables."""
         tools = ("iptables-legacy-save", "ip6tables-legacy-save")
         lines = [line for tool in tools for line in self.sh(tool).splitlines()]
         legacy = [line for line in lines if line.startswith("-A") or " - [" in line]
-        return "\n".join([*legacy, self.sh("nft", "-s", "list", "ruleset")])
+        return "\n".join([*legacy, self.sh("nft", "-s", "-t", "list", "ruleset")])
 
     def send_to(self, uid: int, family: Family, address: str, data: bytes = b"x") -> int | None:
         """Send a datagram to port 5000 as the uid; the errno that it met, None if it went."""

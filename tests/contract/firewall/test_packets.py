@@ -21,10 +21,13 @@ KIND = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 # Longer than two retransmissions of TCP (0.2 and 0.4 s).
 SILENCE_S = 1.0
 
+# That both ways to nft hold the same rules is seen in test_rules.
+each_filter = pytest.mark.parametrize("make", ["nftables", "iptables"], indirect=True)
 both_families = pytest.mark.parametrize("family", FAMILIES)
 
 
 @both_families
+@each_filter
 def test_a_datagram_of_the_pool_is_refused_and_counted(net, backend, family):
     inbox = net.listen(family, socket.SOCK_DGRAM)
     assert net.send(net.uid, family, b"before") is None
@@ -38,6 +41,7 @@ def test_a_datagram_of_the_pool_is_refused_and_counted(net, backend, family):
 
 
 @both_families
+@each_filter
 def test_the_bounds_of_a_range_are_refused_and_its_neighbours_are_not(net, backend, family):
     backend.apply(net.policy((220010, 220020), (220030, 220030)))
     refused = [uid for uid in range(220008, 220033) if net.send(uid, family) == errno.EPERM]
@@ -45,6 +49,7 @@ def test_the_bounds_of_a_range_are_refused_and_its_neighbours_are_not(net, backe
 
 
 @both_families
+@each_filter
 def test_a_tcp_connection_of_the_pool_never_begins(net, backend, family):
     listener = net.listen(family, socket.SOCK_STREAM)
     backend.apply(net.policy())
@@ -63,12 +68,14 @@ def test_a_tcp_connection_of_the_pool_never_begins(net, backend, family):
 
 
 @both_families
+@each_filter
 def test_loopback_is_refused_as_well(net, backend, family):
     backend.apply(net.policy())
     address = "127.0.0.1" if family == "ipv4" else "::1"
     assert net.send_to(net.uid, family, address) == errno.EPERM
 
 
+@each_filter
 def test_a_socket_that_root_opened_is_a_grant(net, backend):
     """What the design rests on: a connection that QEMU needs is made for it and passed."""
     inbox = net.listen("ipv4", socket.SOCK_DGRAM)
@@ -84,6 +91,7 @@ def test_a_socket_that_root_opened_is_a_grant(net, backend):
     assert net.received(inbox) == b"granted"
 
 
+@each_filter
 def test_the_frames_of_a_guest_are_not_touched(net, backend):
     """A tap's frames are forwarded, not sent by a socket of the uid that holds the tap."""
     net.sh("ip", "tuntap", "add", "guest0", "mode", "tap", "user", str(net.uid))
@@ -179,6 +187,7 @@ def _plain_owner_rule(net: Any) -> None:
 
 
 @both_families
+@each_filter
 def test_what_close_left_queued_does_not_leave(net, backend, family):
     assert _leaked_by_orphan(net, family, lambda: backend.apply(net.policy())) == 0
 
@@ -216,6 +225,7 @@ def _leaked_by_syn_cookies(net: Any, family: str) -> tuple[int, int]:
 
 
 @both_families
+@each_filter
 def test_syn_cookies_let_nothing_out(net, make, family):
     backend = make()
     backend.apply(net.policy())
@@ -233,6 +243,7 @@ def test_a_plain_owner_rule_would_let_syn_cookies_through(net):
     assert leaked > 0
 
 
+@each_filter
 def test_no_service_is_silenced_by_a_mark_on_its_connection(net, backend):
     """A uid that shares a UDP port with a service can mark its connection, and only that."""
     inbox = net.listen("ipv4", socket.SOCK_DGRAM)
@@ -257,6 +268,7 @@ def test_no_service_is_silenced_by_a_mark_on_its_connection(net, backend):
 
 
 @both_families
+@each_filter
 def test_reapplying_under_traffic_leaks_nothing(net, backend, family):
     inbox = net.listen(family, socket.SOCK_DGRAM)
     backend.apply(net.policy())
@@ -285,5 +297,5 @@ def test_reapplying_under_traffic_leaks_nothing(net, backend, family):
     assert sent == 0
     assert refused == 40000
     assert net.received(inbox, 0.1) is None
-    # Counters are read before they are carried over: what is dropped in between is not counted.
-    assert backend.dropped().of(family) >= before + (refused if rounds == 20 else 1)
+    # The legacy tables lose the count (not the drop) of what meets the instant of a commit.
+    assert backend.dropped().of(family) - before >= refused * (0.8 if rounds == 3 else 1)
