@@ -1,17 +1,23 @@
 """This node's own: its paths, settings and state, wired to the rooms once."""
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from hypervisor.cgroups import Hierarchy
 from kvmsec.config import Config, load_config
-from kvmsec.node.rules import Rules
 from kvmsec.paths import Paths
 from kvmsec.store.file import FileStore
-from uidpool.claims import Claims
+
+if TYPE_CHECKING:
+    from hypervisor.cgroups import Hierarchy
+    from kvmsec.node.rules import Rules
+    from uidpool.claims import Claims
 
 
 class Host:
-    """What every part of `kvmsec.node` works on; nothing is read or made before it is needed."""
+    """What every part of `kvmsec.node` works on.
+
+    Nothing is read, made or even imported before it is needed: a listing needs little of it.
+    """
 
     def __init__(self, paths: Paths) -> None:
         self.paths = paths
@@ -22,13 +28,19 @@ class Host:
         return load_config(self.paths.config)
 
     @cached_property
-    def claims(self) -> Claims:
+    def claims(self) -> "Claims":
+        from uidpool.claims import Claims
+
         return Claims(self.paths.uid_leases, self.paths.uid_state, root=str(self.paths.root))
 
     @cached_property
-    def hierarchy(self) -> Hierarchy:
+    def hierarchy(self) -> "Hierarchy":
+        from hypervisor.cgroups import Hierarchy
+
         return Hierarchy.detect()
 
     @cached_property
-    def rules(self) -> Rules:
+    def rules(self) -> "Rules":
+        from kvmsec.node.rules import Rules
+
         return Rules(self.paths, self.config.firewall, self.store)

@@ -185,10 +185,6 @@ class _Start:
         self.cgroup = group
         self.note(cgroups=group.paths)
 
-    def prove_rules(self) -> None:
-        if self.security.model is not SecurityModel.NONE:
-            self.host.rules.prove(self.identity.uid, self.identity.credentials.gid)
-
     def fork(self) -> None:
         """The child waits in its jail until its record is written: see `Newborn`."""
         extra = self.host.config.qemu.extra_arguments
@@ -209,6 +205,10 @@ class _Start:
         self.opened.callback(self.newborn.close)
         self.opened.callback(os.close, self.newborn.pidfd)
         self.note(process=self.newborn.process, argv=placed.argv)
+
+    def prove_rules(self) -> None:
+        if self.security.model is not SecurityModel.NONE:
+            self.host.rules.prove(self.identity.uid, self.identity.credentials.gid)
 
     def release(self) -> None:
         assert self.newborn is not None
@@ -258,8 +258,8 @@ STEPS: Final = (
     Step("sockets", _Start.bind_sockets, "root's alone; QEMU gets them listening"),
     Step("output", _Start.mount_output, "the only place that the instance may fill"),
     Step("cgroup", _Start.make_cgroup, "the child joins it before anything else"),
-    Step("rules", _Start.prove_rules, "last before the fork: a packet of that uid is refused now"),
-    Step("fork", _Start.fork, "the child waits, so that no QEMU can be without a record"),
+    Step("fork", _Start.fork, "the child builds its jail and waits: no QEMU without a record"),
+    Step("rules", _Start.prove_rules, "the last before QEMU: a packet of that uid is refused now"),
     Step("release", _Start.release, "from here on the record leads to the process"),
     Step("exec", _Start.become_qemu, "QEMU has its final uid before its first instruction"),
     Step("ready", _Start.become_ready, "the reply to qmp_capabilities, not the greeting"),

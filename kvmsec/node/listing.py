@@ -5,7 +5,6 @@ from pathlib import Path
 
 import attrs
 
-from hypervisor import process
 from kvmsec.agent import InstanceInfo, InstanceLog, InstanceState
 from kvmsec.errors import KvmsecError, UnknownInstance
 from kvmsec.linux import processes
@@ -39,6 +38,8 @@ def _describe_named(host: Host, name: str) -> InstanceInfo | None:
 
 def describe(host: Host, record: InstanceRecord) -> InstanceInfo:
     """An instance that has a record, as it is now."""
+    from hypervisor import process  # psutil: a node without instances does not pay for it
+
     state, reason = _state_of(record)
     runs = record.process if state is not InstanceState.CRASHED else None
     use = process.use_of(runs) if runs else None

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvmsec.agent import Event, Finding, InstanceInfo, InstanceLog, InstanceState, UidState
 from kvmsec.errors import AlreadyRunning, InstancesRun, NotRoot, UnknownInstance
@@ -18,11 +18,12 @@ from kvmsec.node import records
 from kvmsec.node.host import Host
 from kvmsec.node.listing import describe, describe_all, read_log
 from kvmsec.node.records import InstanceRecord
-from kvmsec.node.uids import held_uids, release_uid, uid_states
 from kvmsec.node.waiting import acquire, readable
 from kvmsec.paths import Paths
-from uidpool.accounts import AccountRules, Problem, check_pool
-from uidpool.ranges import UidRanges
+
+if TYPE_CHECKING:
+    from uidpool.accounts import Problem
+    from uidpool.ranges import UidRanges
 
 _LOCK_TIMEOUT_S: Final = 120.0
 _EVENT_QUEUE: Final = 256
@@ -139,10 +140,14 @@ class LocalNode:
 
     async def uid_states(self, *, with_free: bool = False) -> tuple[UidState, ...]:
         """The uids of the pool, and those that are held or kept back; reads only."""
+        from kvmsec.node.uids import uid_states
+
         return uid_states(self.host, with_free=with_free)
 
     async def release_uid(self, uid: int) -> UidState:
         """Clean a quarantined uid. Raises UidNotClean with what is left, UidHeld, ClaimsError."""
+        from kvmsec.node.uids import release_uid
+
         self._require_root()
         return release_uid(self.host, uid)
 
@@ -220,12 +225,16 @@ class LocalNode:
     def name(self) -> str:
         return socket.gethostname()
 
-    async def check_pool(self, uids: UidRanges) -> Sequence[Problem]:
+    async def check_pool(self, uids: "UidRanges") -> Sequence["Problem"]:
         """What keeps these uids from being in the pool on this node."""
+        from uidpool.accounts import AccountRules, check_pool
+
         return check_pool(uids, AccountRules(self.host.config.uids.freed_ranges))
 
     async def held_uids(self) -> Mapping[int, str]:
         """Each uid that an instance of this root holds, or that is quarantined: by whom, or why."""
+        from kvmsec.node.uids import held_uids
+
         return held_uids(self.host)
 
     async def running_instances(self) -> Sequence[str]:

@@ -3,9 +3,10 @@
 from kvmsec.config import load_config
 from kvmsec.node.host import Host
 from kvmsec.paths import Paths
-from uidpool import provision
+from uidpool import accounts, provision
 from uidpool.accounts import AccountRules
 from uidpool.claims import State
+from uidpool.errors import UnfitUids
 from uidpool.provision import Plan, Removal
 from uidpool.ranges import UidRanges
 from uidpool.snapshot import Snapshot
@@ -16,8 +17,7 @@ def plan(paths: Paths, pool: UidRanges) -> Plan:
 
     Raises BadConfig, UnfitUids, AccountConflict, ProvisionError, OSError.
     """
-    rules = AccountRules(load_config(paths.config).uids.freed_ranges)
-    return provision.plan(pool, Snapshot.read(), rules)
+    return provision.plan(pool, Snapshot.read(), _rules(paths))
 
 
 async def apply(wanted: Plan) -> None:
@@ -28,11 +28,18 @@ async def apply(wanted: Plan) -> None:
 def sysusers_file(paths: Paths, pool: UidRanges) -> str:
     """All users of the pool as a file for /etc/sysusers.d. Raises what `plan` raises.
 
-    Refused for a pool whose missing users this node would refuse to make: such a file must not be
-    shipped to others either.
+    Users that are here already are judged as well: a file with a uid of somebody else's must not
+    be shipped to other nodes.
     """
     plan(paths, pool)
+    found = accounts.check_pool(pool, _rules(paths))
+    if unfit := [one for one in found if one.code != "missing"]:
+        raise UnfitUids(unfit)
     return provision.sysusers_text(pool)
+
+
+def _rules(paths: Paths) -> AccountRules:
+    return AccountRules(load_config(paths.config).uids.freed_ranges)
 
 
 def plan_removal(paths: Paths, pool: UidRanges) -> Removal:

@@ -21,7 +21,7 @@ from kvmsec.linux.files import read_bounded, remove_file, replace_atomically
 from kvmsec.linux.processes import ProcessId
 from kvmsec.model.names import require_name
 from kvmsec.model.security import SecurityModel
-from kvmsec.node.taps import TapRecord
+from kvmsec.node.tap_records import TapRecord
 from kvmsec.paths import Paths
 
 FORMAT: Final = 1
