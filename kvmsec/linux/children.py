@@ -5,31 +5,37 @@ no objects. The calling process must have one thread (a fork copies only the cal
 """
 
 import contextlib
+import fcntl
+import gc
 import json
 import os
-import select
 import signal
 import time
 from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 
+from kvmsec.linux import syscalls
 from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.errors import ChildFailed, ChildTimedOut
+from kvmsec.linux.readiness import is_readable
 
 RESULT_LIMIT_BYTES: Final = 1 << 20
+_DETAIL_LIMIT_CHARS: Final = 4096
 _MAX_DESCRIPTOR: Final = 2**31 - 1
+_STANDARD: Final = (0, 1, 2)
+_SIGNALS: Final = signal.valid_signals()
 
 
 class Child:
     """A forked child that is at work; `collect` its result once `fileno` is readable."""
 
-    def __init__(self, pid: int, pipe: int, what: str) -> None:
+    def __init__(self, pid: int, pidfd: int, pipe: int, what: str) -> None:
         self.pid = pid
         self.what = what
+        self._pidfd = pidfd
         self._pipe = pipe
         self._received = bytearray()
-        self._is_reaped = False
 
     def fileno(self) -> int:
         """A descriptor that is readable when there is something to `receive`."""
@@ -46,14 +52,15 @@ class Child:
 
     def result(self) -> Any:
         """The value that the function returned, once `receive` said True; raises ChildFailed."""
-        status = self._reap()
+        # It has said all. One that closed its pipe and stays (it was taken over) is ended.
+        status = self.kill()
         try:
             answer = json.loads(self._received)
             if "value" in answer:
                 return answer["value"]
             kind, detail = str(answer["kind"]), str(answer["detail"])
-        except (ValueError, KeyError, TypeError):
-            kind, detail = "ChildProcessError", f"the child ended with status {status}"
+        except (ValueError, KeyError, TypeError, RecursionError):
+            kind, detail = "ChildProcessError", f"the child {status} without a result"
         raise ChildFailed(self.what, kind, detail)
 
     def collect(self, timeout_s: float) -> Any:
@@ -62,24 +69,32 @@ class Child:
         with self:
             while True:
                 remaining = deadline - time.monotonic()
-                if remaining <= 0 or not select.select([self._pipe], [], [], remaining)[0]:
+                if remaining <= 0 or not is_readable(self._pipe, remaining):
                     raise ChildTimedOut(self.what, timeout_s)
                 if self.receive():
                     return self.result()
 
-    def kill(self) -> None:
-        """End the child if it is still there, and take its zombie."""
-        if not self._is_reaped:
-            # Our own unreaped child: its pid can't have become somebody else's.
-            os.kill(self.pid, signal.SIGKILL)
-            self._reap()
+    def kill(self) -> str:
+        """End the child if it is still there, take its zombie, and say how it ended.
 
-    def _reap(self) -> int:
-        if self._is_reaped:
-            return 0
-        _, status = os.waitpid(self.pid, 0)
-        self._is_reaped = True
-        return os.waitstatus_to_exitcode(status)
+        By its descriptor: in a process that ignores SIGCHLD, or has others wait for any child of
+        its, the pid may mean somebody else by now.
+        """
+        if self._pidfd < 0:
+            return "was gone"
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        try:
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        except ChildProcessError:
+            return "ended, unseen,"
+        finally:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        assert ended is not None  # waitid(2) has none only where it may return at once.
+        if ended.si_code == os.CLD_EXITED:
+            return f"exited with status {ended.si_status}"
+        return f"was ended by signal {ended.si_status}"
 
     def close(self) -> None:
         """End the child and free what belongs to it."""
@@ -109,21 +124,45 @@ def start_child(
 ) -> Child:
     """Fork a child that becomes `credentials` (where given) and runs `function`.
 
-    `what` names the work in errors ("reading the header of disk.qcow2"). The child has no
-    descriptor of the parent's (a lock, a socket) but 0, 1, 2 and those in `keep`.
+    `what` names the work in errors ("reading the header of disk.qcow2"). The child has nothing of
+    the parent's (a lock, a socket, a terminal) but the descriptors in `keep`, and ends with it.
     """
-    reader, writer = os.pipe2(os.O_CLOEXEC)
+    return Child(*fork_worker(function, credentials, keep), what)
+
+
+def fork_worker(
+    function: Callable[[], Any], credentials: Credentials | None, keep: Collection[int]
+) -> tuple[int, int, int]:
+    """Fork the child of `start_child`; returns its pid, its pidfd and the pipe of its result."""
+    with contextlib.ExitStack() as undo:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        undo.callback(os.close, reader)
+        parent = os.getpid()
+        try:
+            pid = fork()
+            if pid == 0:
+                _work(function, credentials, writer, keep, parent)
+        finally:
+            os.close(writer)
+        pidfd = adopt(pid)
+        undo.pop_all()
+    return pid, pidfd, reader
+
+
+def adopt(pid: int) -> int:
+    """The pidfd of a child that was forked just now; without one (EMFILE) the child is ended.
+
+    -1 where it has ended already and nobody will ever see how, since SIGCHLD is ignored.
+    """
     try:
-        pid = os.fork()
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
     except BaseException:
-        os.close(reader)
-        os.close(writer)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         raise
-    if pid == 0:
-        os.close(reader)
-        _work(function, credentials, writer, keep)
-    os.close(writer)
-    return Child(pid, reader, what)
 
 
 def run_in_child(
@@ -143,30 +182,94 @@ def run_in_child(
     return child.collect(timeout_s)
 
 
+def fork() -> int:
+    """`os.fork`, after which only what the child does next runs in the child.
+
+    Signals wait until the child has dropped the parent's handlers: an interrupt in between would
+    raise there, and unwind the parent's code (its undoing of files and locks) a second time. The
+    parent's garbage stays the parent's: its finalizers would close descriptors by number. The
+    child has every signal at the kernel's default and none blocked.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    collects = gc.isenabled()
+    gc.disable()
+    pid = -1
+    try:
+        pid = os.fork()
+        if pid == 0:
+            gc.freeze()
+            _forget_signals()
+        return pid
+    finally:
+        if collects:
+            gc.enable()
+        signal.pthread_sigmask(signal.SIG_SETMASK, () if pid == 0 else blocked)
+
+
+def _forget_signals() -> None:
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in _SIGNALS - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(number, signal.SIG_DFL)
+    except BaseException:
+        os._exit(1)  # Anything else would let it into the parent's code.
+
+
 def _work(
     function: Callable[[], Any],
     credentials: Credentials | None,
     writer: int,
     keep: Collection[int],
+    parent: int,
 ) -> NoReturn:
     """The child's whole life; it must never return into the parent's code."""
     status = 1
     try:
-        _reset_signals()
-        close_all_but({0, 1, 2, writer, *keep})
-        try:
-            if credentials is not None:
-                become(credentials)
-            answer: dict[str, Any] = {"value": function()}
-            status = 0
-        except BaseException as error:
-            answer = {"kind": type(error).__name__, "detail": str(error)}
-        data = memoryview(json.dumps(answer).encode())
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # As everywhere in Python: an error instead.
+        os.setsid()
+        writer = _keep_only(writer, keep)
+        answer = _answer(function, credentials, parent)
         with contextlib.suppress(BrokenPipeError):
-            while data:
-                data = data[os.write(writer, data) :]
+            while answer:
+                answer = answer[os.write(writer, answer) :]
+        status = 0
     finally:
         os._exit(status)
+
+
+def _keep_only(writer: int, keep: Collection[int]) -> int:
+    """Close what isn't in `keep`; returns the pipe's number then.
+
+    No terminal either: whoever takes the child over could read and type there.
+    """
+    writer = fcntl.fcntl(writer, fcntl.F_DUPFD_CLOEXEC, len(_STANDARD))
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    for number in _STANDARD:
+        if number not in keep:
+            os.dup2(null, number)
+    close_all_but({*_STANDARD, writer, *keep})
+    return writer
+
+
+def _answer(
+    function: Callable[[], Any], credentials: Credentials | None, parent: int
+) -> memoryview:
+    try:
+        if credentials is not None:
+            become(credentials)
+        _end_with(parent)
+        answer = json.dumps({"value": function()})
+    except BaseException as error:
+        detail = str(error)[:_DETAIL_LIMIT_CHARS]
+        answer = json.dumps({"kind": type(error).__name__, "detail": detail})
+    return memoryview(answer.encode())
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process with its parent; a change of credentials forgets that."""
+    syscalls.end_with_parent()
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def close_all_but(keep: Collection[int]) -> None:
@@ -178,10 +281,3 @@ def close_all_but(keep: Collection[int]) -> None:
             os.closerange(start, descriptor)
         start = descriptor + 1
     os.closerange(start, _MAX_DESCRIPTOR)
-
-
-def _reset_signals() -> None:
-    """Give the signals that an event loop may have taken back to the kernel's defaults."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)

@@ -2,11 +2,12 @@
 
 import errno
 import os
+from functools import cache
 from typing import Final
 
 from attrs import frozen
 
-from kvmsec.linux import syscalls
+from kvmsec.linux import keyrings, syscalls
 
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_GET_NO_NEW_PRIVS: Final = 39
@@ -26,34 +27,34 @@ class Credentials:
 
 def bounding_set() -> list[int]:
     """The capabilities still in the caller's bounding set, asked of the kernel one by one."""
-    kept = []
-    for capability in range(64):
+    return [number for number in _known_capabilities() if syscalls.prctl(_PR_CAPBSET_READ, number)]
+
+
+@cache
+def _known_capabilities() -> range:
+    """Every capability of this kernel; the first number that it doesn't know is EINVAL."""
+    for number in range(64):
         try:
-            if syscalls.prctl(_PR_CAPBSET_READ, capability):
-                kept.append(capability)
+            syscalls.prctl(_PR_CAPBSET_READ, number)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            break  # The first number that this kernel doesn't know.
-    return kept
-
-
-def drop_capabilities() -> None:
-    """Empty all five capability sets of the caller; the bounding set first, since it needs one.
-
-    Raises OSError. See capabilities(7).
-    """
-    for capability in bounding_set():
-        syscalls.prctl(_PR_CAPBSET_DROP, capability)
-    syscalls.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+            return range(number)
+    return range(64)
 
 
 def become(credentials: Credentials) -> None:
     """Take the uid and gid, with no group, no capability and no way to gain one (no_new_privs).
 
-    Verified by reading it back: a drop that silently did nothing raises PermissionError.
+    Uid 0 may be among them: what is left then is the owner of root's files without a capability.
+    Verified by reading it back: a drop that silently did nothing raises PermissionError. Raises
+    OSError. See capabilities(7).
     """
-    drop_capabilities()
+    _leave_session_keyring()
+    # The bounding set first: to narrow it takes a capability.
+    for number in _known_capabilities():
+        syscalls.prctl(_PR_CAPBSET_DROP, number)
+    syscalls.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     os.setgroups([])
     os.setresgid(credentials.gid, credentials.gid, credentials.gid)
     os.setresuid(credentials.uid, credentials.uid, credentials.uid)
@@ -62,13 +63,28 @@ def become(credentials: Credentials) -> None:
     verify(credentials)
 
 
+def _leave_session_keyring() -> None:
+    """While still root, so that the new keyring is none that the uid leaves behind."""
+    try:
+        keyrings.join_new_session()
+    except OSError as error:
+        # A kernel without keys, or a filter over this process that the child has as well.
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+
+
 def verify(credentials: Credentials) -> None:
-    """Raise PermissionError unless the caller is exactly these credentials and nothing more."""
-    # Python 3.11 has no getresuid for the fsuid: the kernel sets it with the effective uid.
+    """Raise PermissionError unless the caller is exactly these credentials and nothing more.
+
+    The filesystem uid is set with the effective one, and the ambient set is never more than the
+    permitted one.
+    """
     uids, gids = os.getresuid(), os.getresgid()
     wanted_uids, wanted_gids = (credentials.uid,) * 3, (credentials.gid,) * 3
     if uids != wanted_uids or gids != wanted_gids or os.getgroups():
         raise PermissionError(f"still uids {uids}, gids {gids}, groups {os.getgroups()}")
+    if any(syscalls.get_capabilities()):
+        raise PermissionError(f"capabilities {syscalls.get_capabilities()} are still there")
     if kept := bounding_set():
         raise PermissionError(f"capabilities {kept} are still in the bounding set")
     if syscalls.prctl(_PR_GET_NO_NEW_PRIVS) != 1:

@@ -6,9 +6,9 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from kvmsec.linux.children import Child, start_child
+from kvmsec.linux.children import Child, fork_worker
 from kvmsec.linux.errors import ChildTimedOut, LockBusy
 
 
@@ -23,6 +23,7 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
+        self._handed_over: int | None = None
 
     @property
     def is_held(self) -> bool:
@@ -32,6 +33,9 @@ class FileLock:
         """Take the lock if it is free. Raises OSError when the file can't be made."""
         if self._descriptor is not None:
             raise RuntimeError(f"{self.path} is already held by this object")
+        if self._handed_over is not None:
+            self._descriptor, self._handed_over = self._handed_over, None
+            return True
         while True:
             descriptor = _open(self.path)
             try:
@@ -61,14 +65,25 @@ class FileLock:
                 self.waiter().collect(remaining)
 
     def waiter(self) -> Child:
-        """A child that ends once the lock was free: flock(2) has no deadline of its own.
+        """A child that waits for the lock in the caller's stead: flock(2) has no deadline.
 
-        Another may have been quicker by then, so that `try_acquire` still decides.
+        The lock belongs to the open file, which the two share: once the child has it, so has the
+        caller, and the next `try_acquire` says so. Nobody meanwhile finds it held for nothing,
+        and each turn costs one child. Where the file was replaced, `try_acquire` decides anew.
         """
-        return start_child(self._wait, what=f"waiting for {self.path}")
+        descriptor = _open(self.path)
+        try:
+            return _Waiter(self, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
 
-    def _wait(self) -> None:
-        fcntl.flock(_open(self.path), fcntl.LOCK_EX)
+    def take_over(self, descriptor: int) -> None:
+        """Take the lock that a waiter got, unless the path names another file by now."""
+        if self._descriptor is None and self._is_still_the_path(descriptor):
+            self._handed_over = descriptor
+        else:
+            os.close(descriptor)
 
     def _is_still_the_path(self, descriptor: int) -> bool:
         """Whether the path still names the file that was locked, and not a later one."""
@@ -81,9 +96,10 @@ class FileLock:
 
     def release(self) -> None:
         """Give the lock back; the file stays, so that its inode keeps its meaning."""
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
-            os.close(descriptor)
+        for descriptor in (self._descriptor, self._handed_over):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._descriptor = self._handed_over = None
 
     def discard(self) -> None:
         """Remove the file, then give the lock back: whoever waited for it finds a new file."""
@@ -104,6 +120,30 @@ class FileLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+class _Waiter(Child):
+    """What `FileLock.waiter` returns: the lock is passed on with the result, or given back."""
+
+    def __init__(self, lock: FileLock, descriptor: int) -> None:
+        def wait() -> None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+        pid, pidfd, pipe = fork_worker(wait, None, [descriptor])
+        super().__init__(pid, pidfd, pipe, f"waiting for {lock.path}")
+        self._lock = lock
+        self._descriptor = descriptor
+
+    def result(self) -> Any:
+        super().result()
+        descriptor, self._descriptor = self._descriptor, -1
+        self._lock.take_over(descriptor)
+
+    def close(self) -> None:
+        super().close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def _open(path: Path) -> int:

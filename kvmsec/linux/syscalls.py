@@ -1,18 +1,17 @@
 """The system calls that Python 3.11 has no name for, each as a function that raises `OSError`.
 
-Numbers are those of x86_64 (linux/arch/x86/entry/syscalls/syscall_64.tbl); the calls above 423
-have the same number on every architecture.
+The calls above 423 have the same number on every architecture; the others go by the C library.
 """
 
 import ctypes
 import os
+import signal
 from typing import Any, Final
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
-_NR_PIVOT_ROOT: Final = 155
+_NR_CLOSE_RANGE: Final = 436
 _NR_OPENAT2: Final = 437
-_NR_CAPSET: Final = 126
 _NR_MOUNT_SETATTR: Final = 442
 
 _FALLOC_FL_KEEP_SIZE: Final = 1
@@ -21,11 +20,14 @@ _AT_RECURSIVE: Final = 0x8000
 MOUNT_ATTR_RDONLY: Final = 0x01
 MOUNT_ATTR_NOSUID: Final = 0x02
 MOUNT_ATTR_NODEV: Final = 0x04
+MOUNT_ATTR_NOEXEC: Final = 0x08
 RESOLVE_NO_XDEV: Final = 0x01
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
 
+_PR_SET_PDEATHSIG: Final = 1
+_CLOSE_RANGE_CLOEXEC: Final = 4
 _CAPABILITY_VERSION_3: Final = 0x20080522
 
 
@@ -56,7 +58,7 @@ def setns(descriptor: int, kind: int) -> None:
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
     """Mount a filesystem or change a mount (`mount(2)`)."""
     result = _libc.mount(
-        source.encode() if source else None,
+        os.fsencode(source) if source else None,
         os.fsencode(target),
         kind.encode() if kind else None,
         ctypes.c_ulong(flags),
@@ -72,7 +74,7 @@ def umount(target: str, flags: int = 0) -> None:
 
 def pivot_root(new: str, old: str) -> None:
     """Make `new` the root and put the former one on `old` (`pivot_root(2)`)."""
-    _syscall(_NR_PIVOT_ROOT, os.fsencode(new), os.fsencode(old), path=new)
+    _checked(_libc.pivot_root(os.fsencode(new), os.fsencode(old)), new)
 
 
 class _MountAttributes(ctypes.Structure):
@@ -104,6 +106,18 @@ def prctl(option: int, *arguments: int) -> int:
     """Operate on the calling process (`prctl(2)`)."""
     words = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
     return _checked(_libc.prctl(ctypes.c_int(option), *words))
+
+
+def end_with_parent() -> None:
+    """Be sent SIGKILL when the parent ends (`PR_SET_PDEATHSIG(2const)`)."""
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def close_on_exec(first: int) -> None:
+    """Mark every descriptor from `first` on close-on-exec (`close_range(2)`, Linux 5.11)."""
+    last = ctypes.c_uint(0xFFFFFFFF)
+    flags = ctypes.c_uint(_CLOSE_RANGE_CLOEXEC)
+    _syscall(_NR_CLOSE_RANGE, ctypes.c_uint(first), last, flags)
 
 
 class _OpenHow(ctypes.Structure):
@@ -141,4 +155,17 @@ def set_capabilities(effective: int, permitted: int, inheritable: int) -> None:
         _CapData(effective & low, permitted & low, inheritable & low),
         _CapData(effective >> high, permitted >> high, inheritable >> high),
     )
-    _syscall(_NR_CAPSET, ctypes.byref(header), ctypes.byref(data))
+    _checked(_libc.capset(ctypes.byref(header), ctypes.byref(data)))
+
+
+def get_capabilities() -> tuple[int, int, int]:
+    """The caller's effective, permitted and inheritable sets, each a mask (`capget(2)`)."""
+    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
+    data = (_CapData * 2)()
+    _checked(_libc.capget(ctypes.byref(header), ctypes.byref(data)))
+    low, high = data
+    return (
+        low.effective | high.effective << 32,
+        low.permitted | high.permitted << 32,
+        low.inheritable | high.inheritable << 32,
+    )

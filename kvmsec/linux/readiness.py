@@ -1,0 +1,14 @@
+"""Waiting for a descriptor, by poll(2): select(2) takes none above 1023."""
+
+import math
+import select
+
+
+def is_readable(descriptor: int, timeout_s: float) -> bool:
+    """Wait at most `timeout_s` seconds until a descriptor is readable, or hung up.
+
+    A pidfd is readable once its process, and every thread of it, has ended.
+    """
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(max(0, math.ceil(timeout_s * 1000))))

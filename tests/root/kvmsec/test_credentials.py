@@ -1,0 +1,120 @@
+"""What is left of root after `become`: asked of the kernel, and tried."""
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmsec.linux import credentials, keyrings, namespaces, processes, syscalls
+from kvmsec.linux.children import run_in_child
+from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.errors import ChildFailed
+
+pytestmark = pytest.mark.root
+
+SOMEBODY = Credentials(239901, 239902)
+ROOT = Credentials(0, 0)
+
+
+def as_somebody(function: Callable[[], Any], who: Credentials) -> Any:
+    return run_in_child(function, what="acting", timeout_s=10, credentials=who)
+
+
+def look() -> Any:
+    status = processes.read_status(os.getpid())
+    assert status is not None
+    return [status.uids, status.gids, status.groups, status.capabilities, status.no_new_privs]
+
+
+@pytest.mark.parametrize("who", [SOMEBODY, ROOT])
+def test_nothing_is_left_but_the_ids(who: Credentials) -> None:
+    os.setgroups([0, 4, 27])
+    try:
+        told = as_somebody(look, who)
+    finally:
+        os.setgroups([])
+    assert told == [[who.uid] * 4, [who.gid] * 4, [], [0] * 5, True]
+
+
+def attempts(directory: Path) -> dict[str, Callable[[], Any]]:
+    return {
+        "mount": lambda: namespaces.mount("x", str(directory), "tmpfs", 0),
+        "mknod": lambda: os.mknod(directory / "node", stat.S_IFBLK | 0o600, os.makedev(8, 0)),
+        "chown": lambda: os.chown(directory / "file", 1, 1),
+        "another uid": lambda: os.setresuid(1, 1, 1),
+        "groups": lambda: os.setgroups([0]),
+        "unshare": lambda: syscalls.unshare(namespaces.CLONE_NEWNET),
+        "chroot": lambda: os.chroot("/"),
+        "another's file": lambda: os.open(directory / "private", os.O_RDONLY),
+        "a capability": lambda: syscalls.set_capabilities(1, 1, 0),
+        "reboot": lambda: syscalls._checked(syscalls._libc.reboot(0)),
+    }
+
+
+@pytest.mark.parametrize("what", attempts(Path()))
+@pytest.mark.parametrize("who", [SOMEBODY, ROOT])
+def test_neither_somebody_nor_a_bare_root_can(what: str, who: Credentials, tmp_path: Path) -> None:
+    tmp_path.parent.chmod(0o755)
+    for path, owner in ((tmp_path / "file", who.uid), (tmp_path / "private", 239900)):
+        path.touch(mode=0o600)
+        os.chown(path, owner, owner)
+    os.chown(tmp_path, who.uid, who.gid)
+    for parent in (tmp_path, *tmp_path.parents[:-2]):
+        parent.chmod(0o755)
+    with pytest.raises(ChildFailed) as raised:
+        as_somebody(attempts(tmp_path)[what], who)
+    assert raised.value.kind in ("PermissionError", "OSError")
+    assert f"[Errno {errno.EPERM}]" in raised.value.detail or "denied" in raised.value.detail
+
+
+def test_the_session_keyring_of_roots_login_stays_behind() -> None:
+    """Its keys would be the possessor's to read, whatever uid that has."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    keyctl, add_key, session, search = 250, 248, -3, 10
+
+    def search_it() -> int:
+        found = libc.syscall(keyctl, search, session, b"user", b"kvmsec-test", 0)
+        return found if found >= 0 else -ctypes.get_errno()
+
+    def hold_a_key_and_ask() -> Any:
+        keyrings.join_new_session()
+        assert libc.syscall(add_key, b"user", b"kvmsec-test", b"secret", 6, session) > 0
+        assert search_it() > 0
+        return [as_somebody(search_it, SOMEBODY), as_somebody(search_it, ROOT)]
+
+    try:
+        keyrings.join_new_session()
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+        pytest.skip("this kernel has no keys")
+    told = run_in_child(hold_a_key_and_ask, what="holding a key", timeout_s=20)
+    assert all(-found in (errno.ENOKEY, errno.EACCES) for found in told)
+
+
+@pytest.mark.parametrize(
+    ("left_undone", "told"),
+    [
+        ("set_capabilities", "capabilities"),
+        ("prctl", "bounding set"),
+    ],
+)
+def test_a_drop_that_silently_did_nothing_is_found(left_undone: str, told: str) -> None:
+    def become_badly() -> None:
+        real = getattr(syscalls, left_undone)
+
+        def reading_only(*arguments: int) -> int | None:
+            reads = left_undone == "prctl" and arguments[0] in (23, 39)  # CAPBSET_READ, GET_NNP
+            return real(*arguments) if reads else 0
+
+        setattr(syscalls, left_undone, reading_only)
+        credentials.become(ROOT)
+
+    with pytest.raises(ChildFailed, match=told) as raised:
+        run_in_child(become_badly, what="becoming", timeout_s=10)
+    assert raised.value.kind == "PermissionError"
