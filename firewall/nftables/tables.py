@@ -10,6 +10,7 @@ from attrs import define, field
 from firewall.backend import BackendName, Dropped, Finding, Installed
 from firewall.errors import BackendUnavailable, RulesRefused, RulesUnreadable
 from firewall.nftables import ruleset
+from firewall.nftables.counters import read_dropped
 from firewall.nftables.library import Command, Nft, NftFailed, load_library
 from firewall.policy import FAMILIES, TAG_PATTERN, Family, Policy, UidPairs, format_uids
 from kvmsec.linux.children import run_in_child
@@ -38,18 +39,20 @@ class NftablesBackend:
             raise BackendUnavailable(self.name, error.detail, hint=_advice(error.detail)) from error
 
     def apply(self, policy: Policy) -> bool:
-        is_new = self._structure() is None
-        if not is_new and not self.compare(policy):
+        there = self._structure()
+        is_intact = there is not None and there == self._reference(policy)
+        if is_intact and self._uids() == policy.uids:
             return self._remove_stand_in()
         try:
             self._nft.change(ruleset.install(policy))
         except NftFailed as error:
-            if is_new:
+            if there is None:
                 raise self._refused("apply the rules", error) from error
             self._rebuild(policy)  # Something of a name of ours, but of another kind.
         else:
-            if not is_new and self.compare(policy):
-                self._rebuild(policy)  # Something that is not ours stands in our table.
+            # Only where something else was different can anything foreign be left in our table.
+            if there is not None and not is_intact and self.compare(policy):
+                self._rebuild(policy)
         self._remove_stand_in()
         return True
 
@@ -169,14 +172,10 @@ class NftablesBackend:
             raise RulesUnreadable(self.name, str(error), hint=_MEND_HINT) from error
 
     def dropped(self, *, of_all_tags: bool = False) -> Dropped:
-        what = "counters" if of_all_tags else f"counters table inet {self.tag}"
-        try:
-            counters = self._objects(what, "counter")
-        except NftFailed as error:
-            if error.is_missing_object:
-                return Dropped()
-            raise self._unreadable(error) from error
-        return Dropped(*(_sum(counters, family) for family in FAMILIES))
+        def is_ours(table: str) -> bool:
+            return bool(TAG_PATTERN.fullmatch(table)) if of_all_tags else table == self.tag
+
+        return read_dropped(is_ours)
 
     def _counter(self, family: Family) -> tuple[int, int]:
         """Packets and bytes; zero where the counter is missing."""
@@ -202,14 +201,6 @@ def _install_elsewhere(nft: Nft, policy: Policy) -> list[str]:
     unshare(CLONE_NEWNET)
     nft.change(ruleset.install(policy))
     return nft.list_structure(f"table inet {policy.tag}").splitlines()
-
-
-def _sum(counters: list[dict[str, Any]], family: Family) -> int:
-    return sum(
-        int(counter["packets"])
-        for counter in counters
-        if counter["name"] == ruleset.COUNTERS[family] and TAG_PATTERN.fullmatch(counter["table"])
-    )
 
 
 def _changed(tag: str, expected: list[str], there: list[str]) -> Finding:
