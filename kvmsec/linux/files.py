@@ -1,13 +1,18 @@
 """Files that must be whole or absent, and paths that nobody else may steer."""
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from kvmsec.linux import syscalls
 from kvmsec.linux.errors import UntrustedPath
+
+_MAX_LINKS: Final = 40  # The kernel's own bound, path_resolution(7).
 
 
 def replace_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
@@ -58,7 +63,11 @@ def create_exclusively(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     finally:
         os.close(descriptor)
         remove_file(temporary)
-    _sync_directory(path.parent)
+    try:
+        _sync_directory(path.parent)
+    except BaseException:
+        remove_file(path)
+        raise
 
 
 def _write_temporary(path: Path, data: bytes, mode: int) -> tuple[Path, int]:
@@ -149,29 +158,52 @@ def require_trusted(path: Path) -> None:
     an entry of root's (inode(7)). Symbolic links are resolved, and each directory on the way is
     held to the rule. Raises UntrustedPath, and OSError when it is missing.
     """
-    real = Path(os.path.realpath(path))
-    for step in _steps_of(path):
-        status = step.lstat()
+    last = Path("/")
+    for last, status in _steps_of(path):
         if status.st_uid != 0:
-            raise UntrustedPath(step, f"belongs to uid {status.st_uid}, not to root")
-        if stat.S_ISLNK(status.st_mode) or (status.st_mode & stat.S_ISVTX and step != real):
+            raise UntrustedPath(last, f"belongs to uid {status.st_uid}, not to root")
+        if not (stat.S_ISLNK(status.st_mode) or _is_sticky_directory(status)):
+            _require_closed(last, status)
+    _require_closed(last, last.lstat())
+
+
+def _is_sticky_directory(status: os.stat_result) -> bool:
+    return stat.S_ISDIR(status.st_mode) and bool(status.st_mode & stat.S_ISVTX)
+
+
+def _require_closed(path: Path, status: os.stat_result) -> None:
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(status.st_mode)
+        raise UntrustedPath(path, f"can be written by others than root (mode {mode:04o})")
+
+
+def _steps_of(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Every directory and link that decides what a path names, in the kernel's own order.
+
+    Walked as path_resolution(7) says, `..` after the links before it: to tidy the text up first
+    would look at other directories than the kernel does. The last one is no link.
+    """
+    here = Path("/")
+    yield here, here.lstat()
+    ahead = [*reversed(Path.cwd().joinpath(path).parts[1:])]
+    links = 0
+    while ahead:
+        part = ahead.pop()
+        if part == "..":
+            here = here.parent
+            yield here, here.lstat()
             continue
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            mode = stat.S_IMODE(status.st_mode)
-            raise UntrustedPath(step, f"can be written by others than root (mode {mode:04o})")
-
-
-def _steps_of(path: Path) -> list[Path]:
-    """Every path whose owner decides what `path` names: parents, links, and where links lead."""
-    steps: dict[Path, None] = {}
-    waiting = [Path(os.path.abspath(path))]  # `resolve` would hide the links
-    while waiting:
-        current = waiting.pop()
-        for step in (*reversed(current.parents), current):
-            if step in steps:
-                continue
-            steps[step] = None
-            if step.is_symlink():
-                target = step.parent / step.readlink()
-                waiting.append(Path(os.path.normpath(target)))
-    return [*steps, *(Path(os.path.realpath(path)),)]
+        step = here / part
+        status = step.lstat()
+        yield step, status
+        if not stat.S_ISLNK(status.st_mode):
+            here = step
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        target = step.readlink()
+        if target.is_absolute():
+            here = Path("/")
+        ahead.extend(reversed([part for part in target.parts if part != "/"]))
+    yield here, here.lstat()
