@@ -282,15 +282,18 @@ class LocalNode:
             return
         task = asyncio.create_task(self._see_end(record, pidfd))
         self._watches[record.generation] = task
-        task.add_done_callback(lambda _: self._watches.pop(record.generation, None))
+
+        def end(_: "asyncio.Task[None]") -> None:
+            # Not the task's own to close: one that is cancelled at once never begins.
+            self._watches.pop(record.generation, None)
+            os.close(pidfd)
+
+        task.add_done_callback(end)
 
     async def _see_end(self, record: InstanceRecord, pidfd: int) -> None:
         """Clean up after an instance that ends by itself, as soon as it does."""
-        try:
-            await readable(pidfd, None)
-            await self._after_end(record)
-        finally:
-            os.close(pidfd)
+        await readable(pidfd, None)
+        await self._after_end(record)
 
     async def _after_end(self, record: InstanceRecord) -> None:
         from kvmsec.node.reconcile import is_true, settle_record
