@@ -55,6 +55,8 @@ class IptablesBackend:
             if importlib.util.find_spec("iptc") is None:
                 hint = "pip install python-iptables"
                 raise BackendUnavailable(self.name, "python-iptables is missing", hint=hint)
+            for family in FAMILIES:
+                _tool(family, "restore")
             trial = _trial_script(self.tag)
             run_in_child(
                 lambda: _restore_elsewhere(trial),

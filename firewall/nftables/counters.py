@@ -12,9 +12,9 @@ from typing import Final
 
 from firewall.backend import Dropped
 from firewall.errors import RulesUnreadable
+from firewall.nftables.library import NETLINK_NETFILTER
 from firewall.nftables.ruleset import COUNTERS
 
-_NETLINK_NETFILTER: Final = 12
 _BUFFER_BYTES: Final = 1 << 18
 _DEADLINE_S: Final = 2.0
 _TRIES: Final = 8
@@ -63,7 +63,7 @@ def _dump() -> list[tuple[str, str, int]]:
     request = _HEADER.pack(_HEADER.size + len(body), _GET_OBJECTS, _REQUEST_DUMP, 1, 0) + body
     counters: list[tuple[str, str, int]] = []
     with socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
     ) as kernel:
         kernel.settimeout(_DEADLINE_S)
         kernel.send(request)

@@ -6,6 +6,7 @@ namespace that the caller had when it was opened, and a context is no thing to s
 
 import ctypes
 import functools
+import socket
 from typing import Final, Protocol
 
 from firewall.errors import FirewallError
@@ -14,6 +15,7 @@ from kvmsec.linux.errors import CommandFailed, CommandTimedOut
 
 _LIBRARY: Final = "libnftables.so.1"
 _DEADLINE_S: Final = 20.0
+NETLINK_NETFILTER: Final = 12  # linux/netlink.h
 
 # nftables/libnftables.h, enum nft_ctx_output_flags.
 _STATELESS: Final = 1 << 2
@@ -70,6 +72,7 @@ class Library:
 
     def _run(self, commands: str, flags: int = 0, *, is_dry: bool = False) -> str:
         nft = self._library
+        _require_netlink()
         context = nft.nft_ctx_new(0)
         if not context:
             raise NftFailed("no context could be made (out of memory?)")
@@ -84,6 +87,14 @@ class Library:
             return _text(nft.nft_ctx_get_output_buffer(context))
         finally:
             nft.nft_ctx_free(context)
+
+
+def _require_netlink() -> None:
+    """libnftables ends the whole process where the kernel has no netfilter netlink."""
+    try:
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER).close()
+    except OSError as error:
+        raise NftFailed(f"no netlink socket to netfilter: {error.strerror}") from error
 
 
 class Command:

@@ -1,9 +1,11 @@
 """A node and a peer of the test's own: two network namespaces joined by a cable."""
 
 import contextlib
+import ctypes
 import os
 import select
 import socket
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +24,25 @@ from kvmsec.linux.namespaces import CLONE_NEWNET, setns, unshare
 NODE: dict[Family, str] = {"ipv4": "10.77.0.1", "ipv6": "fd77::1"}
 PEER: dict[Family, str] = {"ipv4": "10.77.0.2", "ipv6": "fd77::2"}
 KIND: dict[Family, socket.AddressFamily] = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
+
+
+def _refuse(call: int, arguments: dict[int, int], error: int) -> None:
+    def load(offset: int) -> bytes:
+        return struct.pack("=HBBI", 0x20, 0, 0, offset)
+
+    # seccomp_data: the number at 0, the arguments from 16 on, eight bytes each.
+    checks = [(0, call), *((16 + 8 * place, value) for place, value in arguments.items())]
+    program = b""
+    for done, (offset, value) in enumerate(checks):
+        to_allow = 2 * (len(checks) - done - 1) + 1
+        program += load(offset) + struct.pack("=HBBI", 0x15, 0, to_allow, value)
+    program += struct.pack("=HBBI", 0x06, 0, 0, 0x00050000 | error)
+    program += struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)
+    libc = ctypes.CDLL(None)
+    code = ctypes.create_string_buffer(program)
+    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    assert libc.prctl(22, 2, header) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 @frozen
@@ -52,6 +73,20 @@ class Host:
         lines = [line for tool in tools for line in self.sh(tool).splitlines()]
         legacy = [line for line in lines if line.startswith("-A") or " - [" in line]
         return "\n".join([*legacy, self.sh("nft", "-s", "-t", "list", "ruleset")])
+
+    def where_refused(
+        self, call: int, arguments: dict[int, int], error: int, function: Callable[[], Any]
+    ) -> Any:
+        """Run the function in a child where the kernel answers a system call with an error.
+
+        `call` is its number, `arguments` what it must have at which place (seccomp(2)).
+        """
+
+        def work() -> Any:
+            _refuse(call, arguments, error)
+            return function()
+
+        return run_in_child(work, what="a refused system call", timeout_s=60)
 
     def send_to(self, uid: int, family: Family, address: str, data: bytes = b"x") -> int | None:
         """Send a datagram to port 5000 as the uid; the errno that it met, None if it went."""
