@@ -1,7 +1,9 @@
 """The one door to other programs: a clean environment, no input but what is given, a deadline."""
 
+import contextlib
+import signal
 import subprocess
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Final
 
 from attrs import frozen
@@ -34,18 +36,36 @@ def run(
     program is killed) and FileNotFoundError where there is no such program.
     """
     try:
-        done = subprocess.run(
-            list(argv),
-            input=input,
-            capture_output=True,
-            env=ENVIRONMENT,
-            cwd="/",
-            timeout=timeout_s,
-            pass_fds=tuple(pass_fds),
-            check=False,
-        )
+        with _statuses_kept():
+            done = subprocess.run(
+                list(argv),
+                input=input,
+                capture_output=True,
+                env=ENVIRONMENT,
+                cwd="/",
+                timeout=timeout_s,
+                pass_fds=tuple(pass_fds),
+                check=False,
+            )
     except subprocess.TimeoutExpired as error:
         raise CommandTimedOut(argv, timeout_s) from error
     if done.returncode not in ok:
         raise CommandFailed(argv, done.returncode, done.stderr)
     return Output(done.returncode, done.stdout, done.stderr)
+
+
+@contextlib.contextmanager
+def _statuses_kept() -> Iterator[None]:
+    """Within it the kernel keeps exit statuses, whatever the calling program does about SIGCHLD.
+
+    Ignored (an `exec` hands that down too), they are thrown away, and `subprocess` takes a status
+    that nobody knows for 0.
+    """
+    if signal.getsignal(signal.SIGCHLD) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
