@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -147,13 +148,31 @@ class Claims:
         self, uids: UidRanges, instance: str, generation: str, reuse_delay_s: float
     ) -> Lease:
         with self._ledger.changing() as occupation:
-            uid = occupation.choose(uids, secrets.randbelow)
-            lease = self._new_lease(LeaseKey(uid, instance, generation), reuse_delay_s)
-            self._ledger.create_lease(lease)
-            # A rest that stays beside a lease means nothing: the lease counts.
-            with contextlib.suppress(RecordNotWritten):
-                self._remove_rests(occupation, uid)
+            key = partial(LeaseKey, instance=instance, generation=generation)
+            with contextlib.suppress(PoolExhausted):
+                if lease := self._try_lease(occupation, uids, key, reuse_delay_s):
+                    return lease
+            # The summary was out of date, or else the pool is exhausted indeed.
+            lease = self._try_lease(self._ledger.listed(), uids, key, reuse_delay_s)
+            if lease is None:
+                raise ClaimsError("leases appear without their lock", hint="see who writes there")
             return lease
+
+    def _try_lease(
+        self,
+        occupation: Occupation,
+        uids: UidRanges,
+        key: Callable[[int], LeaseKey],
+        reuse_delay_s: float,
+    ) -> Lease | None:
+        """Choose and write; None when the chosen uid has a lease after all."""
+        lease = self._new_lease(key(occupation.choose(uids, secrets.randbelow)), reuse_delay_s)
+        if not self._ledger.create_lease(lease):
+            return None
+        # A rest that stays beside a lease means nothing: the lease counts.
+        with contextlib.suppress(RecordNotWritten):
+            self._remove_rests(occupation, lease.uid)
+        return lease
 
     def _new_lease(self, key: LeaseKey, reuse_delay_s: float) -> Lease:
         return Lease(

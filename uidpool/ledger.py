@@ -8,8 +8,10 @@ import contextlib
 import os
 import re
 import time
+from bisect import insort
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import filterfalse
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +25,7 @@ from kvmsec.linux.files import (
 )
 from kvmsec.linux.locks import FileLock
 from uidpool.errors import RecordNotWritten, RecordUnreadable
+from uidpool.index import LeaseIndex
 from uidpool.occupation import Occupation
 from uidpool.records import (
     Lease,
@@ -31,14 +34,14 @@ from uidpool.records import (
     encode,
     read_lease,
     read_quarantine,
-    uid_of_name,
+    uids_of_names,
 )
 
 _LOCK_TIMEOUT_S: Final = 30.0
 _RELEASE_TIMEOUT_S: Final = 60.0
 _PURGED_AT_ONCE: Final = 256
 # What a writer that was killed leaves; all writers hold the lock, so whoever has it may remove it.
-_UNFINISHED: Final = re.compile(r"\.[0-9.]+\.[0-9a-f]{16}", re.ASCII)
+_UNFINISHED: Final = re.compile(rb"\.[0-9.]+\.[0-9a-f]{16}")
 
 
 class Ledger:
@@ -49,14 +52,17 @@ class Ledger:
 
     def __init__(self, leases: Path, state: Path) -> None:
         self._leases = leases
+        self._locks = leases / ".locks"  # apart, so that taking one doesn't change `leases`
+        self._index = LeaseIndex(self._locks / "index", leases)
         self._state = state
         self._resting = state / "resting"
         self._quarantine = state / "quarantine"
+        self._leased: list[int] | None = None  # while `changing` is held
 
     @property
     def sweep_lock(self) -> Path:
         """The lock that all sweeps of this node share."""
-        return self._leases / ".sweep.lock"
+        return self._locks / "sweep"
 
     # --- locks
 
@@ -64,13 +70,25 @@ class Ledger:
     def changing(self) -> Iterator[Occupation]:
         """Hold the lock under which records change; gives what there is once it is tidied.
 
+        Which uids are leased may come from a summary (see `index`); `listed` asks the directory.
         Raises LockBusy after half a minute, RecordNotWritten, UntrustedPath.
         """
         lock = self._lock()
         try:
-            yield self._tidied()
+            self._leased = self._index.load()
+            is_summarised = self._leased is not None
+            before = list(self._leased or ())
+            yield self._occupation()
+            if not is_summarised or before != self._leased:
+                self._index.store(self._leased or ())
         finally:
+            self._leased = None
             lock.release()
+
+    def listed(self) -> Occupation:
+        """What there is by the directories themselves; hold `changing`."""
+        self._leased = None
+        return self._occupation()
 
     @contextlib.contextmanager
     def releasing(self, uid: int) -> Iterator[None]:
@@ -79,9 +97,10 @@ class Ledger:
         Without it a second one could still be cleaning, which kills, when the first has given the
         uid to its next holder.
         """
-        lock = FileLock(self._leases / f".{uid}.release")
+        lock = FileLock(self._locks / str(uid))
         with _writing(lock.path):
             make_private_directory(self._leases)
+            make_private_directory(self._locks)
             lock.acquire(_RELEASE_TIMEOUT_S)
         try:
             yield
@@ -89,10 +108,11 @@ class Ledger:
             lock.discard()
 
     def _lock(self) -> FileLock:
-        lock = FileLock(self._leases / ".lock")
+        lock = FileLock(self._locks / "records")
+        places = (self._leases, self._locks, self._state, self._resting, self._quarantine)
         while True:
             with _writing(lock.path), contextlib.suppress(FileNotFoundError):
-                for place in (self._leases, self._state, self._resting, self._quarantine):
+                for place in places:
                     make_private_directory(place)
                 lock.acquire(_LOCK_TIMEOUT_S)
                 if self._resting.is_dir() and self._quarantine.is_dir():
@@ -100,33 +120,33 @@ class Ledger:
             # `remove_if_unused` was at work in between: make the directories again.
             lock.release()
 
-    def _tidied(self) -> Occupation:
-        """Remove unfinished files and rests that are over; mend rests that begin in the future.
-
-        Those were written before the clock was set back: they begin now.
-        """
-        leases, quarantined = os.listdir(self._leases), os.listdir(self._quarantine)
-        resting = os.listdir(self._resting)
-        for place, names in (
-            (self._leases, leases),
-            (self._quarantine, quarantined),
-            (self._resting, resting),
-        ):
-            for name in names:
-                if name[0] == "." and _UNFINISHED.fullmatch(name):
-                    self._remove(place / name)
+    def _occupation(self) -> Occupation:
+        if self._leased is None:
+            self._leased = sorted(uids_of_names(self._tidied_names(self._leases)))
         now_ms = _now_ms()
         return Occupation(
-            leased=_uids_of(leases),
-            quarantined=_uids_of(quarantined),
-            rests=self._tidied_rests(resting, now_ms),
+            leased=self._leased,
+            quarantined=uids_of_names(self._tidied_names(self._quarantine)),
+            rests=self._tidied_rests(now_ms),
             now_ms=now_ms,
         )
 
-    def _tidied_rests(self, names: list[str], now_ms: int) -> list[Rest]:
+    def _tidied_names(self, directory: Path) -> list[bytes]:
+        """The names in a directory, after unfinished files were removed from it."""
+        names = _names_in(directory)
+        for name in filterfalse(bytes.isdigit, names):
+            if _UNFINISHED.fullmatch(name):
+                self._remove(directory / os.fsdecode(name))
+        return names
+
+    def _tidied_rests(self, now_ms: int) -> list[Rest]:
+        """The rests, after some that are over were removed.
+
+        One that begins in the future was written before the clock was set back: it begins now.
+        """
         kept = []
         purged = 0
-        for name in names:
+        for name in map(os.fsdecode, self._tidied_names(self._resting)):
             rest = Rest.from_name(name)
             if rest is None:
                 continue
@@ -149,7 +169,7 @@ class Ledger:
 
     def leases(self) -> Iterator[Lease | RecordUnreadable]:
         """Every lease, by uid; in place of one that can't be read, why."""
-        for uid in sorted(_uids_of(_names_in(self._leases))):
+        for uid in sorted(uids_of_names(_names_in(self._leases))):
             try:
                 lease = self.lease(uid)
             except RecordUnreadable as error:
@@ -158,17 +178,20 @@ class Ledger:
                 if lease is not None:
                     yield lease
 
-    def create_lease(self, lease: Lease) -> None:
-        """Write a lease where there is none; hold `changing`."""
+    def create_lease(self, lease: Lease) -> bool:
+        """Write a lease; False when there is one already. Hold `changing`."""
         path = self._leases / str(lease.uid)
         with _writing(path):
             try:
                 create_exclusively(path, encode(lease))
             except FileExistsError:
-                raise
+                return False
             except OSError:
                 remove_file(path)  # It may be there, and only its directory not synced.
                 raise
+        if self._leased is not None:
+            insort(self._leased, lease.uid)
+        return True
 
     def replace_lease(self, lease: Lease) -> None:
         """Write a lease in place of the one that is there; hold `changing`."""
@@ -177,7 +200,9 @@ class Ledger:
             write_atomically(path, encode(lease))
 
     def remove_lease(self, uid: int) -> None:
+        """Remove a lease; hold `changing`."""
         self._remove(self._leases / str(uid))
+        self._leased = [one for one in self._leased or () if one != uid]
 
     # --- quarantine
 
@@ -192,7 +217,7 @@ class Ledger:
 
     def quarantines(self) -> Iterator[Quarantine]:
         """Every quarantine, by uid."""
-        for uid in sorted(_uids_of(_names_in(self._quarantine))):
+        for uid in sorted(uids_of_names(_names_in(self._quarantine))):
             record = self.quarantine_of(uid)
             if record is not None:
                 yield record
@@ -210,7 +235,7 @@ class Ledger:
     def rests(self) -> list[Rest]:
         """The rests that are not over, in no order."""
         now_ms = _now_ms()
-        found = (Rest.from_name(name) for name in _names_in(self._resting))
+        found = (Rest.from_name(os.fsdecode(name)) for name in _names_in(self._resting))
         return [rest for rest in found if rest is not None and not rest.is_over(now_ms)]
 
     def create_rest(self, uid: int, delay_s: float, root: str) -> None:
@@ -238,12 +263,11 @@ class Ledger:
             places = (self._leases, self._resting, self._quarantine)
             if any(name[0] != "." for place in places for name in os.listdir(place)):
                 return False
-            for name in os.listdir(self._leases):
-                if name != ".lock":
-                    self._remove(self._leases / name)
-            # Whoever waits for the lock makes again what is gone, and what isn't empty stays.
+            # Whoever waits for a lock makes again what is gone, and what isn't empty stays.
+            self._index.drop()
+            self._remove(self.sweep_lock)
             lock.discard()
-            for place in (self._resting, self._quarantine, self._state, self._leases):
+            for place in (self._locks, self._resting, self._quarantine, self._state, self._leases):
                 with contextlib.suppress(OSError):
                     place.rmdir()
             return True
@@ -267,12 +291,8 @@ def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def _names_in(directory: Path) -> list[str]:
+def _names_in(directory: Path) -> list[bytes]:
     try:
-        return os.listdir(directory)
+        return os.listdir(os.fsencode(directory))
     except FileNotFoundError:
         return []
-
-
-def _uids_of(names: list[str]) -> list[int]:
-    return [uid for name in names if (uid := uid_of_name(name)) is not None]

@@ -55,7 +55,7 @@ class Node:
         """Every record and every leftover, locks excepted."""
         found = [path for path in self.leases.rglob("*") if path.is_file()]
         found += [path for path in self.state.rglob("*") if path.is_file()]
-        return sorted(path.name for path in found if not path.name.endswith((".lock", ".release")))
+        return sorted(path.name for path in found if path.parent.name != ".locks")
 
 
 @pytest.fixture
@@ -365,6 +365,50 @@ def test_a_full_state_directory_keeps_the_lease(
     monkeypatch.undo()
     assert claims.release(clean.key) == Released()
     assert isinstance(claims.release(dirty.key), Quarantined)
+
+
+# --- the summary of the leases
+
+
+def test_a_wrong_summary_costs_no_uid_and_frees_none(node: Node) -> None:
+    claims = node.claims()
+    leases = [draw(claims, reuse_delay_s=0) for _ in range(3)]
+    index = node.leases / ".locks/index"
+    stale = index.read_bytes()
+    leases.append(draw(claims))
+    for content in (stale, b"", b"nonsense", stale[:-1], os.urandom(len(stale))):
+        index.write_bytes(content)
+        with pytest.raises(PoolExhausted, match="4 leased"):
+            draw(claims)
+    wrong = ledger.LeaseIndex(index, node.leases)
+    wrong.store([])  # in date, and says that all are free
+    with pytest.raises(PoolExhausted, match="4 leased"):
+        draw(claims)
+    claims.release(leases[0].key)
+    wrong.store(list(POOL))  # in date, and says that none is
+    assert draw(claims).uid == leases[0].uid
+
+
+def test_a_lease_that_was_removed_by_hand_is_noticed(node: Node) -> None:
+    claims = node.claims()
+    for _ in range(4):
+        lease = draw(claims)
+    (node.leases / str(lease.uid)).unlink()
+    assert draw(claims).uid == lease.uid
+
+
+def test_the_summary_is_used_while_it_is_in_date(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = node.claims()
+    draw(claims)
+    listed: list[Path] = []
+    original = ledger._names_in
+    monkeypatch.setattr(ledger, "_names_in", lambda path: listed.append(path) or original(path))
+    lease = draw(claims)
+    claims.release(lease.key)
+    draw(claims)
+    assert node.leases not in listed
 
 
 # --- crashes
