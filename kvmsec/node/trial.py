@@ -7,13 +7,14 @@ control group.
 """
 
 import asyncio
+import json
 import os
-import signal
 import socket
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn
 
 from hypervisor import cmdline, process, tiny
 from hypervisor.closure import Closure
@@ -25,14 +26,13 @@ from hypervisor.machine import Machine
 from hypervisor.monitor import Monitor
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import namespaces, syscalls
-from kvmsec.linux.children import start_child
+from kvmsec.linux.children import Child, adopt, close_all_but, fork
 from kvmsec.linux.credentials import Credentials
-from kvmsec.linux.errors import ChildFailed, ChildTimedOut
+from kvmsec.linux.errors import ChildFailed, ChildTimedOut, Fault
 from kvmsec.node import output, sockets
 from kvmsec.node.waiting import readable
 
 NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
-_PR_SET_PDEATHSIG: Final = 1
 _PLACE: Final = Path("/run")  # a directory that is everywhere, and that QEMU is not started from
 _FIRMWARE: Final = PurePosixPath("/boot/firmware")
 _QMP, _SERIAL = 3, 4
@@ -56,13 +56,11 @@ def boot_tiny_guest(
     Needs root and one thread. Raises TrialFailed.
     """
 
-    def supervise() -> dict[str, Any]:
-        _leave_the_host()
-        return asyncio.run(_boot(closure, features, accelerator, timeout_s))
-
+    child = _start_init(
+        lambda: asyncio.run(_boot(closure, features, accelerator, timeout_s)),
+        what=f"booting the tiny guest under {accelerator}",
+    )
     try:
-        with namespaces.children_in_new_pid_namespace():
-            child = start_child(supervise, what=f"booting the tiny guest under {accelerator}")
         told = child.collect(timeout_s + _GRACE_S)
     except (ChildFailed, ChildTimedOut) as failure:
         raise TrialFailed(failure.message) from failure
@@ -71,9 +69,42 @@ def boot_tiny_guest(
     return float(told["took_s"])
 
 
+def _start_init(function: Callable[[], object], *, what: str) -> Child:
+    """Fork the first process of a PID namespace; all others in it end when that does."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        with namespaces.children_in_new_pid_namespace():
+            pid = fork()
+            if pid == 0:
+                _be_init(function, writer)
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    return Child(pid, adopt(pid), reader, what)
+
+
+def _be_init(function: Callable[[], object], writer: int) -> NoReturn:
+    """The child's whole life; it must never return into the parent's code."""
+    status = 1
+    try:
+        syscalls.end_with_parent()
+        close_all_but({0, 1, 2, writer})
+        answer: dict[str, object]
+        try:
+            _leave_the_host()
+            answer = {"value": function()}
+        except (Fault, OSError) as failure:
+            answer = {"kind": type(failure).__name__, "detail": str(failure)}
+        os.write(writer, json.dumps(answer).encode())
+        status = 0
+    finally:
+        os._exit(status)
+
+
 def _leave_the_host() -> None:
     """Take places of our own: a /proc that shows our PID namespace, and a tmpfs to work on."""
-    syscalls.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     syscalls.unshare(namespaces.CLONE_NEWNS)
     namespaces.mount(None, "/", None, namespaces.MS_REC | namespaces.MS_PRIVATE)
     flags = namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC
