@@ -1,0 +1,109 @@
+"""What becomes of an error: a line or two on stderr, and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Final
+
+import click
+
+from kvmsec.cli.output import ReaderGone, complain, shown_text
+from kvmsec.linux.errors import Fault
+
+FAILED: Final = 1
+WRONG_USAGE: Final = 2
+CHECK_FOUND_ERRORS: Final = 3
+_SIGNALLED: Final = 128
+"""A shell's status of a command that a signal ended is this and the signal's number."""
+
+
+class Terminated(Exception):
+    """A signal told us to end; what had been begun was undone."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class WrongUsage(click.UsageError):
+    """Wrong usage with something better to say than "see --help"."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class WrongValue(click.BadParameter):
+    """An option's or argument's text that can't be meant, whatever the node's state is."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.message)
+        self.hint = fault.hint
+
+
+def report(error: BaseException, *, is_debug: bool) -> int:
+    """Say on stderr what went wrong; returns the exit status."""
+    if is_debug and not isinstance(error, click.ClickException | ReaderGone):
+        _print_traceback(error)
+    match error:
+        case ReaderGone():
+            _silence_stdout()
+            return FAILED
+        case click.ClickException():
+            return _report_usage(error)
+        case Fault():
+            complain(error.message, error.hint)
+            return FAILED
+        case click.Abort() | KeyboardInterrupt():
+            complain("interrupted")
+            return _SIGNALLED + 2
+        case Terminated():
+            complain("terminated")
+            return _SIGNALLED + error.number
+        case OSError():
+            complain(_what_failed(error))
+            return FAILED
+        case _:
+            complain(
+                f"unexpected {type(error).__name__}: {error}",
+                None if is_debug else "this is a bug; `kvmsec --debug …` shows where it happened",
+            )
+            return FAILED
+
+
+def _report_usage(error: click.ClickException) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":  # which click 8.1 doesn't have
+        error.show()
+        return WRONG_USAGE
+    hint = getattr(error, "hint", None)
+    context = getattr(error, "ctx", None)
+    if hint is None and context is not None:
+        hint = f"see `{context.command_path} --help`"
+    complain(error.format_message(), hint)
+    return WRONG_USAGE
+
+
+def _what_failed(error: OSError) -> str:
+    """The path, where there is one, and the system's own words."""
+    words = error.strerror or str(error) or type(error).__name__
+    paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if _is_path(path)]
+    return f"{' -> '.join(paths)}: {words}" if paths else words
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | bytes | os.PathLike)
+
+
+def _print_traceback(error: BaseException) -> None:
+    import traceback
+
+    for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
+        click.echo(shown_text(line), err=True)
+
+
+def _silence_stdout() -> None:
+    """Let the interpreter's last flush go nowhere, instead of failing aloud."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -1,0 +1,222 @@
+"""`kvmsec instance`: start, stop and look at instances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from kvmsec.cli.output import duration, print_facts, print_json, print_table, say, shown_line, warn
+from kvmsec.cli.params import (
+    DISK,
+    INSTANCE_NAME,
+    NIC,
+    PATH,
+    SECONDS,
+    SECURITY_MODEL,
+    WHOLE_NUMBER,
+    json_option,
+)
+from kvmsec.cli.session import Session, pass_session
+
+if TYPE_CHECKING:
+    from kvmsec.agent import InstanceInfo
+
+_KEYS: Final = (
+    *("name", "state", "reason", "pid", "uid", "user", "security_model", "accelerator"),
+    *("memory_mib", "vcpus", "started_at", "resident_bytes", "cpu_s", "autostart"),
+)
+"""What `list` says of an instance in JSON; `info` says more."""
+
+_name_argument = click.argument("name", type=INSTANCE_NAME)
+
+
+@click.group
+def instance() -> None:
+    """Instances of this node."""
+
+
+@instance.command
+@_name_argument
+@click.option("--spec", type=PATH, metavar="FILE", help="A definition, TOML or JSON; options win.")
+@click.option("--memory", "memory_mib", type=WHOLE_NUMBER, metavar="MIB", help="Memory in MiB.")
+@click.option("--vcpus", type=WHOLE_NUMBER, metavar="N", help="Virtual CPUs.")
+@click.option("--machine", help="pc, q35, microvm or a version of one.")
+@click.option("--cpu", help="The CPU's model.")
+@click.option(
+    "--disk",
+    "disks",
+    type=DISK,
+    multiple=True,
+    metavar="PATH[,format=…,readonly=…]",
+    help="A disk image or block device; may be repeated.",
+)
+@click.option(
+    "--nic",
+    "nics",
+    type=NIC,
+    multiple=True,
+    metavar="tap=…|bridge=…[,mac=…]",
+    help="A network card; may be repeated.",
+)
+@click.option("--firmware", type=PATH, metavar="PATH", help="What the machine boots from.")
+@click.option("--kernel", type=PATH, metavar="PATH", help="A Linux kernel to boot.")
+@click.option("--initrd", type=PATH, metavar="PATH", help="Its initial RAM disk.")
+@click.option("--append", metavar="TEXT", help="Its command line.")
+@click.option(
+    "--accel",
+    "accelerator",
+    type=click.Choice(["kvm", "tcg", "auto"]),
+    help="Hardware virtualization (kvm, unless told) or emulation.",
+)
+@click.option("--security-model", type=SECURITY_MODEL, help="Whose uid it gets.")
+@click.option("--security-domain", metavar="USER", help="The user of the security model user.")
+@click.option("--qemu", type=PATH, metavar="PATH", help="The QEMU to run.")
+@pass_session
+def start(session: Session, /, name: str, spec: Path | None, **options: Any) -> None:
+    """Start the instance NAME.
+
+    Without --spec and options it is what /etc/kvmsec/instances/NAME.toml says. Relative paths are
+    taken from the working directory.
+    """
+    session.require_root()
+    from kvmsec.cli.definition import definition_of
+
+    definition = definition_of(name, session.paths, spec, _as_text(options))
+    info = session.run(lambda node: node.start(definition))
+    user = f" ({info.user})" if info.user else ""
+    say(
+        f"{name} {info.state.value}: pid {info.pid}, uid {info.uid}{shown_line(user)}, "
+        f"accelerator {info.accelerator}"
+    )
+    _warn_about(info)
+
+
+def _as_text(options: dict[str, Any]) -> dict[str, object]:
+    """The options as a file would have them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+
+
+def _warn_about(info: InstanceInfo) -> None:
+    if info.security_model == "none":
+        warn(f"{info.name} runs as root (security model none): who breaks out of it is root here")
+    if info.accelerator == "tcg":
+        warn(f"{info.name} is emulated (tcg), which QEMU does not hold to be a security boundary")
+
+
+@instance.command
+@_name_argument
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=SECONDS,
+    default=60.0,
+    metavar="S",
+    help="How long the guest may take to power down (60 s); then it is killed.",
+)
+@click.option("--force", is_flag=True, help="Kill it at once.")
+@pass_session
+def stop(session: Session, name: str, timeout_s: float, force: bool) -> None:
+    """Stop the instance NAME; its uid is clean and released then."""
+    info = session.run(lambda node: node.stop(name, timeout_s=timeout_s, force=force))
+    say(_state_of(info))
+
+
+@instance.command
+@_name_argument
+@pass_session
+def reboot(session: Session, name: str) -> None:
+    """Reset the guest; process and uid stay."""
+    session.run(lambda node: node.reboot(name))
+    say(f"{name} was reset")
+
+
+@instance.command("list")
+@json_option
+@pass_session
+def list_instances(session: Session, as_json: bool) -> None:
+    """Every instance that runs, ended unasked, or has a definition."""
+    infos = session.run(lambda node: node.list())
+    if as_json:
+        print_json([_document(info) for info in infos])
+        return
+    headings = ("name", "state", "pid", "uid", "user", "model", "accelerator", "memory", "uptime")
+    print_table(headings, map(_row, infos))
+
+
+def _row(info: InstanceInfo) -> tuple[object, ...]:
+    return (
+        info.name,
+        f"{info.state.value} ({info.reason})" if info.reason else info.state.value,
+        *(info.pid, info.uid, info.user, info.security_model, info.accelerator),
+        None if info.memory_mib is None else f"{info.memory_mib} MiB",
+        _uptime(info),
+    )
+
+
+@instance.command
+@_name_argument
+@json_option
+@pass_session
+def info(session: Session, name: str, as_json: bool) -> None:
+    """All that is known of the instance NAME."""
+    found = session.run(lambda node: node.info(name))
+    if as_json:
+        print_json({**found.details, **_document(found)})
+        return
+    facts = _document(found) | {"uptime": _uptime(found), "resident_bytes": _resident(found)}
+    print_facts({**facts, **found.details})
+
+
+def _document(info: InstanceInfo) -> dict[str, object]:
+    return {key: getattr(info, key) for key in _KEYS}
+
+
+def _state_of(info: InstanceInfo) -> str:
+    reason = f" ({shown_line(info.reason)})" if info.reason else ""
+    return f"{info.name} {info.state.value}{reason}"
+
+
+def _resident(info: InstanceInfo) -> str | None:
+    """Only here for people; machines get the bytes."""
+    return None if info.resident_bytes is None else f"{info.resident_bytes / 2**20:.1f} MiB"
+
+
+def _uptime(info: InstanceInfo) -> str | None:
+    """How long it has been running; None when it is not."""
+    if info.pid is None or info.started_at is None:
+        return None
+    from datetime import UTC, datetime
+
+    return duration((datetime.now(UTC) - info.started_at).total_seconds())
+
+
+@instance.command
+@_name_argument
+@click.option("--follow", "-f", is_flag=True, help="Go on until the instance ends.")
+@json_option
+@pass_session
+def log(session: Session, name: str, follow: bool, as_json: bool) -> None:
+    """What kvmsec, QEMU and the serial line of the instance NAME said."""
+    from kvmsec.cli import following
+    from kvmsec.cli.failures import WrongUsage
+
+    if follow and as_json:
+        raise WrongUsage("--follow and --json can't go together")
+    if as_json:
+        said = session.run(lambda node: node.log(name))
+        print_json({source: getattr(said, source) for source in ("kvmsec", "qemu", "serial")})
+        return
+    show = following.follow_log if follow else following.show_log
+    session.run(lambda node: show(node, name))
+
+
+@instance.command
+@_name_argument
+@pass_session
+def console(session: Session, name: str) -> None:
+    """Attach this terminal to the serial line of NAME; Ctrl-] leaves."""
+    from kvmsec.cli.console import run_console
+
+    session.run(lambda node: run_console(node, name))
