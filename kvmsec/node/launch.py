@@ -56,22 +56,33 @@ async def launch(
                 await result
     except BaseException as error:
         await start.let_go()
-        raise await _taken_back(start, error) from error
+        failure = await _take_back(start, error)
+        if failure is None:
+            raise
+        raise failure from error
     await start.let_go()
     return start.record
 
 
-async def _taken_back(start: "_Start", error: BaseException) -> BaseException:
-    """Undo a start; returns the error to raise, with QEMU's own words where it had any."""
-    log = start.host.paths.instance_log(start.record.name)
+async def _take_back(start: "_Start", error: BaseException) -> StartFailed | None:
+    """Undo a start; the error to raise instead, where there is more to say than `error` does."""
+    name = start.record.name
+    log = start.host.paths.instance_log(name)
     journal.note(log, f"start {start.record.generation} failed: {error}")
-    remains = await dismantle(start.host, start.record)
+    try:
+        remains = await dismantle(start.host, start.record)
+    except (Fault, OSError) as problem:
+        journal.note(log, f"it could not be taken back: {problem}")
+        hint = "the next command takes the rest back; see that its cause is gone"
+        return StartFailed(
+            name, f"{error}; not all of it could be taken back: {problem}", hint=hint
+        )
     if remains.words:
         journal.note(log, f"QEMU said: {remains.words}")
-    # An error of a person's own making, or of another's doing, stays what it is.
+    # What happened before there was a QEMU, and an interruption, stay what they are.
     if not start.is_forked or not isinstance(error, Fault):
-        return error
-    return StartFailed(start.record.name, error.message, output=remains.words, hint=error.hint)
+        return None
+    return StartFailed(name, error.message, output=remains.words, hint=error.hint)
 
 
 class NotReady(KvmsecError):
