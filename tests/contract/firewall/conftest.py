@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -213,3 +214,13 @@ def make(request: pytest.FixtureRequest) -> Make:
 @pytest.fixture
 def backend(make: Make) -> Backend:
     return make()
+
+
+@pytest.fixture(scope="module")
+def warm() -> None:
+    """Import python-iptables here, so that the children that change rules need not: a process
+    that has imported it and made no table is as good as one that hasn't. The tests of the guard
+    leave it to the children, as the command line does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import iptc  # noqa: F401
