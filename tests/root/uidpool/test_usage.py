@@ -15,7 +15,7 @@ import pytest
 
 from kvmsec.linux import namespaces
 from kvmsec.linux.children import Child, run_in_child, start_child
-from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.errors import ChildFailed
 from kvmsec.linux.syscalls import mount, umount
 from uidpool import usage
@@ -34,7 +34,7 @@ def was_killed(child: Child) -> bool:
     try:
         child.collect(10)
     except ChildFailed as failure:
-        return "status -9" in failure.detail
+        return "signal 9" in failure.detail
     return False
 
 
@@ -79,19 +79,41 @@ def test_a_root_process_that_acts_as_the_uid_is_reported_and_not_killed(
     os.kill(child.pid, 0)
 
 
-def test_processes_in_another_pid_namespace_are_found_and_ended(
-    uid: int, spawn: Spawn, cleaner: Cleaner
-) -> None:
+@contextlib.contextmanager
+def forked_into_a_new_pid_namespace(function: Callable[[], object]) -> Iterator[int]:
+    """A child that is PID 1 of a namespace of its own, once its function has returned."""
+    reader, writer = os.pipe()
+    with namespaces.children_in_new_pid_namespace():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                function()
+                os.write(writer, b"!")
+                signal.pause()
+            finally:
+                os._exit(1)
+    os.close(writer)
+    try:
+        assert os.read(reader, 1) == b"!"
+        yield pid
+    finally:
+        os.close(reader)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_processes_in_another_pid_namespace_are_found_and_ended(uid: int, cleaner: Cleaner) -> None:
     def fork_three() -> None:
+        become(Credentials(uid, uid))
         for _ in range(3):
             if os.fork() == 0:
                 signal.pause()
 
-    with namespaces.children_in_new_pid_namespace():
-        child = spawn(uid, fork_three)
-    assert len(inspect(uid).processes) == 4
-    assert cleaner(uid).is_clean
-    assert was_killed(child)
+    with forked_into_a_new_pid_namespace(fork_three) as first:
+        assert len(inspect(uid).processes) == 4
+        left = cleaner(uid)
+        assert left.is_clean
+        assert [one.pid for one in left.zombies] == [first]
 
 
 def test_a_neighbour_survives_the_sweep(uid: int, spawn: Spawn, cleaner: Cleaner) -> None:
@@ -178,10 +200,12 @@ def test_a_process_whose_first_thread_has_ended_is_no_zombie(
     assert cleaner(uid).is_clean
 
 
-def test_a_proc_of_another_pid_namespace_proves_nothing(uid: int) -> None:
-    with namespaces.children_in_new_pid_namespace():
-        said = run_in_child(lambda: inspect(uid).incomplete, what="x", timeout_s=10)
-    assert "/proc is not that of this PID namespace" in said
+def test_a_proc_of_another_pid_namespace_proves_nothing(uid: int, tmp_path: Path) -> None:
+    answer = tmp_path / "answer"
+    with forked_into_a_new_pid_namespace(
+        lambda: answer.write_text(inspect(uid).incomplete or "clean")
+    ):
+        assert "/proc is not that of this PID namespace" in answer.read_text()
 
 
 @pytest.mark.parametrize("unfit", [0, 1, 999, 65534, 209999, 220000])

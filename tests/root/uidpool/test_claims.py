@@ -1,0 +1,177 @@
+"""Leases for real: rival processes, processes that are killed, and uids that are truly cleaned."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmsec.linux.children import Child
+from kvmsec.linux.processes import is_alive
+from uidpool.claims import Claims, LeaseKey, Quarantined, Released
+from uidpool.provision import apply, plan, plan_removal, remove
+from uidpool.ranges import UidRanges
+from uidpool.snapshot import Snapshot
+from uidpool.usage import inspect
+
+pytestmark = pytest.mark.root
+Spawn = Callable[..., Child]
+POOL = UidRanges.parse("214000-214009")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def users() -> Iterator[None]:
+    apply(plan(POOL, Snapshot.read()))
+    yield
+    remove(plan_removal(POOL, Snapshot.read()))
+
+
+@pytest.fixture
+def claims(tmp_path: Path) -> Claims:
+    return claims_at(tmp_path, "/")
+
+
+def claims_at(directory: Path, root: str) -> Claims:
+    return Claims(directory / "run", directory / "lib", root=root)
+
+
+def test_a_release_ends_what_the_uid_runs(claims: Claims, spawn: Spawn) -> None:
+    lease = claims.draw(POOL, instance="vm", generation="g1", reuse_delay_s=0)
+    spawn(lease.uid, lambda: Path("/dev/shm/left").touch())
+    assert inspect(lease.uid).processes
+    assert claims.release(lease.key) == Released()
+    assert inspect(lease.uid).is_clean
+    assert not Path("/dev/shm/left").exists()
+
+
+def test_a_second_release_leaves_the_next_holder_running(claims: Claims, spawn: Spawn) -> None:
+    pool = UidRanges.parse("214000")
+    first = claims.draw(pool, instance="vm", generation="g1", reuse_delay_s=0)
+    claims.release(first.key)
+    second = claims.draw(pool, instance="vm", generation="g2", reuse_delay_s=0)
+    child = spawn(second.uid)
+    assert claims.release(first.key) == Released()
+    os.kill(child.pid, 0)
+    assert [one.pid for one in inspect(second.uid).processes] == [child.pid]
+    assert claims.leases() == (second,)
+    assert claims.release(second.key) == Released()
+
+
+def test_a_dirty_uid_is_passed_over_and_freed_by_a_retry(claims: Claims, spawn: Spawn) -> None:
+    for uid in list(POOL)[:9]:
+        spawn(uid)
+    uids = set()
+    with contextlib.suppress(Exception):
+        uids.add(claims.draw(POOL, instance="vm", generation="g1").uid)
+    assert uids <= {214009}
+    quarantined = claims.quarantined()
+    assert quarantined
+    for record in quarantined:
+        assert "processes" in record.reason
+        assert claims.retry(record.uid) == Released()
+        assert inspect(record.uid).is_clean
+
+
+def test_without_the_reaper_a_dirty_uid_is_quarantined(claims: Claims, spawn: Spawn) -> None:
+    from kvmsec.linux import command
+
+    lease = claims.draw(POOL, instance="vm", generation="g1")
+    child = spawn(lease.uid)
+    command.run(["usermod", "--comment", "somebody else", "kvmsec-reaper"], timeout_s=10)
+    try:
+        outcome = claims.release(lease.key)
+        assert isinstance(outcome, Quarantined)
+        assert "there is no user kvmsec-reaper" in outcome.reason
+        os.kill(child.pid, 0)
+    finally:
+        command.run(["usermod", "--comment", "kvmsec reaper", "kvmsec-reaper"], timeout_s=10)
+    assert claims.retry(lease.uid) == Released()
+
+
+def rival(directory: Path, name: str, seconds: float, results: Any) -> None:
+    """Draw and release for a while, holding each uid by a real process."""
+    claims = claims_at(directory, f"/{name}")
+    collisions, number = 0, 0
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        number += 1
+        lease = claims.draw(POOL, instance=name, generation=str(number), reuse_delay_s=0)
+        mark = directory / f"held-{lease.uid}"
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            collisions += 1
+        mark.unlink(missing_ok=True)
+        if number % 4 == 0:
+            hold_by_a_process(lease.uid)
+        claims.release(lease.key)
+        claims.release(lease.key)
+    results.put((collisions, number))
+
+
+def hold_by_a_process(uid: int) -> None:
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.setresuid(uid, uid, uid)
+        os.write(writer, b"!")
+        signal.pause()
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+
+
+def test_rival_processes_with_real_cleaning_never_share_a_uid(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    rivals = [
+        context.Process(target=rival, args=(tmp_path, f"r{number}", 3.0, results))
+        for number in range(8)
+    ]
+    for process in rivals:
+        process.start()
+    told = [results.get(timeout=30) for _ in rivals]
+    for process in rivals:
+        process.join(30)
+    assert [collisions for collisions, _ in told] == [0] * 8
+    assert sum(draws for _, draws in told) > 40
+    assert claims_at(tmp_path, "/").states() == ()
+
+
+def doomed(directory: Path, name: str) -> None:
+    claims = claims_at(directory, f"/{name}")
+    for number in range(10_000):
+        lease = claims.draw(POOL, instance=name, generation=str(number), reuse_delay_s=0)
+        claims.release(lease.key)
+
+
+def test_processes_that_are_killed_lose_no_uid(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    claims = claims_at(tmp_path, "/")
+    chance = random.Random(7)
+    for round_number in range(12):
+        rivals = [
+            context.Process(target=doomed, args=(tmp_path, f"r{round_number}.{number}"))
+            for number in range(3)
+        ]
+        for process in rivals:
+            process.start()
+        time.sleep(0.05 + chance.random() * 0.1)
+        for process in rivals:
+            process.kill()
+            process.join(10)
+        for lease in claims.leases():
+            assert not is_alive(lease.launcher)
+            assert (
+                claims.release(LeaseKey(lease.uid, lease.instance, lease.generation)) == Released()
+            )
+        assert claims.unreadable() == ()
+    drawn = [claims.draw(POOL, instance="all", generation=str(one)).uid for one in POOL]
+    assert sorted(drawn) == list(POOL)
+    everything = {path.name for path in (tmp_path / "run").iterdir()}
+    assert everything == {str(uid) for uid in POOL} | {".locks"}
