@@ -1,0 +1,342 @@
+"""Three real guests, each under a uid of its own, and what somebody who took one over can reach.
+
+Drives the `kvmsec` command as a person would, with all files below a root of its own, and leaves
+the host as it was, whatever interrupts it. Needs root. `./dev demo` runs it.
+"""
+
+import json
+import os
+import pwd
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from attacks import Attempt, attempts_on, packet_attempts, try_all
+from host_state import HOST_DIRECTORIES, HostState, remove_host_directories
+
+from hypervisor import tiny
+
+KVMSEC: Final = Path(sys.prefix, "bin/kvmsec")
+NAMES: Final = ("web", "db", "mail")
+UIDS: Final = 10
+DEADLINE_S: Final = 120
+CHECK_FOUND_ERRORS: Final = 3
+
+
+class DemoFailed(Exception):
+    """Something did not go as it should; the message says what."""
+
+
+# What a person sees --------------------------------------------------------------------------
+
+
+def say(text: str = "") -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def heading(text: str) -> None:
+    bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    say(f"\n{bold}== {text}{plain}")
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    lines = [list(headings), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        say("  " + "   ".join(padded).rstrip())
+
+
+# The demo ------------------------------------------------------------------------------------
+
+
+class Demo:
+    """One run: the root that it works below, and what it has to take back."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.before = HostState.read(root)
+        self.uids = range(0)
+        self.has_cluster = False
+        self.started: list[str] = []
+        self.accelerator = "kvm"
+        self.problems: list[str] = []
+
+    # Commands
+
+    def run(self, *words: str, is_shown: bool = True) -> str:
+        """A command with its words as a shell user would see them; raises DemoFailed."""
+        status, told, complaint = self.attempt(*words, is_shown=is_shown)
+        if status:
+            raise DemoFailed(f"kvmsec {shlex.join(words)}: {complaint.strip() or status}")
+        return told
+
+    def attempt(self, *words: str, is_shown: bool = True) -> tuple[int, str, str]:
+        """The same for a command that may fail: its status, its words, its complaint."""
+        say(f"$ kvmsec {shlex.join(words)}")
+        status, told, complaint = self._execute([str(KVMSEC), *words])
+        if is_shown:
+            for line in (told + complaint).splitlines():
+                say(f"  {line}")
+        return status, told, complaint
+
+    def _execute(self, argv: Sequence[str]) -> tuple[int, str, str]:
+        # In a session of its own: Ctrl-C is ours to pass on, and then its undoing is waited for.
+        process = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "KVMSEC_ROOT": str(self.root)},
+            cwd=self.root,
+            start_new_session=True,
+        )
+        try:
+            told, complaint = process.communicate(timeout=DEADLINE_S)
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            process.communicate()
+            raise
+        return process.returncode, told, complaint
+
+    def ask(self, *words: str) -> Any:
+        """What a command says to machines; not shown."""
+        status, told, complaint = self._execute([str(KVMSEC), *words, "--json"])
+        if status not in (0, CHECK_FOUND_ERRORS):
+            raise DemoFailed(f"kvmsec {shlex.join(words)} --json: {complaint.strip()}")
+        return json.loads(told)
+
+    # Steps, in their order
+
+    def look_at_the_host(self) -> None:
+        heading("Is this host ready?")
+        say("$ kvmsec doctor --json")
+        findings = self.ask("doctor")
+        told = [one for one in findings if one["severity"] != "ok" or one["code"] == "kvm"]
+        for finding in told:
+            say(f"  {finding['severity']:<8} {finding['item']}: {finding['message']}")
+        say(f"  … and {len(findings) - len(told)} more findings, all ok")
+        failed = {one["code"] for one in findings if one["severity"] == "error"}
+        if failed - {"kvm"}:
+            raise DemoFailed("this host is not ready: `kvmsec doctor` says what to do")
+        runs_kvm = any(one["code"] == "kvm" and one["severity"] == "ok" for one in findings)
+        self.accelerator = "kvm" if runs_kvm else "tcg"
+        says = {
+            "kvm": "REAL KVM: a guest booted under it, so the guests below run under it, too.",
+            "tcg": "NO KVM on this host: the guests below are emulated (TCG).",
+        }
+        say(f"\n  {says[self.accelerator]}")
+
+    def make_a_cluster(self) -> None:
+        heading("A pool of uids, one for each instance")
+        self.uids = self._free_range()
+        self.run("uids", "provision", self.pool)
+        self.has_cluster = True
+        self.run("cluster", "init", "--name", "demo", "--uid-pool", self.pool)
+
+    @property
+    def pool(self) -> str:
+        return _pool_of(self.uids)
+
+    def _free_range(self) -> range:
+        """Uids that nobody has here, and that kvmsec would take."""
+        taken = {user.pw_uid for user in pwd.getpwall()}
+        for first in range(200_000, 500_000, 1000):
+            uids = range(first, first + UIDS)
+            argv = [str(KVMSEC), "uids", "provision", _pool_of(uids), "--dry-run"]
+            if taken.isdisjoint(uids) and self._execute(argv)[0] == 0:
+                return uids
+        raise DemoFailed("no free range of uids was found below 500000")
+
+    def start_three(self) -> None:
+        heading("Three guests, each with a disk of its own")
+        say(f"$ cp {tiny.rom_path()} .")
+        shutil.copyfile(tiny.rom_path(), self.root / "tiny.rom")
+        accelerator = () if self.accelerator == "kvm" else ("--accel", "tcg")
+        for name in NAMES:
+            say(f"$ truncate -s 1M {name}.raw")
+            with (self.root / f"{name}.raw").open("wb") as disk:
+                disk.truncate(1 << 20)
+            self.started.append(name)
+            machine = ("--firmware", "tiny.rom", "--disk", f"{name}.raw", "--memory", "4")
+            self.run("instance", "start", name, *machine, *accelerator)
+        say()
+        self.run("instance", "list")
+
+    def talk(self) -> None:
+        heading("A guest answers on its serial line, and writes to its disk")
+        path = self.ask("instance", "info", "web")["serial_socket"]
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(10)
+            line.connect(path)
+            for command, wanted in ((b"ehello\n", "ECHO "), (b"w", "WROTE ")):
+                line.sendall(command)
+                say(f"  > {command.decode().rstrip()}")
+                answer = _answer(line, wanted)
+                say(f"  < {answer}")
+        sector = (self.root / "web.raw").read_bytes()[512:528].decode(errors="replace")
+        say(f"  sector 1 of web.raw, as the host sees it: {sector}")
+
+    def refuse_packets(self) -> None:
+        served = 0
+        for backend in ("nftables", "iptables"):
+            heading(f"Nothing that web's uid sends leaves it: {backend}")
+            config = self.root / "etc/kvmsec/kvmsec.toml"
+            config.write_text(f'[firewall]\nbackend = "{backend}"\n')
+            config.chmod(0o600)
+            say(f"$ printf '[firewall]\\nbackend = \"{backend}\"\\n' > etc/kvmsec/kvmsec.toml")
+            if self.attempt("firewall", "apply")[0] != 0:
+                say(f"  (this host has no {backend})")
+                continue
+            served += 1
+            self._refuse_packets_by(backend)
+        if not served:
+            raise DemoFailed("neither nftables nor iptables could be used")
+
+    def _refuse_packets_by(self, backend: str) -> None:
+        before = self.ask("firewall", "show")
+        if before["backend"] != backend:
+            raise DemoFailed(f"{backend} was asked for, and {before['backend']} serves")
+        rows = try_all(packet_attempts(), self._uid_of("web"))
+        after = self.ask("firewall", "show")
+        self._show(rows)
+        counts = []
+        for family in before["families"]:
+            was, now = before["dropped"][family], after["dropped"][family]
+            counts.append(f"{family} {was} -> {now}")
+            if now <= was and any(family in row.what.lower() and row.is_refused for row in rows):
+                self.problems.append(f"the drop counter of {backend} for {family} did not rise")
+        say(f"  dropped packets, before -> after: {', '.join(counts)}")
+
+    def attack(self) -> None:
+        heading("Suppose that web broke out of its guest, out of QEMU and out of its jail")
+        db = self.ask("instance", "info", "db")
+        say(
+            f"  A process with web's uid {self._uid_of('web')}, in none of its namespaces, tries:\n"
+        )
+        self._show(try_all(attempts_on(db, self.root), self._uid_of("web")))
+
+    def _show(self, rows: Sequence[Attempt]) -> None:
+        shown = [(row.what, row.as_instance, row.as_root) for row in rows]
+        table(("tries to", "the kernel's answer", "the same as root"), shown)
+        for row in rows:
+            if row.problem:
+                self.problems.append(row.problem)
+
+    def _uid_of(self, name: str) -> int:
+        return int(self.ask("instance", "info", name)["uid"])
+
+    def stop_all(self) -> None:
+        heading("The end: each guest powers down, and its uid rests")
+        for name in NAMES:
+            self.run("instance", "stop", name, "--timeout", "10")
+            self.started.remove(name)
+        self.run("uids", "list")
+
+    # And back
+
+    def clean_up(self) -> None:
+        """Take everything back; goes on past what fails, and says so."""
+        heading("Cleaning up")
+        for name in tuple(self.started):
+            self._take_back("instance", "stop", name, "--force")
+        if self.has_cluster:
+            self._take_back("firewall", "remove")
+            self._take_back("cluster", "destroy", "--yes")
+        if self.uids:
+            self._take_back("uids", "provision", self.pool, "--remove")
+        say(f"$ rm -r {self.root}")
+        try:
+            shutil.rmtree(self.root)
+            remove_host_directories(self.before)
+        except OSError as failure:
+            self.problems.append(str(failure))
+
+    def _take_back(self, *words: str) -> None:
+        # An interrupted step may not have got as far as this undoes: what counts is the end.
+        try:
+            self.attempt(*words)
+        except subprocess.TimeoutExpired as failure:
+            self.problems.append(str(failure))
+
+    def compare(self) -> None:
+        """Hold the host against what it was."""
+        differences = self.before.differences(HostState.read(self.root, self.uids))
+        if differences:
+            say("\nThe host is NOT as it was:")
+            for difference in differences:
+                say(f"  - {difference}")
+            self.problems.append("it left something behind")
+        else:
+            looked_at = ", ".join(HostState.ASPECTS)
+            say(f"\nThe host is as it was ({looked_at}).")
+
+
+def _pool_of(uids: range) -> str:
+    return f"{uids[0]}-{uids[-1]}"
+
+
+def _answer(line: socket.socket, wanted: str) -> str:
+    """The next whole line of the guest's that begins as it should."""
+    heard = b""
+    while True:
+        *lines, heard_last = heard.split(b"\r\n")
+        for text in (one.decode(errors="replace") for one in lines):
+            if text.startswith(wanted):
+                return text
+        chunk = line.recv(4096)
+        if not chunk:
+            raise DemoFailed(f"the serial line was closed after {heard_last!r}")
+        heard += chunk
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    if os.geteuid() != 0:
+        sys.stderr.write("demo: needs root: run it as root, or with sudo\n")
+        return 1
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    root = Path(tempfile.mkdtemp(prefix="kvmsec-demo-", dir="/var/tmp"))
+    demo = Demo(root)
+    say(f"$ cd {root}; export KVMSEC_ROOT=$PWD    # all files of the demo, but {_shared()}")
+    steps = (
+        *(demo.look_at_the_host, demo.make_a_cluster, demo.start_three, demo.talk),
+        *(demo.refuse_packets, demo.attack, demo.stop_all),
+    )
+    try:
+        for step in steps:
+            step()
+    except KeyboardInterrupt:
+        demo.problems.append("interrupted")
+    except (DemoFailed, OSError, subprocess.TimeoutExpired) as failure:
+        demo.problems.append(str(failure))
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        demo.clean_up()
+    demo.compare()
+    for problem in demo.problems:
+        say(f"demo: {problem}")
+    return 1 if demo.problems else 0
+
+
+def _shared() -> str:
+    return " and ".join(map(str, HOST_DIRECTORIES))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
