@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Final
 
@@ -56,10 +57,9 @@ def report(error: BaseException, *, is_debug: bool) -> int:
             complain(error.message, error.hint)
             return FAILED
         case click.Abort() | KeyboardInterrupt():
-            complain("interrupted")
-            return _SIGNALLED + 2
+            return report(Terminated(signal.SIGINT), is_debug=False)
         case Terminated():
-            complain("terminated")
+            complain("interrupted" if error.number == signal.SIGINT else "terminated")
             return _SIGNALLED + error.number
         case OSError():
             complain(_what_failed(error))

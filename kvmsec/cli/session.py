@@ -13,6 +13,8 @@ import click
 from kvmsec.cli.failures import Terminated
 
 if TYPE_CHECKING:
+    import asyncio
+
     from kvmsec.agent import Agent
     from kvmsec.cluster.nodes import ClusterNode
     from kvmsec.paths import Paths
@@ -57,8 +59,8 @@ class Session:
     def run(self, action: Callable[[Node], Awaitable[_T]]) -> _T:
         """Run what needs this node, as root: the one place that starts an event loop.
 
-        An interrupt, SIGTERM and SIGHUP cancel the action, and its undoing is waited for; only a
-        second interrupt cuts that short. Raises KeyboardInterrupt and Terminated then.
+        An interrupt, SIGTERM and SIGHUP cancel the action, and its undoing is waited for, however
+        often one presses; a signal that comes when all is done changes nothing. Raises Terminated.
         """
         self.require_root()
         import asyncio
@@ -79,27 +81,42 @@ def open_node(root: Path) -> Node:
 async def _act(root: Path, action: Callable[[Node], Awaitable[_T]]) -> _T:
     import asyncio
 
-    task = asyncio.current_task()
-    loop = asyncio.get_running_loop()
+    node = open_node(root)
+
+    async def act() -> _T:
+        return await action(node)
+
+    work = asyncio.create_task(act())
+    told = _cancelled_by_signals(work)
+    try:
+        # Not awaited itself: what is cancelled is the work, and never the wait for its undoing.
+        await asyncio.wait((work,))
+        if work.cancelled() and told:
+            raise Terminated(told[0])
+        return work.result()
+    finally:
+        await node.close()
+
+
+def _cancelled_by_signals(work: asyncio.Task[_T]) -> list[int]:
+    """Have the first of the signals cancel the work; the list holds those that came.
+
+    By way of the loop: so a signal never falls into the middle of what is done without a pause.
+    """
+    import asyncio
+
     told: list[int] = []
 
     def end(number: int) -> None:
+        if not told:
+            work.cancel()
         told.append(number)
-        if task is not None:
-            task.cancel()
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup(1) has a hangup ignored
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1) has a hangup ignored
             loop.add_signal_handler(number, end, number)
-    node = open_node(root)
-    try:
-        return await action(node)
-    except asyncio.CancelledError:
-        if told:
-            raise Terminated(told[0]) from None
-        raise
-    finally:
-        await node.close()
+    return told
 
 
 pass_session = click.make_pass_decorator(Session)

@@ -232,6 +232,38 @@ def interrupted_by(number: int, undone: list[str]) -> Callable[[], Awaitable[Non
     return act
 
 
+def test_a_signal_that_comes_when_all_is_done_changes_nothing(
+    run: Any, node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def close() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(node, "close", close)
+
+    assert run("firewall", "apply").exit_code == 0
+
+
+def test_an_impatient_person_does_not_spoil_the_undoing(
+    run: Any, node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undone: list[str] = []
+
+    async def act() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(30)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(0.05)
+            undone.append("undone")
+
+    monkeypatch.setattr(node, "apply_rules", act)
+
+    assert run("firewall", "apply").exit_code == 130
+    assert undone == ["undone"]
+
+
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
