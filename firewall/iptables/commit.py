@@ -110,12 +110,12 @@ def _build(rule_type: Any, rule: Rule) -> Any:
         built.protocol = rule.protocol
     for part in rule.matches:
         match = built.create_match(part.name)
-        for option, value in part.options:
-            match.set_parameter(option, value)
+        for option, *arguments in part.options:
+            match.set_parameter(option, arguments)
     target = built.create_target(rule.target.name)
-    for option, value in rule.target.options:
+    for option, *arguments in rule.target.options:
         if option != "nflog-prefix":
-            target.set_parameter(option, value)
+            target.set_parameter(option, arguments)
     return built
 
 
@@ -152,9 +152,9 @@ class _Encoder:
         built = _build(self._rule_type, rule)
         built.final_check()
         entry = built.rule
-        prefix = dict(rule.target.options).get("nflog-prefix")
-        if prefix is not None:
-            _write_nflog_prefix(entry, prefix)
+        for option, *arguments in rule.target.options:
+            if option == "nflog-prefix":
+                _write_nflog_prefix(entry, *arguments)
         return entry
 
 
@@ -162,10 +162,9 @@ def _without_uids(rule: Rule) -> tuple[Rule, tuple[int, int] | None]:
     """The kind of a rule (itself with no uids in its first match) and the uids."""
     first, *others = rule.matches
     match first.options:
-        case (("uid-owner", text),):
-            lowest, _, highest = text.removeprefix("!").partition("-")
-            sign = "!" if text.startswith("!") else ""
-            kind = Rule(rule.target, (Part(first.name, (("uid-owner", sign),)), *others))
+        case (("uid-owner", *sign, text),):
+            lowest, _, highest = text.partition("-")
+            kind = Rule(rule.target, (Part(first.name, (("uid-owner", *sign),)), *others))
             return kind, (int(lowest), int(highest or lowest))
     return rule, None
 

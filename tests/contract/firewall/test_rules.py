@@ -122,7 +122,7 @@ def _let_a_uid_go(net: Any, backend: Any) -> None:
     if backend.name == "nftables":
         net.sh("nft", "flush", "set", "inet", "kvmsec", "pool")
     else:
-        net.sh("iptables-legacy", "-D", "kvmsec", "4")
+        net.sh("iptables-legacy", "-D", "kvmsec", "5")
 
 
 def _switch_off(net: Any, backend: Any) -> None:

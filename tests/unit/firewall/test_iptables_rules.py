@@ -11,6 +11,8 @@ POLICY = Policy(((1000, 5000), (8000, 8000)))
 FILTER = [
     "-A T -m owner ! --socket-exists -m connmark --mark 0x6b760000/0x6b760000 -j DROP",
     "-A T -p tcp -m owner ! --socket-exists -m conntrack --ctstate NEW -j DROP",
+    "-A T -p tcp -m owner ! --socket-exists -m connmark --mark 0x80000000/0x80000000"
+    " -m tcp ! --tcp-flags SYN,ACK SYN,ACK -j DROP",
     "-A T -m owner ! --uid-owner 1000-8000 -j RETURN",
     "-A T -m owner --uid-owner 1000-5000 -m limit --limit 6/min"
     ' -j LOG --log-prefix "kvmsec drop: " --log-uid',
@@ -20,6 +22,10 @@ FILTER = [
     "-A T -m owner --uid-owner 8000 -j DROP",
 ]
 MANGLE = [
+    "-A T -p tcp -m owner ! --socket-exists -m tcp --tcp-flags SYN,ACK SYN,ACK"
+    " -j CONNMARK --set-xmark 0x80000000/0x80000000",
+    "-A T -p tcp -m owner --socket-exists -m connmark --mark 0x80000000/0x80000000"
+    " -j CONNMARK --set-xmark 0x0/0x80000000",
     "-A T -m owner ! --uid-owner 1000-8000 -j RETURN",
     "-A T -m owner --uid-owner 1000-5000 -j CONNMARK --set-xmark 0x6b760000/0x6b760000",
     "-A T -m owner --uid-owner 8000 -j CONNMARK --set-xmark 0x6b760000/0x6b760000",
@@ -105,7 +111,7 @@ def test_a_jump_with_a_condition_is_no_jump():
 
 
 def test_another_order_of_the_same_rules_is_a_finding():
-    first, second = FILTER[3].replace("T", "kvmsec", 1), FILTER[4].replace("T", "kvmsec", 1)
+    first, second = FILTER[4].replace("T", "kvmsec", 1), FILTER[5].replace("T", "kvmsec", 1)
     policy = Policy(POLICY.uids, LogSettings("kvmsec drop: "))
     text = save(policy)
     swapped = text.replace(first, "@").replace(second, first).replace("@", second)
@@ -116,7 +122,7 @@ def test_another_order_of_the_same_rules_is_a_finding():
 def test_uids_and_drops_are_read_back():
     tables = saved.parse_save(save(POLICY, counters="[7:700]"))
     assert saved.uids(tables, "kvmsec") == POLICY.uids
-    assert saved.dropped(tables, "kvmsec") == 4 * 7
+    assert saved.dropped(tables, "kvmsec") == 5 * 7
     assert saved.dropped(tables, "kvmsec_0123abcd") == 0
 
 
@@ -124,7 +130,7 @@ def test_what_gone_rules_had_dropped_is_inherited_by_the_first():
     present = saved.parse_save(save(POLICY))["filter"]["kvmsec"]
     wanted = rules(Policy(((1000, 5000), (9000, 9000))))["filter"]
     inherited = saved.heirs(wanted, present)
-    assert inherited == [(0, 6), (1,), (), (3,), (4,), (), ()]
+    assert inherited == [(0, 7), (1,), (2,), (), (4,), (5,), (), ()]
 
 
 @pytest.mark.parametrize("text", ["nonsense", "*filter\n-A OUTPUT -j X", "*filter\n[0:0] OUTPUT"])
@@ -147,7 +153,7 @@ def test_a_restore_puts_rules_jumps_and_counters_back():
     script = saved.restore_script(saved.parse_save(save(POLICY)), before, "kvmsec")
     assert "-D OUTPUT -j kvmsec\n-I OUTPUT 2 -j kvmsec\n" in script
     assert "[1:10] -A kvmsec -m owner --uid-owner 1-2 -j DROP\n" in script
-    assert "8000" not in script
+    assert "--uid-owner 8000" not in script
 
 
 def test_without_rules_before_and_now_there_is_nothing_to_restore():
