@@ -101,7 +101,7 @@ def check_namespaces(subject: Subject) -> Iterator[Answer]:
 def check_privileges(subject: Subject) -> Iterator[Answer]:
     """A process of our own gives up everything for good, and the kernel filters system calls."""
     try:
-        syscalls.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, 0)
+        syscalls.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER)
     except OSError as failure:
         # EFAULT: the filter that we didn't give could not be read, so filters are known (prctl(2)).
         if failure.errno != errno.EFAULT:

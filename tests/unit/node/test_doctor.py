@@ -1,0 +1,434 @@
+"""How checks are run and what each makes of what it finds; the host itself is in tests/kvm."""
+
+import asyncio
+import os
+import re
+import select
+import signal
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID
+
+import pytest
+from attrs import evolve
+
+from firewall.errors import BackendUnavailable
+from hypervisor.cgroups import Hierarchy
+from kvmsec.agent import Finding, InstanceInfo, InstanceState
+from kvmsec.config import Backend, Config
+from kvmsec.errors import NoCluster
+from kvmsec.linux import syscalls
+from kvmsec.model.cluster import Cluster, Member
+from kvmsec.node import doctor
+from kvmsec.node.doctor import CHECKS, accounts, engine, examine, filters, kernel, places
+from kvmsec.node.doctor.subject import Answer, Check, Subject, ok, warning
+from kvmsec.node.host import Host
+from kvmsec.paths import Paths
+from uidpool.ranges import EMPTY
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(Paths(tmp_path))
+
+
+@pytest.fixture
+def subject(host: Host) -> Subject:
+    return Subject(host, Config(), cluster=None)
+
+
+@pytest.fixture
+def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what asks for root is told so: the checks of these tests need none."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+
+def run(host: Host, *looks: Any) -> list[Finding]:
+    checks = tuple(
+        Check(f"check-{number}", f"item {number}", look) for number, look in enumerate(looks)
+    )
+    return asyncio.run(examine(host, checks))
+
+
+def fine(subject: Subject) -> Iterator[Answer]:
+    yield ok("fine")
+
+
+# How checks are run
+
+
+def test_codes_are_stable_words_and_unique() -> None:
+    codes = [check.code for check in CHECKS]
+
+    assert len(set(codes)) == len(codes)
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", code) for code in codes)
+
+
+def test_without_root_one_finding_says_so(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+    (finding,) = run(host, fine)
+
+    assert (finding.code, finding.severity) == ("root", "error")
+    assert finding.hint
+
+
+@pytest.mark.usefixtures("as_root")
+def test_answers_come_in_the_checks_order_with_code_item_and_node(host: Host) -> None:
+    def slow(subject: Subject) -> Iterator[Answer]:
+        select.select([], [], [], 0.1)
+        yield warning("slow", "wait")
+
+    first, second = run(host, slow, fine)
+
+    assert first == Finding("check-0", "warning", "item 0", "slow", "wait", os.uname().nodename)
+    assert (second.code, second.severity, second.message) == ("check-1", "ok", "fine")
+
+
+def raises_unexpectedly(subject: Subject) -> Iterator[Answer]:
+    raise KeyError("surprise")
+
+
+def crashes(subject: Subject) -> Iterator[Answer]:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    yield ok("never said")
+
+
+def raises_a_fault(subject: Subject) -> Iterator[Answer]:
+    yield ok("seen before")
+    raise NoCluster
+
+
+def meets_a_system_error(subject: Subject) -> Iterator[Answer]:
+    yield ok(Path("/no such file").read_text())
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_check_that_fails_is_an_error_of_its_own_and_ends_no_other(host: Host) -> None:
+    found = run(host, raises_unexpectedly, crashes, fine, meets_a_system_error)
+
+    assert [finding.severity for finding in found] == ["error", "error", "ok", "error"]
+    assert "KeyError" in found[0].message
+    assert "signal 11" in found[1].message
+    assert "/no such file" in found[3].message
+    assert all(finding.hint for finding in found if finding.severity == "error")
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_fault_keeps_its_hint_and_what_was_found_before_it(host: Host) -> None:
+    before, fault = run(host, raises_a_fault)
+
+    assert before.message == "seen before"
+    assert (fault.message, fault.hint) == (NoCluster().message, NoCluster().hint)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_check_that_hangs_is_ended(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(subject: Subject) -> Iterator[Answer]:
+        signal.pause()
+        yield ok("never said")
+
+    monkeypatch.setattr(doctor, "_DEADLINE_S", 0.2)
+
+    hung, other = run(host, hangs, fine)
+
+    assert (hung.severity, other.severity) == ("error", "ok")
+    assert "0.2 s" in hung.message
+
+
+@pytest.mark.usefixtures("as_root")
+def test_what_a_check_does_to_itself_ends_with_it(host: Host) -> None:
+    def moves(subject: Subject) -> Iterator[Answer]:
+        os.chdir("/proc")
+        os.umask(0o777)
+        yield ok("moved")
+
+    place = Path.cwd()
+    run(host, moves)
+
+    assert Path.cwd() == place
+
+
+# The kernel
+
+
+def test_a_processor_of_another_kind_is_refused(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release="6.1", machine="aarch64"))
+
+    (answer,) = kernel.check_system(subject)
+
+    assert answer.severity == "error"
+    assert "aarch64" in answer.message
+
+
+def test_a_missing_system_call_is_named(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(syscalls, "set_mount_attributes", refuse)
+
+    (answer,) = kernel.check_system_calls(subject)
+
+    assert (answer.severity, answer.message) == ("error", "not available: mount_setattr")
+
+
+@pytest.mark.parametrize(("tolerated", "severity"), [((), "warning"), (("cgroup",), "ok")])
+def test_missing_control_groups_are_a_warning_unless_tolerated(
+    subject: Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    tolerated: tuple[str, ...],
+    severity: str,
+) -> None:
+    monkeypatch.setattr(Hierarchy, "detect", lambda: Hierarchy((), "nothing is mounted"))
+    assert subject.config is not None
+    confinement = evolve(subject.config.confinement, may_be_missing=tolerated)
+    configured = evolve(subject, config=evolve(subject.config, confinement=confinement))
+
+    (answer,) = kernel.check_cgroups(configured)
+
+    assert answer.severity == severity
+    assert "nothing is mounted" in answer.message
+
+
+# Places
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "inodes", "severity"),
+    [
+        (1000, 100_000, "ok"),
+        (20, 100_000, "warning"),
+        (1, 100_000, "error"),
+        (1000, 500, "warning"),
+        (1000, 3, "error"),
+    ],
+)
+def test_room_and_inodes_that_run_out_are_seen(
+    subject: Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    free_mib: int,
+    inodes: int,
+    severity: str,
+) -> None:
+    give_room(monkeypatch, f_bavail=free_mib * 256, f_files=10**6, f_favail=inodes)
+
+    assert {answer.severity for answer in places.check_space(subject)} == {severity}
+
+
+def test_a_file_system_that_counts_no_inodes_has_enough(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_room(monkeypatch, f_files=0, f_favail=0)
+
+    assert {answer.severity for answer in places.check_space(subject)} == {"ok"}
+
+
+def test_a_read_only_place_is_an_error(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_room(monkeypatch, f_flag=os.ST_RDONLY)
+
+    assert {answer.severity for answer in places.check_space(subject)} == {"error"}
+
+
+def give_room(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    room = {"f_flag": 0, "f_bavail": 10**6, "f_frsize": 4096, "f_files": 9, "f_favail": 10**6}
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(**room | changes))
+
+
+@pytest.mark.parametrize(
+    ("year", "severity"), [(1970, "error"), (2024, "error"), (2026, "ok"), (2107, "error")]
+)
+def test_a_clock_that_cannot_be_right_is_an_error(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, year: int, severity: str
+) -> None:
+    monkeypatch.setattr(time, "time", datetime(year, 6, 1, tzinfo=UTC).timestamp)
+
+    (answer,) = places.check_clock(subject)
+
+    assert answer.severity == severity
+
+
+def test_a_clock_behind_the_clusters_birth_is_a_warning(subject: Subject) -> None:
+    made = Cluster(
+        name="demo",
+        uuid=UUID(int=1),
+        uid_pool=EMPTY,
+        draining=EMPTY,
+        security_model=None,
+        nodes=(Member("here"),),
+        created_at=datetime(2099, 1, 1, tzinfo=UTC),
+    )
+
+    (answer,) = places.check_clock(evolve(subject, cluster=made))
+
+    assert answer.severity == "warning"
+
+
+# Accelerators
+
+
+@pytest.fixture
+def no_kvm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engine, "_KVM", tmp_path / "no kvm")
+
+
+@pytest.mark.usefixtures("no_kvm")
+@pytest.mark.parametrize(
+    ("accelerators", "severity"),
+    [
+        ([], "error"),
+        (["kvm"], "error"),
+        (["tcg"], "warning"),
+        (["tcg", "auto"], "warning"),
+        (["tcg", "kvm"], "error"),
+    ],
+)
+def test_without_kvm_it_is_an_error_unless_every_definition_does_without(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, accelerators: list[str], severity: str
+) -> None:
+    subject.paths.definitions.mkdir(parents=True)
+    for number, accelerator in enumerate(accelerators):
+        (subject.paths.definitions / f"vm{number}.toml").write_text(accelerator)
+    monkeypatch.setattr(
+        places,
+        "read",
+        lambda path: SimpleNamespace(machine=SimpleNamespace(accelerator=path.read_text())),
+    )
+
+    (answer,) = engine.check_kvm(subject)
+
+    assert answer.severity == severity
+    assert answer.hint and "modprobe" in answer.hint
+
+
+@pytest.mark.usefixtures("no_kvm")
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (b"flags : fpu vmx sse", "modprobe kvm_intel"),
+        (b"flags : fpu svm sse", "modprobe kvm_amd"),
+        (b"flags : fpu hypervisor", "the hypervisor below"),
+        (b"flags : fpu", "the firmware's settings"),
+    ],
+)
+def test_how_to_get_kvm_depends_on_the_processor(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, flags: bytes, hint: str
+) -> None:
+    monkeypatch.setattr(engine, "read_bounded", lambda path, limit: flags)
+
+    (answer,) = engine.check_kvm(subject)
+
+    assert answer.hint and hint in answer.hint
+
+
+def test_without_qemu_one_check_says_so_and_the_others_only_that_they_were_not_tried(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert subject.config is not None
+    qemu = evolve(subject.config.qemu, path=tmp_path / "no qemu")
+    without = evolve(subject, config=evolve(subject.config, qemu=qemu))
+    monkeypatch.setattr(engine, "_KVM", tmp_path)
+
+    for check in (engine.check_qemu_files, engine.check_kvm, engine.check_tcg):
+        (answer,) = check(without)
+        assert answer.severity == "warning"
+        assert answer.message.startswith("not tried")
+
+
+# Packet filters
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Those that this host is made out to have."""
+    present: set[str] = set()
+
+    class Backend:
+        def __init__(self, name: str, tag: str) -> None:
+            self.name = name
+
+        def require_available(self) -> None:
+            if self.name not in present:
+                raise BackendUnavailable(self.name, "not in this kernel", hint="modprobe it")
+
+    monkeypatch.setattr(filters, "make_backend", Backend)
+    monkeypatch.setattr(syscalls, "unshare", lambda flags: None)
+    return present
+
+
+def with_backend(subject: Subject, setting: Backend) -> Subject:
+    assert subject.config is not None
+    firewall = evolve(subject.config.firewall, backend=setting)
+    return evolve(subject, config=evolve(subject.config, firewall=firewall))
+
+
+def test_no_packet_filter_at_all_is_an_error_that_names_the_packages(
+    subject: Subject, backends: set[str]
+) -> None:
+    (answer,) = filters.check_backends(subject)
+
+    assert answer.severity == "error"
+    assert answer.hint and "iptables" in answer.hint and "nftables" in answer.hint
+
+
+def test_one_backend_is_enough_and_is_named(subject: Subject, backends: set[str]) -> None:
+    backends.add("iptables")
+
+    serving, missing = filters.check_backends(subject)
+
+    assert (serving.severity, missing.severity) == ("ok", "ok")
+    assert serving.message.startswith("iptables serves")
+
+
+def test_a_configured_backend_that_is_missing_is_an_error(
+    subject: Subject, backends: set[str]
+) -> None:
+    backends.add("iptables")
+
+    answer, *_ = filters.check_backends(with_backend(subject, "nftables"))
+
+    assert answer.severity == "error"
+    assert answer.hint and "modprobe it" in answer.hint
+
+
+def test_a_missing_device_is_a_warning_with_its_fix(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(filters, "_TUN", tmp_path / "tun")
+
+    (answer,) = filters.check_tun(subject)
+
+    assert (answer.severity, answer.hint) == ("warning", "modprobe tun")
+
+
+# Uids and instances
+
+
+def test_before_there_is_a_cluster_the_pools_checks_are_warnings(subject: Subject) -> None:
+    (answer,) = accounts.check_pool_users(subject)
+
+    assert answer.severity == "warning"
+    assert answer.hint and "kvmsec cluster init" in answer.hint
+
+
+def test_an_instance_that_is_not_as_it_should_be_is_a_warning(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [
+        InstanceInfo(name="fine", state=InstanceState.RUNNING),
+        InstanceInfo(name="gone", state=InstanceState.CRASHED, reason="killed by SIGKILL"),
+        InstanceInfo(name="odd", state=InstanceState.UNKNOWN, reason="not JSON"),
+        InstanceInfo(name="half", state=InstanceState.STARTING, reason="interrupted"),
+    ]
+    monkeypatch.setattr(accounts, "describe_all", lambda host: known)
+
+    *warnings, summary = accounts.check_instances(subject)
+
+    assert [answer.severity for answer in warnings] == ["warning"] * 3
+    assert "killed by SIGKILL" in warnings[0].message
+    assert summary.message == "4 known, 1 running"
