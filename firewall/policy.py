@@ -20,12 +20,12 @@ UidPairs = tuple[tuple[int, int], ...]
 DEFAULT_TAG: Final = "kvmsec"
 TAG_PATTERN: Final = re.compile(r"kvmsec(_[0-9a-f]{8})?")
 
-# The bits that kvmsec sets in the connection mark of whatever an instance's uid sends, and the
-# only ones that it sets or compares (but for the one below): others keep theirs. A packet that has lost its owner (what
-# close() left queued) is known by them. They are ten bits at once, in the upper half, since
-# container networks live in single low bits (kube-proxy 0x4000 and 0x8000, Cilium 0x0f00) or in
-# short runs of the upper half (Tailscale 0xff0000, Calico from 0x10000 upwards): a foreign mark
-# that holds all ten is a coincidence. They are the letters "kv" in ASCII.
+# The bits that kvmsec sets in the connection mark of whatever an instance's uid sends: a packet
+# that has lost its owner (what close() left queued) is known by them. These and the one below are
+# all that it sets or compares; others keep theirs. They are ten bits at once, in the upper half,
+# since container networks live in single low bits (kube-proxy 0x4000 and 0x8000, Cilium 0x0f00)
+# or in short runs of the upper half (Tailscale 0xff0000, Calico from 0x10000 upwards): a foreign
+# mark that holds all ten is a coincidence. They are the letters "kv" in ASCII.
 MARK: Final = 0x6B760000
 # One bit more, which only the iptables backend uses: a connection that a SYN cookie began, until
 # a packet of it has had an owner.
