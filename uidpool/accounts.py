@@ -150,7 +150,8 @@ class _Context:
 
     def __init__(self, rules: AccountRules, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self._freed = rules.freed
+        foreign = foreign_parts(EMPTY.complement(), rules.freed)
+        self._foreign = UidRanges(tuple(pair for part, _ in foreign for pair in part.ranges))
         self._owners = frozenset(one.owner for one in snapshot.delegations)
         self._primary: dict[int, set[int]] = {}
         for uid, users in snapshot.by_uid.items():
@@ -201,7 +202,7 @@ class _Context:
             group is not None
             and not set(group.members) - {user.name}
             and self._primary[user.gid] == {user.uid}
-            and not foreign_parts(UidRanges.of((user.gid, user.gid)), self._freed)
+            and user.gid not in self._foreign
         )
 
     def _has_supplementary_groups(self, uid: int) -> bool:

@@ -30,7 +30,6 @@ from uidpool.ledger import Ledger
 from uidpool.occupation import Occupation
 from uidpool.ranges import EMPTY, UidRanges
 from uidpool.records import Lease, LeaseKey, Quarantine, Rest
-from uidpool.snapshot import Snapshot
 
 __all__ = [
     "Claims",
@@ -297,13 +296,13 @@ class Claims:
 
     def _clean_with_reaper(self, uid: int) -> usage.Usage:
         """Only ever called for a uid that a lease or a quarantine says was drawn from a pool."""
-        reaper = provision.find_reaper(Snapshot.read())
+        found = self._inspect(uid)
+        if found.is_clean and not found.zombies:
+            return found
+        reaper = provision.look_up_reaper()
         if reaper is None:
-            found = self._inspect(uid)
-            if found.is_clean:
-                return found
             missing = f"there is no user {provision.REAPER} (kvmsec uids provision POOL makes it)"
-            return evolve(found, incomplete=missing)
+            return found if found.is_clean else evolve(found, incomplete=missing)
         own = UidRanges.of((uid, uid))
         return usage.clean(uid, pool=own, reaper_uid=reaper.uid, sweep_lock=self._ledger.sweep_lock)
 

@@ -6,10 +6,11 @@ import re
 import select
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kvmsec.linux import processes as linux_processes
 from kvmsec.linux.children import run_in_child
@@ -24,18 +25,23 @@ _FIELDS: Final = re.compile(
 )
 _THREADS: Final = re.compile(rb"\nThreads:\t(\d+)\n")
 _NOBODY: Final = 65534
+_DESCRIBED: Final = 5
 
 
 @frozen
 class Process:
-    """A process that has the uid as real, effective, saved or filesystem uid."""
+    """A process that has the uid as real, effective, saved or filesystem uid.
+
+    `name` and `command` are what it calls itself: to be shown, and not to be believed.
+    """
 
     pid: int
     name: str
     is_zombie: bool
+    command: str = ""
 
     def __str__(self) -> str:
-        return f"{self.pid} ({self.name[:16]!a})"
+        return f"{self.pid} ({self.command[:80] or self.name[:16]!a})"
 
 
 def find_processes(uid: int) -> list[Process]:
@@ -91,6 +97,20 @@ def _anything_runs(uid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def described(processes: Sequence[Process]) -> tuple[Process, ...]:
+    """The same with the command lines of the first few, for whoever has to look for them."""
+    if not processes:
+        return ()
+    import psutil  # only for a uid that isn't clean: its import costs more than a whole look
+
+    shown = []
+    for one in processes[:_DESCRIBED]:
+        with contextlib.suppress(psutil.Error):
+            one = evolve(one, command=" ".join(psutil.Process(one.pid).cmdline()))
+        shown.append(one)
+    return (*shown, *processes[_DESCRIBED:])
 
 
 def check_sweepable(uid: int, pool: UidRanges, reaper_uid: int) -> None:

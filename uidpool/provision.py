@@ -3,6 +3,7 @@
 Not by newusers(8): it gives each user a range in /etc/subuid, which makes a uid unfit for a pool.
 """
 
+import pwd
 import re
 from collections import Counter
 from typing import Final
@@ -154,6 +155,15 @@ def find_reaper(snapshot: Snapshot) -> Account | None:
     made = Account(account.uid, account.gid, REAPER, HOME, SHELL, REAPER_GECOS)
     is_alone = snapshot.by_uid.get(account.uid) == (account,)
     return account if account == made and is_alone else None
+
+
+def look_up_reaper() -> Account | None:
+    """The reaper's account, without reading all the others; None as with `find_reaper`."""
+    try:
+        uid = pwd.getpwnam(REAPER).pw_uid
+    except KeyError:
+        return None
+    return find_reaper(Snapshot.read(only=UidRanges.of((uid, uid))))
 
 
 def plan_removal(pool: UidRanges, snapshot: Snapshot, *, leased: UidRanges = EMPTY) -> Removal:

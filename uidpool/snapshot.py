@@ -155,11 +155,11 @@ def _ask_for_group(gid: int) -> Group | None:
     return Group(entry.gr_gid, entry.gr_name, tuple(entry.gr_mem))
 
 
-def _lines(path: Path) -> list[bytes]:
+def _content(path: Path) -> bytes:
     try:
-        return read_bounded(path, _FILE_LIMIT_BYTES).split(b"\n")
+        return read_bounded(path, _FILE_LIMIT_BYTES)
     except FileNotFoundError:
-        return []
+        return b""
 
 
 def _fields(line: bytes, count: int) -> list[str] | None:
@@ -175,23 +175,28 @@ def _number(text: str) -> int | None:
 
 
 def _read_users(path: Path, few: UidRanges | None) -> Iterator[Account]:
-    lines = _lines(path)
+    content = _content(path)
     if few is None:
-        yield from _parse_users(lines)
+        yield from _parse_users(content.split(b"\n"))
         return
     # ":uid:" stands in the lines of a uid's own users, and of those with it as primary group.
-    kept = list(_parse_users(_those_with(lines, (f":{uid}:".encode() for uid in few))))
+    kept = list(_parse_users(_lines_with(content, (f":{uid}:".encode() for uid in few))))
     yield from kept
     gids = {user.gid for user in kept if user.uid in few and user.gid not in few}
-    others = _parse_users(_those_with(lines, (f":{gid}:".encode() for gid in gids)))
+    others = _parse_users(_lines_with(content, (f":{gid}:".encode() for gid in gids)))
     yield from (user for user in others if user not in kept)
 
 
-def _those_with(lines: list[bytes], words: Iterable[bytes]) -> list[bytes]:
-    found: list[bytes] = []
+def _lines_with(content: bytes, words: Iterable[bytes]) -> list[bytes]:
+    """The lines that hold one of the words, without looking at each of thousands of lines."""
+    found: dict[bytes, None] = {}
     for word in words:
-        found += [line for line in lines if word in line]
-    return list(dict.fromkeys(found))
+        end = -1
+        while (place := content.find(word, end + 1)) >= 0:
+            end = content.find(b"\n", place)
+            end = len(content) if end < 0 else end
+            found[content[content.rfind(b"\n", 0, place) + 1 : end]] = None
+    return list(found)
 
 
 def _parse_users(lines: Iterable[bytes]) -> Iterator[Account]:
@@ -205,10 +210,12 @@ def _parse_users(lines: Iterable[bytes]) -> Iterator[Account]:
 
 
 def _read_groups(path: Path, few: list[Account] | None) -> Iterator[Group]:
-    lines = _lines(path)
-    if few is not None:
+    content = _content(path)
+    if few is None:
+        lines = content.split(b"\n")
+    else:
         words = {f":{user.gid}:" for user in few} | {user.name for user in few}
-        lines = _those_with(lines, (os.fsencode(word) for word in sorted(words)))
+        lines = _lines_with(content, (os.fsencode(word) for word in sorted(words)))
     for line in lines:
         fields = _fields(line, 4)
         if fields is None:
@@ -228,7 +235,7 @@ def _memberships(groups: list[Group]) -> dict[str, tuple[int, ...]]:
 
 
 def _read_delegations(path: Path) -> Iterator[Delegation]:
-    for line in _lines(path):
+    for line in _content(path).split(b"\n"):
         fields = _fields(line, 3)
         if fields is None:
             continue

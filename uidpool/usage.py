@@ -18,7 +18,13 @@ from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.errors import LinuxError
 from kvmsec.linux.ipc import SysvObject, remove_sysv_object, sysv_objects
 from uidpool.files import Bounds, find_files, remove_files
-from uidpool.processes import Process, check_sweepable, end_processes, find_processes
+from uidpool.processes import (
+    Process,
+    check_sweepable,
+    described,
+    end_processes,
+    find_processes,
+)
 from uidpool.ranges import UidRanges
 
 _SHOWN: Final = 5
@@ -92,7 +98,7 @@ def inspect(uid: int, *, bounds: Bounds | None = None) -> Usage:
         problems.append(found.incomplete)
     return Usage(
         uid=uid,
-        processes=tuple(one for one in processes if not one.is_zombie),
+        processes=described([one for one in processes if not one.is_zombie]),
         zombies=tuple(one for one in processes if one.is_zombie),
         ipc=tuple(objects),
         keys=keys,

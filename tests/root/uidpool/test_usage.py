@@ -51,7 +51,8 @@ def test_a_process_of_the_uid_is_found_and_ended(uid: int, spawn: Spawn, cleaner
     child = spawn(uid)
     found = inspect(uid)
     assert [one.pid for one in found.processes] == [child.pid]
-    assert f"{child.pid} (" in found.reason()
+    assert f"{child.pid} ('" in found.reason()
+    assert "pytest" in found.reason()  # the command line, which says more than "python"
     assert cleaner(uid).is_clean
     assert was_killed(child)
 
