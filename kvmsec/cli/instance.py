@@ -165,8 +165,19 @@ def info(session: Session, name: str, as_json: bool) -> None:
     if as_json:
         print_json({**found.details, **_document(found)})
         return
-    facts = _document(found) | {"uptime": _uptime(found), "resident_bytes": _resident(found)}
-    print_facts({**facts, **found.details})
+    print_facts(_facts(found))
+
+
+def _facts(info: InstanceInfo) -> dict[str, object]:
+    """All that is known, in the words of a person."""
+    import shlex
+
+    facts = {**_document(info), "uptime": _uptime(info), **info.details}
+    if info.resident_bytes is not None:
+        facts["resident_bytes"] = f"{info.resident_bytes} ({info.resident_bytes / 2**20:.1f} MiB)"
+    if argv := facts.get("command_line"):
+        facts["command_line"] = shlex.join(argv)
+    return facts
 
 
 def _document(info: InstanceInfo) -> dict[str, object]:
@@ -176,11 +187,6 @@ def _document(info: InstanceInfo) -> dict[str, object]:
 def _state_of(info: InstanceInfo) -> str:
     reason = f" ({shown_line(info.reason)})" if info.reason else ""
     return f"{info.name} {info.state.value}{reason}"
-
-
-def _resident(info: InstanceInfo) -> str | None:
-    """Only here for people; machines get the bytes."""
-    return None if info.resident_bytes is None else f"{info.resident_bytes / 2**20:.1f} MiB"
 
 
 def _uptime(info: InstanceInfo) -> str | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _LINE_LIMIT: Final = 8192
 _NOTHING: Final = "-"
+_LIST_CHARS: Final = 100
 _STYLES: Final = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
@@ -113,12 +114,12 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> No
 
 
 def _draw_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*headings, box=SIMPLE_HEAD, pad_edge=False)
+    # No lines: nine columns must fit into eighty characters.
+    table = Table(*headings, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
         # As Text: brackets in a name are no markup.
         table.add_row(*(Text(cell, overflow="fold") for cell in row))
@@ -133,29 +134,37 @@ def _cell(value: object) -> str:
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
-    """A line for each fact that is known, `name: value`; tables in it go a level deeper."""
+    """A line for each fact that is known, `name: value`; tables in it go a level deeper.
+
+    A long list comes below its name, an element a line.
+    """
     lines = list(_lines_of(facts, ""))
-    width = max((len(name) for name, _ in lines), default=0) + 2
-    for name, value in lines:
-        say(f"{name + ':':<{width}}{value}")
+    width = max((len(name) for name, _ in lines), default=0) + 1
+    for name, values in lines:
+        if len(values) == 1:
+            say(f"{name + ':':<{width}} {values[0]}")
+        else:
+            say("\n  ".join((f"{name}:", *values)))
 
 
-def _lines_of(facts: Mapping[str, object], above: str) -> Iterator[tuple[str, str]]:
+def _lines_of(facts: Mapping[str, object], above: str) -> Iterator[tuple[str, Sequence[str]]]:
     for key, value in facts.items():
         yield from _lines_about(above + shown_line(str(key).replace("_", " ")), value)
 
 
-def _lines_about(name: str, value: object) -> Iterator[tuple[str, str]]:
+def _lines_about(name: str, value: object) -> Iterator[tuple[str, Sequence[str]]]:
     if isinstance(value, dict):
         yield from _lines_of(value, f"{name}.")
     elif isinstance(value, list | tuple) and any(isinstance(one, dict) for one in value):
         for index, one in enumerate(value):
             yield from _lines_about(f"{name}[{index}]", one)
     elif isinstance(value, list | tuple):
-        if value:
-            yield name, ", ".join(_cell(one) for one in value)
+        cells = [_cell(one) for one in value]
+        if cells:
+            together = ", ".join(cells)
+            yield name, cells if len(together) > _LIST_CHARS else [together]
     elif value is not None and value != "":
-        yield name, _yes_or_no(value) if isinstance(value, bool) else _cell(value)
+        yield name, [_yes_or_no(value) if isinstance(value, bool) else _cell(value)]
 
 
 def _yes_or_no(value: bool) -> str:

@@ -261,7 +261,9 @@ def test_info_for_people(run: Any, node: Any) -> None:
 
     lines = run("instance", "info", "web").stdout.splitlines()
 
-    assert {"uptime: 2m 05s", "machine.kernel: /k"} <= {" ".join(line.split()) for line in lines}
+    assert {"uptime: 2m 05s", "machine.kernel: /k", "resident bytes: 13631488 (13.0 MiB)"} <= {
+        " ".join(line.split()) for line in lines
+    }
 
 
 def test_an_unknown_instance_is_status_1(run: Any, node: Any) -> None:

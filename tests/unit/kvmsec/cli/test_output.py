@@ -41,6 +41,21 @@ def test_a_table_on_a_terminal_takes_no_markup_from_its_cells(
     assert "\x1b[2J" not in screen.getvalue()
 
 
+def test_a_list_of_instances_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    row = ("web", "running", 47114, 241002, "kvmsec-241002", "pool", "kvm", "512 MiB", "1d 2h")
+
+    output.print_table(
+        ("name", "state", "pid", "uid", "user", "model", "accelerator", "memory", "uptime"), [row]
+    )
+
+    _, shown = screen.getvalue().splitlines()
+    assert shown.split() == " ".join(map(str, row)).split()
+
+
 def test_json_is_one_document_of_plain_values(capsys: pytest.CaptureFixture[str]) -> None:
     class Colour(Enum):
         RED = "red"
@@ -84,6 +99,12 @@ def test_facts_tell_what_is_known_and_go_deeper(capsys: pytest.CaptureFixture[st
         "machine.memory mib:    1\n"
         "machine.disks[0].path: /d\n"
     )
+
+
+def test_a_long_list_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_facts({"rules": ["a" * 60, "  b\n" + "b" * 60], "tag": "kvmsec"})
+
+    assert capsys.readouterr().out == (f"rules:\n  {'a' * 60}\n    b\\n{'b' * 60}\ntag:   kvmsec\n")
 
 
 def test_findings_show_their_fix_below(capsys: pytest.CaptureFixture[str]) -> None:
