@@ -7,16 +7,15 @@ step can be left out by a setting.
 """
 
 import errno
+import fcntl
 import os
 import resource
-import signal
 import socket
 import stat
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 from hypervisor.errors import HypervisorError
 from kvmsec.linux import children, credentials, namespaces, syscalls
@@ -40,7 +39,12 @@ class BootFile:
 
     descriptor: int
     size_bytes: int
-    name: str
+    name: str = field()
+
+    @name.validator
+    def _require_plain_name(self, _: object, name: str) -> None:
+        if name in ("", ".", "..") or "/" in name:
+            raise ValueError(f"{name!r} is no name of a file in {BOOT}")
 
 
 @frozen
@@ -48,7 +52,6 @@ class Jail:
     """Everything that a jail is made of, decided before the fork.
 
     binds: pairs of (path on the host, the same thing's path inside), read-only inside.
-    links: pairs of (link inside, what it points to).
     boot_files: copied to /boot, read-only.
     mount_point: an empty directory of the host's on which the new root is built.
     output: a directory on the host, a sized tmpfs that belongs to the instance; /output inside.
@@ -63,7 +66,6 @@ class Jail:
     output: str
     log: int
     binds: tuple[tuple[str, str], ...]
-    links: tuple[tuple[str, str], ...] = ()
     boot_files: tuple[BootFile, ...] = ()
     has_kvm: bool = False
     cgroups: tuple[str, ...] = ()
@@ -85,20 +87,33 @@ def _leave_session(jail: Jail) -> None:
     os.setsid()
 
 
-def _forget_signals(jail: Jail) -> None:
-    signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        # Real-time signals that the C library keeps for itself refuse: they are at the default.
-        try:
-            signal.signal(number, signal.SIG_DFL)
-        except OSError:
-            continue
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
 def _join_cgroups(jail: Jail) -> None:
     for path in jail.cgroups:
-        Path(path).write_text("0")
+        _write_zero(path)
+
+
+def _write_zero(path: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, b"0")
+    finally:
+        os.close(descriptor)
+
+
+def _limit_resources(jail: Jail) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A daemon that the kernel is told to spare would hand that down to its guests. Only upward,
+    # which takes no capability.
+    if _is_spared():
+        _write_zero("/proc/self/oom_score_adj")
+
+
+def _is_spared() -> bool:
+    descriptor = os.open("/proc/self/oom_score_adj", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 16).startswith(b"-")
+    finally:
+        os.close(descriptor)
 
 
 def _leave_namespaces(jail: Jail) -> None:
@@ -120,35 +135,48 @@ def _stop_propagation(jail: Jail) -> None:
 
 
 def _mount_root(jail: Jail) -> None:
-    # Room for the boot files and a page a directory or link: nothing writes here afterwards.
-    entries = 2 * len(jail.binds) + len(jail.links) + len(jail.boot_files) + 64
+    # Room for the boot files and a page a directory: nothing writes here afterwards.
+    entries = 2 * len(jail.binds) + len(jail.boot_files) + 64
     size = sum(-(-file.size_bytes // 4096) * 4096 for file in jail.boot_files) + 4096 * entries
-    flags = namespaces.MS_NOSUID | namespaces.MS_NODEV
+    flags = namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC
     data = f"size={size},nr_inodes={entries * 4},mode=0755"
     namespaces.mount("kvmsec", jail.mount_point, "tmpfs", flags, data)
     os.chdir(jail.mount_point)
-    for directory in ("dev", OUTPUT.lstrip("/"), BOOT.lstrip("/"), "old"):
-        Path(directory).mkdir(mode=0o755)
+    os.umask(0)  # The modes that follow are meant, whatever the launcher's umask is.
+    for directory in ("dev", _inside(OUTPUT), _inside(BOOT)):
+        os.mkdir(directory, 0o755)
+
+
+def _inside(path: str) -> str:
+    """A path inside, as seen from the new root while that is the working directory only."""
+    return path.lstrip("/")
 
 
 def _bind_programs(jail: Jail) -> None:
-    for link, target in jail.links:
-        path = Path(link.lstrip("/"))
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        path.symlink_to(target)
+    # All places first: once something of the node is mounted, making one could change the node.
+    made = {""}
     for source, target in jail.binds:
-        path = Path(target.lstrip("/"))
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _make_parents(_inside(target), made)
         if stat.S_ISDIR(os.stat(source).st_mode):
-            path.mkdir(mode=0o755, exist_ok=True)
+            os.mkdir(_inside(target), 0o755)
+            made.add(_inside(target))
         else:
-            path.touch(mode=0o444)
-        namespaces.mount(source, str(path), None, namespaces.MS_BIND)
+            os.mknod(_inside(target), stat.S_IFREG | 0o444)
+    for source, target in jail.binds:
+        namespaces.mount(source, _inside(target), None, namespaces.MS_BIND)
+
+
+def _make_parents(path: str, made: set[str]) -> None:
+    parent = os.path.dirname(path)
+    if parent not in made:
+        _make_parents(parent, made)
+        os.mkdir(parent, 0o755)
+        made.add(parent)
 
 
 def _copy_boot_files(jail: Jail) -> None:
     for file in jail.boot_files:
-        target = f"{BOOT.lstrip('/')}/{file.name}"
+        target = f"{_inside(BOOT)}/{file.name}"
         copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
         copied = 0
         while copied < file.size_bytes:
@@ -162,7 +190,7 @@ def _copy_boot_files(jail: Jail) -> None:
 def _make_read_only(jail: Jail) -> None:
     # One call for the tree and all that is mounted in it, before what may be written joins.
     syscalls.set_mount_attributes(
-        jail.mount_point,
+        ".",
         syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV,
     )
 
@@ -181,39 +209,40 @@ def _make_devices(jail: Jail) -> None:
 
 
 def _make_node(name: str, major: int, minor: int, mode: int) -> None:
-    path = Path("dev", name)
-    os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(major, minor))
-    path.chmod(mode)  # mknod's own mode would be narrowed by the launcher's umask.
+    os.mknod(f"dev/{name}", stat.S_IFCHR | mode, os.makedev(major, minor))
 
 
 def _bind_output(jail: Jail) -> None:
-    namespaces.mount(jail.output, OUTPUT.lstrip("/"), None, namespaces.MS_BIND)
+    output = _inside(OUTPUT)
+    namespaces.mount(jail.output, output, None, namespaces.MS_BIND)
+    syscalls.set_mount_attributes(
+        output,
+        syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC,
+    )
 
 
 def _change_root(jail: Jail) -> None:
-    namespaces.pivot_root(".", "old")
+    # The old root comes to lie on the new one and is taken off there: see pivot_root(2).
+    namespaces.pivot_root(".", ".")
+    namespaces.umount(".", namespaces.MNT_DETACH)
     os.chdir("/")
-    namespaces.umount("/old", namespaces.MNT_DETACH)
-
-
-def _limit_resources(jail: Jail) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _place_descriptors(jail: Jail) -> None:
     """Put each descriptor on its number inside; the rest closes with the exec."""
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     wanted = {0: null, 1: jail.log, 2: jail.log, **jail.descriptors}
-    above = max(*wanted, *wanted.values()) + 1
     # First out of each other's way, then into place: a plain dup2 could hit one still to be used.
-    moved = {inside: _duplicate_above(ours, above) for inside, ours in wanted.items()}
+    above = max(wanted) + 1
+    moved = {inside: duplicate_above(ours, above) for inside, ours in wanted.items()}
+    # What is granted may have been inheritable under its old number as well.
+    syscalls.close_on_exec(0)
     for inside, ours in moved.items():
         os.dup2(ours, inside, inheritable=True)
 
 
-def _duplicate_above(descriptor: int, lowest: int) -> int:
-    import fcntl
-
+def duplicate_above(descriptor: int, lowest: int) -> int:
+    """A copy with a number of at least `lowest`, close-on-exec."""
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest)
 
 
@@ -236,8 +265,8 @@ class Step:
 
 STEPS: Final = (
     Step("session", _leave_session, "no controlling terminal to type into"),
-    Step("signals", _forget_signals, "handlers and masks of the launcher's event loop end here"),
     Step("cgroups", _join_cgroups, "counted and ended as one, before anything can be forked"),
+    Step("limits", _limit_resources, "no core file with a guest's memory, no leave to outlive it"),
     Step("namespaces", _leave_namespaces, "no mount, network, IPC, name or cgroup of the node"),
     Step("host name", _name_host, "the node's own is nobody's business"),
     Step("propagation", _stop_propagation, "no mount made here may reach the node, nor back"),
@@ -248,20 +277,24 @@ STEPS: Final = (
     Step("devices", _make_devices, "/dev/kvm for this uid alone, whatever the node's mode is"),
     Step("output", _bind_output, "the only writable place, of a fixed size"),
     Step("change root", _change_root, "the node's tree is detached: no path leads to it"),
-    Step("limits", _limit_resources, "no core file with a guest's memory in it"),
     Step("descriptors", _place_descriptors, "what was granted, on the numbers that were named"),
     Step("umask", _narrow_umask, "what QEMU creates is nobody else's to read"),
     Step("privileges", _drop_privileges, "the last thing: uid, groups, capabilities, for good"),
 )
 
 
-def enter(jail: Jail, keep: tuple[int, ...]) -> None:
-    """Shut the calling process in; raises JailFailed with the step that failed.
-
-    `keep` names descriptors of the caller's own protocol, close-on-exec, that stay until then.
-    """
+def close_foreign(jail: Jail, keep: Collection[int]) -> None:
+    """Close every descriptor of the calling process but what the jail needs, and `keep`."""
     files = [file.descriptor for file in jail.boot_files]
     children.close_all_but({0, 1, 2, jail.log, *jail.descriptors.values(), *files, *keep})
+
+
+def enter(jail: Jail) -> None:
+    """Shut the calling process in, a child by `children.fork` that has closed what is foreign.
+
+    Descriptors that have to stay until the exec are close-on-exec, and above every number in
+    `jail.descriptors`. Raises JailFailed with the step that failed.
+    """
     for step in STEPS:
         try:
             step.act(jail)

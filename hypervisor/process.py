@@ -1,8 +1,8 @@
 """The only place that starts QEMU; what the kernel says of it afterwards; its end."""
 
+import contextlib
 import json
 import os
-import select
 import signal
 from collections.abc import Sequence
 from typing import Final, NoReturn
@@ -10,13 +10,17 @@ from typing import Final, NoReturn
 import psutil
 from attrs import frozen
 
+from hypervisor.descriptors import foreign_descriptors, identity_of
 from hypervisor.errors import HypervisorError
-from hypervisor.jail import Jail, JailFailed, enter
-from kvmsec.linux import namespaces, processes
+from hypervisor.jail import Jail, JailFailed, close_foreign, duplicate_above, enter
+from kvmsec.linux import children, namespaces, processes
 from kvmsec.linux.processes import ProcessId
+from kvmsec.linux.readiness import is_readable
 
 _ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
 _GO: Final = b"g"
+_EXECUTING: Final = b"x"
+_KILLED: Final = "the process was killed before it could start QEMU"
 
 
 class NotConfined(HypervisorError):
@@ -41,7 +45,7 @@ class Newborn:
         self.process = process
         self.jail = jail
         # Looked up now: the launcher closes its own copies before QEMU's are checked.
-        self.granted = frozenset(map(_file_identity, (*jail.descriptors.values(), jail.log)))
+        self.granted = frozenset(map(identity_of, (*jail.descriptors.values(), jail.log)))
         self.pidfd = pidfd
         self._go = go
         self._report = report
@@ -61,17 +65,11 @@ class Newborn:
         return self._report
 
     def executed(self) -> None:
-        """Return when the child has become QEMU; raises JailFailed with what went wrong."""
-        words = b""
-        while chunk := os.read(self._report, 4096):
-            words += chunk
-        if not words:
-            # An exec closes the pipe without a word, and so does a child that was killed.
-            if select.select([self.pidfd], [], [], 0)[0]:
-                raise JailFailed("exec", 0, "the process was killed before it could start QEMU")
-            return
-        failure = json.loads(words)
-        raise JailFailed(str(failure["step"]), int(failure["errno"]), str(failure["detail"]))
+        """Return when the child has become QEMU; raises JailFailed with what went wrong.
+
+        What QEMU does from then on, its end included, is another question.
+        """
+        _require_executed(self._report)
 
     def close(self) -> None:
         """Free the pipes (the process is not touched, the pidfd stays the caller's)."""
@@ -81,42 +79,69 @@ class Newborn:
         self._go = self._report = -1
 
 
+def _require_executed(report: int) -> None:
+    words = b""
+    while chunk := os.read(report, 4096):
+        words += chunk
+    if words == _EXECUTING:
+        return
+    try:
+        failure = json.loads(words.removeprefix(_EXECUTING))
+        step, number, detail = failure["step"], failure["errno"], failure["detail"]
+    except (ValueError, TypeError, KeyError):
+        raise JailFailed("exec", 0, _KILLED) from None
+    raise JailFailed(str(step), int(number), str(detail))
+
+
 def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
     """Fork the process that will be QEMU, as the caller's own child.
 
-    The calling process must have one thread. Raises OSError when it can't fork.
+    The calling process must have one thread. Raises OSError when it can't fork; no process and no
+    descriptor is left then.
     """
-    go_reader, go = os.pipe2(os.O_CLOEXEC)
-    report, report_writer = os.pipe2(os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as childs, contextlib.ExitStack() as undo:
+        go_reader, go = os.pipe2(os.O_CLOEXEC)
+        childs.callback(os.close, go_reader)
+        undo.callback(os.close, go)
+        report, report_writer = os.pipe2(os.O_CLOEXEC)
+        childs.callback(os.close, report_writer)
+        undo.callback(os.close, report)
         with namespaces.children_in_new_pid_namespace():
-            pid = os.fork()
+            pid = children.fork()
             if pid == 0:
                 _become_qemu(jail, program, argv, go_reader, report_writer)
-    except BaseException:
-        os.close(go)
-        os.close(report)
-        raise
-    finally:
-        os.close(go_reader)
-        os.close(report_writer)
-    pidfd = os.pidfd_open(pid)
-    process = processes.identify(pid)
-    if process is None:
-        raise ProcessLookupError("/proc does not show the new process: is it mounted?")
+            pidfd = children.adopt(pid)
+            undo.callback(_end, pidfd)
+        process = processes.identify(pid) if pidfd >= 0 else None
+        if process is None:
+            # Ended already, and not kept for us: SIGCHLD is ignored.
+            childs.close()
+            _require_executed(report)
+            raise ProcessLookupError("/proc does not show the new process: is it mounted?")
+        undo.pop_all()
     return Newborn(process, pidfd, go, report, jail)
+
+
+def _end(pidfd: int) -> None:
+    if pidfd >= 0:
+        processes.kill(pidfd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
 
 
 def _become_qemu(jail: Jail, program: str, argv: Sequence[str], go: int, report: int) -> NoReturn:
     """The child's whole life as Python; it must never return into the launcher's code."""
     try:
         try:
+            close_foreign(jail, (go, report))
             # Above every number that the jail hands out, so that neither is overwritten.
             lowest = max(jail.descriptors, default=2) + 1
-            go, report = (_move_above(descriptor, lowest) for descriptor in (go, report))
-            enter(jail, keep=(go, report))
+            go, report = (duplicate_above(descriptor, lowest) for descriptor in (go, report))
+            enter(jail)
             if os.read(go, 1) != _GO:
                 os._exit(125)
+            os.write(report, _EXECUTING)
             os.execve(program, list(argv), _ENVIRONMENT)
         except JailFailed as error:
             _report(report, error.step, error.errno, error.detail)
@@ -126,12 +151,6 @@ def _become_qemu(jail: Jail, program: str, argv: Sequence[str], go: int, report:
             _report(report, "jail", 0, repr(error))
     finally:
         os._exit(126)
-
-
-def _move_above(descriptor: int, lowest: int) -> int:
-    import fcntl
-
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, lowest)
 
 
 def _report(pipe: int, step: str, number: int, detail: str) -> None:
@@ -156,7 +175,12 @@ def confinement_problems(newborn: Newborn) -> list[str]:
     problems = [
         f"{what} {found}, wanted {want}" for what, (found, want) in wanted.items() if found != want
     ]
-    return problems + _shared_namespaces(process.pid) + _foreign_descriptors(newborn)
+    try:
+        problems += _shared_namespaces(process.pid)
+        problems += foreign_descriptors(process.pid, newborn.granted)
+    except (FileNotFoundError, ProcessLookupError):
+        return ["the process is gone"]
+    return problems
 
 
 def _shared_namespaces(pid: int) -> list[str]:
@@ -168,33 +192,13 @@ def _shared_namespaces(pid: int) -> list[str]:
     ]
 
 
-def _foreign_descriptors(newborn: Newborn) -> list[str]:
-    """Descriptors that QEMU can't have made itself: files of the node's that nobody granted."""
-    problems = []
-    for entry in os.scandir(f"/proc/{newborn.process.pid}/fd"):
-        try:
-            target, status = os.readlink(entry.path), os.stat(entry.path)
-        except FileNotFoundError:
-            continue
-        inside = target.startswith(("/dev/", "/output/", "/boot/", "/usr/", "/lib", "/old"))
-        anonymous = not target.startswith("/")
-        if not (inside or anonymous or (status.st_dev, status.st_ino) in newborn.granted):
-            problems.append(f"it holds a descriptor of {target}")
-    return problems
-
-
-def _file_identity(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino
-
-
 def kill_and_wait(pidfd: int, timeout_s: float) -> bool:
     """SIGKILL the process behind a descriptor and wait for its end; False when it outlives that.
 
     The end of a PID namespace's first process is seen only once every process in it has ended.
     """
     processes.kill(pidfd, signal.SIGKILL)
-    return bool(select.select([pidfd], [], [], timeout_s)[0])
+    return is_readable(pidfd, timeout_s)
 
 
 @frozen
@@ -215,7 +219,11 @@ def reap(pidfd: int) -> Ended | None:
         return None
     if result.si_code == os.CLD_EXITED:
         return Ended(result.si_status, None)
-    return Ended(None, signal.Signals(result.si_status))
+    try:
+        return Ended(None, signal.Signals(result.si_status))
+    except ValueError:
+        # A real-time signal without a name of its own: told as shells do.
+        return Ended(128 + result.si_status, None)
 
 
 @frozen

@@ -24,7 +24,7 @@ RESULT_LIMIT_BYTES: Final = 1 << 20
 _DETAIL_LIMIT_CHARS: Final = 4096
 _MAX_DESCRIPTOR: Final = 2**31 - 1
 _STANDARD: Final = (0, 1, 2)
-_SIGNALS: Final = signal.valid_signals()
+_SIGNALS: Final = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 class Child:
@@ -191,6 +191,7 @@ def fork() -> int:
     child has every signal at the kernel's default and none blocked.
     """
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_DFL]
     collects = gc.isenabled()
     gc.disable()
     pid = -1
@@ -198,7 +199,7 @@ def fork() -> int:
         pid = os.fork()
         if pid == 0:
             gc.freeze()
-            _forget_signals()
+            _forget_signals(taken)
         return pid
     finally:
         if collects:
@@ -206,10 +207,10 @@ def fork() -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, () if pid == 0 else blocked)
 
 
-def _forget_signals() -> None:
+def _forget_signals(taken: Collection[int]) -> None:
     try:
         signal.set_wakeup_fd(-1)
-        for number in _SIGNALS - {signal.SIGKILL, signal.SIGSTOP}:
+        for number in taken:
             signal.signal(number, signal.SIG_DFL)
     except BaseException:
         os._exit(1)  # Anything else would let it into the parent's code.

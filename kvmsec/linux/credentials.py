@@ -2,7 +2,7 @@
 
 import errno
 import os
-from functools import cache
+from collections.abc import Iterator
 from typing import Final
 
 from attrs import frozen
@@ -27,20 +27,18 @@ class Credentials:
 
 def bounding_set() -> list[int]:
     """The capabilities still in the caller's bounding set, asked of the kernel one by one."""
-    return [number for number in _known_capabilities() if syscalls.prctl(_PR_CAPBSET_READ, number)]
+    return [number for number, has in _of_each_capability(_PR_CAPBSET_READ) if has]
 
 
-@cache
-def _known_capabilities() -> range:
-    """Every capability of this kernel; the first number that it doesn't know is EINVAL."""
+def _of_each_capability(operation: int) -> Iterator[tuple[int, int]]:
+    """Each capability's number and answer; the first that this kernel doesn't know is EINVAL."""
     for number in range(64):
         try:
-            syscalls.prctl(_PR_CAPBSET_READ, number)
+            yield number, syscalls.prctl(operation, number)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return range(number)
-    return range(64)
+            return
 
 
 def become(credentials: Credentials) -> None:
@@ -52,8 +50,8 @@ def become(credentials: Credentials) -> None:
     """
     _leave_session_keyring()
     # The bounding set first: to narrow it takes a capability.
-    for number in _known_capabilities():
-        syscalls.prctl(_PR_CAPBSET_DROP, number)
+    for _ in _of_each_capability(_PR_CAPBSET_DROP):
+        pass
     syscalls.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     os.setgroups([])
     os.setresgid(credentials.gid, credentials.gid, credentials.gid)

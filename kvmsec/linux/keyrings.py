@@ -6,7 +6,6 @@ A key in a uid's user keyring or persistent keyring is found by whoever has that
 import contextlib
 import ctypes
 import os
-import platform
 from typing import Final
 
 _PROC_LIMIT_BYTES: Final = 16 << 20
@@ -99,7 +98,7 @@ def _visible_keys(uid: int) -> list[int]:
 
 def _keyctl(operation: int, *arguments: int | None) -> int:
     words = [None if argument is None else ctypes.c_long(argument) for argument in arguments]
-    number = _NR_KEYCTL[platform.machine()]
+    number = _NR_KEYCTL[os.uname().machine]
     result: int = _libc.syscall(ctypes.c_long(number), ctypes.c_long(operation), *words)
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

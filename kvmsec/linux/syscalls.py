@@ -9,6 +9,7 @@ import signal
 from typing import Any, Final
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 _NR_CLOSE_RANGE: Final = 436
 _NR_OPENAT2: Final = 437
@@ -102,10 +103,9 @@ def reserve_space(descriptor: int, size_bytes: int) -> None:
     _checked(_libc.fallocate(ctypes.c_int(descriptor), _FALLOC_FL_KEEP_SIZE, offset, length))
 
 
-def prctl(option: int, *arguments: int) -> int:
+def prctl(option: int, argument: int = 0) -> int:
     """Operate on the calling process (`prctl(2)`)."""
-    words = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
-    return _checked(_libc.prctl(ctypes.c_int(option), *words))
+    return _checked(_libc.prctl(option, argument, 0, 0, 0))
 
 
 def end_with_parent() -> None:

@@ -34,7 +34,7 @@ def test_a_missing_program_is_named() -> None:
 
 def test_a_program_that_stays_is_killed_with_its_deadline() -> None:
     started = time.monotonic()
-    with pytest.raises(CommandTimedOut, match="sleep did not end within 0.2 s"):
+    with pytest.raises(CommandTimedOut, match=r"sleep did not end within 0\.2 s"):
         command.run(["sleep", "60"], timeout_s=0.2)
     assert time.monotonic() - started < 5
 

@@ -1,0 +1,161 @@
+"""What a process holds open that it can't have opened itself: leaks, told apart by the kernel.
+
+A path says little (`/dev/mem` of the node reads like one of the jail's own). What counts is the
+mount that a file was opened through, and where a socket was made.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Collection
+from typing import Final
+
+from attrs import frozen
+
+FileIdentity = tuple[int, int]
+
+_ANONYMOUS: Final = re.compile(
+    r"anon_inode:(\[(eventfd|eventpoll|signalfd|timerfd|io_uring|userfaultfd)\]"
+    r"|kvm-(vm|vcpu(:\d+|-stats:\d+)|vm-stats|device|[a-z0-9-]+))"
+)
+_MOUNT_ID: Final = re.compile(rb"^mnt_id:\t(\d+)$", re.MULTILINE)
+_LISTENS: Final = 0x10000  # __SO_ACCEPTCON, linux/include/uapi/linux/net.h
+_LIMIT_BYTES: Final = 64 << 20
+
+
+def identity_of(descriptor: int) -> FileIdentity:
+    """What a descriptor of the caller's stands for: the device and inode of its file."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+def foreign_descriptors(pid: int, granted: Collection[FileIdentity]) -> list[str]:
+    """What a process holds that is neither granted nor its own work, in words.
+
+    Its own are files below its root, unix sockets of its network namespace, connections that it
+    took on a granted listening socket, and the nameless objects that QEMU makes. Raises
+    FileNotFoundError and ProcessLookupError when it is gone.
+    """
+    ours = _own_identities() - set(granted)
+    mounts = _mount_ids(pid)
+    sockets = _Sockets.seen_by(pid, granted)
+    problems = []
+    for number in sorted(map(int, os.listdir(f"/proc/{pid}/fd"))):
+        try:
+            held = _Held.read(pid, number)
+        except FileNotFoundError:
+            continue  # Closed since it was listed.
+        if held.identity in granted:
+            continue
+        if held.is_nameless:
+            is_foreign = _ANONYMOUS.fullmatch(held.target) is None
+        elif held.identity in ours:
+            is_foreign = True
+        elif held.is_socket:
+            is_foreign = held.identity[1] not in sockets.own
+        elif held.is_pipe or held.is_memory:
+            is_foreign = False
+        else:
+            is_foreign = held.mount_id not in mounts
+        if is_foreign:
+            problems.append(f"it holds a descriptor of {held.target}")
+    return problems
+
+
+@frozen
+class _Held:
+    """One descriptor of a process: what it names, and the mount that this was opened through."""
+
+    target: str
+    identity: FileIdentity
+    mode: int
+    links: int
+    mount_id: int
+
+    @classmethod
+    def read(cls, pid: int, number: int) -> "_Held":
+        path = f"/proc/{pid}/fd/{number}"
+        target, status = os.readlink(path), os.stat(path)
+        mount = _MOUNT_ID.search(_read(f"/proc/{pid}/fdinfo/{number}"))
+        identity = status.st_dev, status.st_ino
+        mount_id = int(mount[1]) if mount else -1
+        return cls(target, identity, status.st_mode, status.st_nlink, mount_id)
+
+    @property
+    def is_nameless(self) -> bool:
+        """One of the objects that share a single inode (`anon_inode`)."""
+        return self.target.startswith("anon_inode:")
+
+    @property
+    def is_socket(self) -> bool:
+        return stat.S_ISSOCK(self.mode)
+
+    @property
+    def is_pipe(self) -> bool:
+        return self.target.startswith("pipe:")
+
+    @property
+    def is_memory(self) -> bool:
+        """Memory with a descriptor (memfd_create(2)): a regular file that no directory names."""
+        return self.target.startswith("/memfd:") and stat.S_ISREG(self.mode) and self.links == 0
+
+
+@frozen
+class _Sockets:
+    """The inodes of the sockets that a process may have made itself."""
+
+    own: frozenset[int]
+
+    @classmethod
+    def seen_by(cls, pid: int, granted: Collection[FileIdentity]) -> "_Sockets":
+        """Those of its network namespace, and what it accepted on a granted socket.
+
+        An accepted unix socket belongs to the namespace of who connected, and bears the path that
+        its listener was bound to. Sockets of no other family are made by QEMU.
+        """
+        made = {row.inode for row in _unix_sockets(f"/proc/{pid}/net/unix")}
+        inodes = {inode for _, inode in granted}
+        here = _unix_sockets("/proc/self/net/unix")
+        paths = {row.path for row in here if row.inode in inodes and row.listens and row.path}
+        accepted = {row.inode for row in here if row.path in paths and not row.listens}
+        return cls(frozenset(made | accepted))
+
+
+@frozen
+class _UnixSocket:
+    inode: int
+    listens: bool
+    path: bytes
+
+
+def _unix_sockets(table: str) -> list[_UnixSocket]:
+    """The rows of a namespace's /proc/net/unix (proc_pid_net(5))."""
+    rows = []
+    for line in _read(table).split(b"\n")[1:]:
+        words = line.split(maxsplit=7)
+        # A path may hold anything, a newline too: what then looks like no row is none.
+        if len(words) >= 7 and words[6].isdigit() and words[0].endswith(b":"):
+            path = words[7] if len(words) == 8 else b""
+            rows.append(_UnixSocket(int(words[6]), bool(int(words[3], 16) & _LISTENS), path))
+    return rows
+
+
+def _own_identities() -> set[FileIdentity]:
+    """What the calling process has open itself, which nobody else can have by chance."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add(identity_of(int(name)))
+        except OSError:
+            continue  # The listing's own.
+    return found
+
+
+def _mount_ids(pid: int) -> set[int]:
+    lines = _read(f"/proc/{pid}/mountinfo").split(b"\n")
+    return {int(line.split(maxsplit=1)[0]) for line in lines if line}
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_LIMIT_BYTES)
