@@ -7,6 +7,7 @@ the host as it was, whatever interrupts it. Needs root. `./dev demo` runs it.
 import json
 import os
 import pwd
+import random
 import shlex
 import shutil
 import signal
@@ -149,14 +150,17 @@ class Demo:
         return _pool_of(self.uids)
 
     def _free_range(self) -> range:
-        """Uids that nobody has here, and that kvmsec would take."""
+        """Uids that nobody has here, and that kvmsec would take.
+
+        At random, so that the uids of a container or of another demo are hardly met.
+        """
         taken = {user.pw_uid for user in pwd.getpwall()}
-        for first in range(200_000, 500_000, 1000):
+        for first in random.sample(range(300_000, 500_000, 100), k=20):
             uids = range(first, first + UIDS)
             argv = [str(KVMSEC), "uids", "provision", _pool_of(uids), "--dry-run"]
             if taken.isdisjoint(uids) and self._execute(argv)[0] == 0:
                 return uids
-        raise DemoFailed("no free range of uids was found below 500000")
+        raise DemoFailed("no free range of uids was found in 300000-500000")
 
     def start_three(self) -> None:
         heading("Three guests, each with a disk of its own")

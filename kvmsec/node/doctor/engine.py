@@ -19,7 +19,9 @@ from kvmsec.node.trial import NOBODY, TrialFailed, boot_tiny_guest
 _DEADLINE_S: Final = 5.0
 _KVM: Final = Path("/dev/kvm")
 _NO_BOUNDARY: Final = "TCG is slow, and no security boundary in QEMU's own policy"
-_NO_QEMU: Final = "not tried: there is no QEMU to try it with"
+_NO_QEMU: Final = warning(
+    "not tried: there is no QEMU to try it with", "mend first what is said of QEMU"
+)
 
 
 @frozen
@@ -48,7 +50,7 @@ def check_qemu_files(subject: Subject) -> Iterator[Answer]:
     try:
         qemu = _find(subject)
     except Fault:
-        yield warning(_NO_QEMU, None)
+        yield _NO_QEMU
         return
     for accelerator in _built_in(qemu.features):
         closure = find_closure(qemu.binary, accelerator=accelerator, credentials=NOBODY)
@@ -70,7 +72,7 @@ def check_kvm(subject: Subject) -> Iterator[Answer]:
     try:
         qemu = _find(subject)
     except Fault:
-        yield warning(_NO_QEMU, None)
+        yield _NO_QEMU
         return
     if "kvm" not in qemu.features.accelerators:
         hint = "install a QEMU with KVM: apt install qemu-system-x86"
@@ -95,7 +97,7 @@ def check_tcg(subject: Subject) -> Iterator[Answer]:
     try:
         qemu = _find(subject)
     except Fault:
-        yield warning(_NO_QEMU, None)
+        yield _NO_QEMU
         return
     if "tcg" not in qemu.features.accelerators:
         yield ok(f"{qemu.binary} was built without it; only `--accel tcg` would need it")
