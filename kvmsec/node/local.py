@@ -4,21 +4,20 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kvmsec.agent import Event, Finding, InstanceInfo, InstanceLog, InstanceState, UidState
 from kvmsec.errors import AlreadyRunning, InstancesRun, NotRoot, UnknownInstance
-from kvmsec.linux import processes
 from kvmsec.linux.locks import FileLock
 from kvmsec.model.instance import InstanceDefinition
 from kvmsec.node import records
 from kvmsec.node.host import Host
 from kvmsec.node.listing import describe, describe_all, read_log
-from kvmsec.node.records import InstanceRecord
-from kvmsec.node.waiting import acquire, readable
+from kvmsec.node.turns import give_back
+from kvmsec.node.waiting import acquire
+from kvmsec.node.watches import Watches
 from kvmsec.paths import Paths
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from uidpool.ranges import UidRanges
 
 _LOCK_TIMEOUT_S: Final = 120.0
-_EVENT_QUEUE: Final = 256
 
 
 class LocalNode:
@@ -42,8 +40,7 @@ class LocalNode:
         self.host = Host(Paths(root))
         self._on_step = on_step
         self._turns: dict[str, asyncio.Lock] = {}
-        self._listeners: set[asyncio.Queue[Event]] = set()
-        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._watches = Watches(self.host, self._turn)
 
     async def start(self, definition: InstanceDefinition) -> InstanceInfo:
         """Start an instance; returns once its guest runs.
@@ -60,17 +57,19 @@ class LocalNode:
         await self.reconcile()
         async with self._turn(name):
             await self._require_stopped(name)
+            if self._watches.unwatch(name):
+                self._watches.publish_end(name)
             security = admit(self.host, definition)
             engine = engine_for(self.host, definition.machine)
-            self._publish(name, InstanceState.STARTING)
+            self._watches.publish(name, InstanceState.STARTING)
             try:
                 record = await launch(self.host, definition, security, engine, self._on_step)
             except BaseException as error:
-                self._publish(name, InstanceState.STOPPED, str(error))
+                self._watches.publish(name, InstanceState.STOPPED, str(error))
                 raise
             records.forget(self.host.paths, name)
-            self._publish(name, InstanceState.RUNNING)
-            self._watch(record)
+            self._watches.publish(name, InstanceState.RUNNING)
+            self._watches.watch(record)
             return describe(self.host, record)
 
     async def _require_stopped(self, name: str) -> None:
@@ -94,19 +93,24 @@ class LocalNode:
         """
         from kvmsec.node.halt import halt
 
+        # An interrupted stop that `reconcile` finishes was of an instance that is known.
+        was_here = self.host.paths.instance(name).directory.exists()
         await self.reconcile()
         async with self._turn(name):
             record = records.load(self.host.paths, name)
             if record is None:
-                return self._ended_already(name)
-            self._publish(name, InstanceState.STOPPING)
+                if self._watches.unwatch(name):
+                    self._watches.publish_end(name)
+                return self._ended_already(name, was_here)
+            self._watches.publish(name, InstanceState.STOPPING)
             reason = await halt(self.host, record, 0.0 if force else timeout_s)
-            self._publish(name, InstanceState.STOPPED, reason)
+            self._watches.unwatch(name)
+            self._watches.publish(name, InstanceState.STOPPED, reason)
             return InstanceInfo(name=name, state=InstanceState.STOPPED, reason=reason)
 
-    def _ended_already(self, name: str) -> InstanceInfo:
-        had_ended = records.forget(self.host.paths, name)
-        if not had_ended and not self.host.paths.definition(name).is_file():
+    def _ended_already(self, name: str, was_here: bool) -> InstanceInfo:
+        is_known = records.forget(self.host.paths, name) or was_here
+        if not is_known and not self.host.paths.definition(name).is_file():
             raise UnknownInstance(name)
         return InstanceInfo(name=name, state=InstanceState.STOPPED)
 
@@ -198,22 +202,13 @@ class LocalNode:
         Starts and stops through this object, and every end of a running instance. A listener that
         falls more than 256 events behind loses the oldest.
         """
-        queue: asyncio.Queue[Event] = asyncio.Queue(_EVENT_QUEUE)
-        self._listeners.add(queue)
-        for record in records.every(self.host.paths):
-            self._watch(record)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            self._listeners.discard(queue)
+        async with aclosing(self._watches.listen()) as heard:
+            async for event in heard:
+                yield event
 
     async def close(self) -> None:
         """Stop watching; instances live on."""
-        watches = list(self._watches.values())
-        for watch in watches:
-            watch.cancel()
-        await asyncio.gather(*watches, return_exceptions=True)
+        await self._watches.close()
 
     def _require_root(self) -> None:
         if os.geteuid() != 0:
@@ -261,46 +256,4 @@ class LocalNode:
             try:
                 yield
             finally:
-                # Of an instance that is gone, no lock file stays either.
-                if self.host.paths.instance(name).directory.exists():
-                    lock.release()
-                else:
-                    lock.discard()
-
-    def _publish(self, name: str, state: InstanceState, reason: str | None = None) -> None:
-        event = Event(datetime.now(UTC), name, state, reason)
-        for queue in self._listeners:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(event)
-
-    def _watch(self, record: InstanceRecord) -> None:
-        if record.process is None or record.generation in self._watches:
-            return
-        pidfd = processes.open_pidfd(record.process)
-        if pidfd is None:
-            return
-        task = asyncio.create_task(self._see_end(record, pidfd))
-        self._watches[record.generation] = task
-
-        def end(_: "asyncio.Task[None]") -> None:
-            # Not the task's own to close: one that is cancelled at once never begins.
-            self._watches.pop(record.generation, None)
-            os.close(pidfd)
-
-        task.add_done_callback(end)
-
-    async def _see_end(self, record: InstanceRecord, pidfd: int) -> None:
-        """Clean up after an instance that ends by itself, as soon as it does."""
-        await readable(pidfd, None)
-        await self._after_end(record)
-
-    async def _after_end(self, record: InstanceRecord) -> None:
-        from kvmsec.node.reconcile import is_true, settle_record
-
-        async with self._turn(record.name):
-            now = records.load(self.host.paths, record.name)
-            if now is None or now.generation != record.generation or is_true(now):
-                return
-            line = await settle_record(self.host, now)
-            self._publish(record.name, InstanceState.CRASHED, line)
+                give_back(self.host.paths, name, lock)

@@ -1,17 +1,17 @@
 """Putting right what killed processes, a reboot or a dying QEMU left on this node."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
 from datetime import UTC, datetime
 
+from hypervisor.cgroups import InstanceCgroup
 from kvmsec.agent import InstanceState
 from kvmsec.linux import processes
 from kvmsec.linux.errors import Fault
-from kvmsec.linux.locks import FileLock
 from kvmsec.node import journal, records, taps
 from kvmsec.node.dismantle import KILL_TIMEOUT_S, Remains, dismantle, remove_files
 from kvmsec.node.host import Host
-from kvmsec.node.records import InstanceRecord, LastState
+from kvmsec.node.records import InstanceRecord, LastState, RecordUnreadable
+from kvmsec.node.turns import try_turn
 from uidpool.claims import Lease
 
 
@@ -22,8 +22,8 @@ async def reconcile(host: Host) -> tuple[str, ...]:
     right is said too, and the rest goes on.
     """
     done: list[str] = []
-    for name in records.names(host.paths):
-        with _try_lock(host, name) as is_ours:
+    for name in _worked_on(host):
+        with try_turn(host.paths, name) as is_ours:
             if is_ours:
                 done += await _settle(host, name)
     done += _release_orphaned_uids(host)
@@ -32,17 +32,16 @@ async def reconcile(host: Host) -> tuple[str, ...]:
     return tuple(done)
 
 
-@contextmanager
-def _try_lock(host: Host, name: str) -> Iterator[bool]:
-    lock = FileLock(host.paths.instance_lock(name))
-    try:
-        yield lock.try_acquire()
-    finally:
-        lock.release()
+def _worked_on(host: Host) -> list[str]:
+    """The instances that have a directory, and those of which a start left no more than a lock."""
+    locked = (entry.name for entry in host.paths.locks.iterdir())
+    return sorted({*records.names(host.paths), *locked})
 
 
 async def _settle(host: Host, name: str) -> list[str]:
     """Bring one instance that nobody works on to a state that is true."""
+    if not host.paths.instance(name).directory.exists():
+        return []
     try:
         record = records.load(host.paths, name)
         if record is None:
@@ -76,7 +75,8 @@ async def settle_record(host: Host, record: InstanceRecord) -> str:
         last = LastState(
             name=record.name, state=state, reason=reason, at=at, last_words=remains.words
         )
-        records.remember(host.paths, last)
+        with contextlib.suppress(OSError):  # On a full disk that is lost; what it was is said.
+            records.remember(host.paths, last)
     line = f"{state}: {reason}"
     journal.note(host.paths.instance_log(record.name), line)
     return line
@@ -94,33 +94,65 @@ def _verdict(record: InstanceRecord, remains: Remains) -> tuple[InstanceState, s
 
 def _release_orphaned_uids(host: Host) -> list[str]:
     """Release what was drawn by starts of this root that left no record, and by other boots."""
-    known = {(record.name, record.generation) for record in records.every(host.paths)}
     done = []
     for lease in host.claims.leases():
         if lease.boot_id != processes.boot_id():
             done.append(_release(host, lease))
-        elif lease.root == str(host.paths.root) and (lease.instance, lease.generation) not in known:
-            with _try_lock(host, lease.instance) as is_ours:
-                if is_ours:
+        elif lease.root == str(host.paths.root) and not _has_holder(host, lease):
+            with try_turn(host.paths, lease.instance) as is_ours:
+                # Looked at again: its start may have gone all the way meanwhile.
+                if is_ours and not _has_holder(host, lease):
                     done.append(_release(host, lease))
     return done
 
 
+def _has_holder(host: Host, lease: Lease) -> bool:
+    """Whether a record says that the start that drew this uid still has it, or may say so."""
+    try:
+        record = records.load(host.paths, lease.instance)
+    except RecordUnreadable:
+        return True
+    return record is not None and record.generation == lease.generation
+
+
 def _release(host: Host, lease: Lease) -> str:
-    outcome = host.claims.release(lease.key)
+    try:
+        outcome = str(host.claims.release(lease.key))
+    except Fault as error:
+        outcome = f"left as it is: {error}"
     return f"uid {lease.uid}: was {lease.instance}'s, {outcome}"
 
 
 async def _remove_leaks(host: Host) -> list[str]:
-    everyone = list(records.every(host.paths))
-    known = [tap for record in everyone for tap in record.taps]
+    return [*await _remove_leaked_taps(host), *_remove_leaked_groups(host)]
+
+
+async def _remove_leaked_taps(host: Host) -> list[str]:
+    known = [tap for record in records.every(host.paths) for tap in record.taps]
     leaked = await taps.leaked_taps(known, tag=host.paths.tag)
-    await taps.remove_taps(leaked)
-    names = [record.name for record in everyone]
-    groups = host.hierarchy.leaked(host.paths.tag, names, host.config.cgroup.parent).values()
-    for group in groups:
+    try:
+        await taps.remove_taps(leaked)
+    except Fault as error:
+        return [error.message]
+    return [f"tap {tap.name}: removed" for tap in leaked]
+
+
+def _remove_leaked_groups(host: Host) -> list[str]:
+    done = []
+    names = records.names(host.paths)
+    leaked = host.hierarchy.leaked(host.paths.tag, names, host.config.cgroup.parent)
+    for name, group in leaked.items():
+        with try_turn(host.paths, name) as is_ours:
+            # Looked at again: a start may have made it since the names were listed.
+            if is_ours and not host.paths.instance(name).directory.exists():
+                done += _remove_group(group)
+    return done
+
+
+def _remove_group(group: InstanceCgroup) -> list[str]:
+    try:
         group.kill(KILL_TIMEOUT_S)
         group.remove()
-    return [f"tap {tap.name}: removed" for tap in leaked] + [
-        f"cgroup {path}: removed" for group in groups for path in group.paths
-    ]
+    except (Fault, OSError) as error:
+        return [f"cgroup left as it is: {error}"]
+    return [f"cgroup {path}: removed" for path in group.paths]

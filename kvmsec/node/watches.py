@@ -1,0 +1,114 @@
+"""Seeing what happens to instances: their ends, as they come, and whoever listens."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime
+from typing import Final
+
+from kvmsec.agent import Event, InstanceState
+from kvmsec.linux import processes
+from kvmsec.linux.errors import Fault
+from kvmsec.node import records
+from kvmsec.node.host import Host
+from kvmsec.node.records import InstanceRecord
+from kvmsec.node.waiting import readable
+
+_QUEUE: Final = 256
+
+Turn = Callable[[str], AbstractAsyncContextManager[None]]
+
+
+class Watches:
+    """The listeners of one node, and a watch on each running instance that it knows of.
+
+    `turn` gives the right to act on an instance. A watch cleans up after an instance that ends by
+    itself, and tells of the end of one that somebody else took back.
+    """
+
+    def __init__(self, host: Host, turn: Turn) -> None:
+        self._host = host
+        self._turn = turn
+        self._listeners: set[asyncio.Queue[Event]] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def publish(self, name: str, state: InstanceState, reason: str | None = None) -> None:
+        """Tell every listener; one that is too far behind loses its oldest event."""
+        event = Event(datetime.now(UTC), name, state, reason)
+        for queue in self._listeners:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(event)
+
+    async def listen(self) -> AsyncGenerator[Event, None]:
+        """What happens from the first `anext` on."""
+        queue: asyncio.Queue[Event] = asyncio.Queue(_QUEUE)
+        self._listeners.add(queue)
+        for record in records.every(self._host.paths):
+            self.watch(record)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._listeners.discard(queue)
+
+    def watch(self, record: InstanceRecord) -> None:
+        """See to the end of a running instance; each is watched once."""
+        from hypervisor import process
+
+        name = record.name
+        if record.process is None or name in self._tasks:
+            return
+        pidfd = processes.open_pidfd(record.process)
+        task = asyncio.create_task(self._see_end(record, pidfd))
+        self._tasks[name] = task
+
+        def end(_: "asyncio.Task[None]") -> None:
+            # Not the task's own to close: one that is cancelled at once never begins.
+            if self._tasks.get(name) is task:
+                del self._tasks[name]
+            if pidfd is not None:
+                process.reap(pidfd)  # Whoever took the instance back may not be its parent.
+                os.close(pidfd)
+
+        task.add_done_callback(end)
+
+    def unwatch(self, name: str) -> bool:
+        """Leave an instance to the caller, who has its turn; whether it was watched."""
+        task = self._tasks.pop(name, None)
+        return task is not None and task.cancel()
+
+    async def close(self) -> None:
+        """Stop watching."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def publish_end(self, name: str) -> None:
+        """Tell of the end of an instance that was taken back: as it is known, or just that."""
+        last = records.recall(self._host.paths, name)
+        if last is None:
+            self.publish(name, InstanceState.STOPPED)
+        else:
+            self.publish(name, last.state, last.reason)
+
+    async def _see_end(self, record: InstanceRecord, pidfd: int | None) -> None:
+        if pidfd is not None:
+            await readable(pidfd, None)
+        try:
+            async with self._turn(record.name):
+                await self._after_end(record)
+        except (Fault, OSError) as error:
+            self.publish(record.name, InstanceState.UNKNOWN, str(error))
+
+    async def _after_end(self, record: InstanceRecord) -> None:
+        from kvmsec.node.reconcile import is_true, settle_record
+
+        now = records.load(self._host.paths, record.name)
+        if now is not None and (now.generation != record.generation or is_true(now)):
+            return  # Somebody else took it back, and started it again.
+        if now is not None:
+            await settle_record(self._host, now)
+        self.publish_end(record.name)
