@@ -1,5 +1,6 @@
 """Ending an instance that runs: asked first, then made to."""
 
+import contextlib
 import os
 
 from hypervisor.monitor import Monitor, MonitorError
@@ -19,7 +20,8 @@ async def halt(host: Host, record: InstanceRecord, timeout_s: float) -> str:
     raises; the instance is then still known, and another stop goes on from there.
     """
     log = host.paths.instance_log(record.name)
-    record = records.advance(host.paths, record, state=InstanceState.STOPPING)
+    with contextlib.suppress(OSError):  # A full disk must not keep an instance from ending.
+        record = records.advance(host.paths, record, state=InstanceState.STOPPING)
     reason = await _end_gently(host, record, timeout_s)
     remains = await dismantle(host, record)
     if remains.quarantined:

@@ -54,13 +54,13 @@ async def launch(
             result = step.act(start)
             if isawaitable(result):
                 await result
+        await start.let_go()
     except BaseException as error:
         await start.let_go()
         failure = await _take_back(start, error)
         if failure is None:
             raise
         raise failure from error
-    await start.let_go()
     return start.record
 
 
@@ -132,13 +132,17 @@ class _Start:
         return self.newborn is not None
 
     def note(self, **changes: Any) -> None:
-        self.record = records.advance(self.host.paths, self.record, **changes)
+        # Kept before it is written: on a full disk, what wasn't written is taken back all the same.
+        self.record = evolve(self.record, **changes)
+        records.save(self.host.paths, self.record)
 
     async def let_go(self) -> None:
         """Close the launcher's own hold on everything; what was granted is QEMU's alone then."""
-        if self.monitor is not None:
-            await self.monitor.close()
-        self.opened.close()
+        try:
+            if self.monitor is not None:
+                await self.monitor.close()
+        finally:
+            self.opened.close()
 
     # The steps, in their order -----------------------------------------------------------
 
