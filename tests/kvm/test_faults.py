@@ -1,0 +1,215 @@
+"""Starts and stops that are interrupted at every point, and QEMUs that end by themselves."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmsec.linux import command, namespaces
+from kvmsec.linux.errors import Fault
+from kvmsec.linux.locks import FileLock
+from kvmsec.node import dismantle
+from kvmsec.node.launch import STEPS
+
+pytestmark = pytest.mark.kvm
+
+STEP_NAMES = [step.name for step in STEPS]
+BRIDGE = "kvmsectest"
+
+
+@pytest.fixture
+def bridge(lab: Any) -> Iterator[str]:
+    command.run(("ip", "link", "add", BRIDGE, "type", "bridge"), timeout_s=10)
+    command.run(("ip", "link", "set", BRIDGE, "up"), timeout_s=10)
+    yield BRIDGE
+    command.run(("ip", "link", "del", BRIDGE), timeout_s=10)
+
+
+@pytest.fixture
+def machine(lab: Any, bridge: str) -> dict[str, Any]:
+    """A machine that has one of everything that has to be taken back."""
+    lab.note_what_is_there()
+    return {"disks": [{"path": str(lab.disk())}], "nics": [{"bridge": bridge}]}
+
+
+def at(step: str, act: Any) -> Any:
+    def on_step(name: str) -> None:
+        if name == step:
+            act()
+
+    return on_step
+
+
+def kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt_myself() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def check_nothing_is_left(lab: Any) -> None:
+    assert not lab.leftovers()
+    assert not lab.instances()
+    assert lab.rules() == str(lab.pool)
+
+
+def test_a_launcher_that_is_killed_at_any_step_leaves_nothing_that_the_next_does_not_undo(
+    lab, machine
+):
+    definition = lab.definition(**machine)
+    for step in STEP_NAMES:
+        launcher = lab.rival(lambda node: node.start(definition), on_step=at(step, kill_myself))
+        assert launcher.outcome() is None, step
+        lab.reconcile()
+        assert not lab.leftovers(), f"killed before {step!r}"
+    started = lab.start(**machine)
+    assert started.uid in lab.pool
+    lab.stop()
+    check_nothing_is_left(lab)
+
+
+def test_a_launcher_that_is_killed_between_steps_leaves_nothing_either(lab, machine):
+    """At moments that nobody chose; the seed is said when it fails."""
+    definition = lab.definition(**machine)
+    chance = random.Random(seed := random.randrange(1 << 32))
+    for _ in range(24):
+        launcher = lab.rival(lambda node: node.start(definition))
+        launcher.ends_within(chance.uniform(0, 0.15))
+        launcher.kill()
+        launcher.outcome()
+        # A child that it had just forked holds its lock too, for as long as it takes to close it.
+        with FileLock(lab.paths.instance_lock("web")):
+            pass
+        lab.reconcile()
+        if finished := lab.instances():
+            assert finished["web"].state == "running", f"seed {seed}"
+            lab.stop()
+        assert not lab.leftovers(), f"seed {seed}"
+    check_nothing_is_left(lab)
+
+
+@pytest.mark.parametrize("error", [Fault("injected"), OSError(28, "injected"), KeyError("bug")])
+def test_a_step_that_fails_undoes_all_before_it_at_once(lab, machine, error):
+    definition = lab.definition(**machine)
+
+    def fail() -> None:
+        raise error
+
+    async def start_in_vain(node: Any) -> None:
+        lab.note_what_is_there()
+        for step in STEP_NAMES:
+            node._on_step = at(step, fail)
+            with pytest.raises(Exception, match=r"injected|bug"):
+                await node.start(definition)
+            assert not lab.leftovers(), f"failed at {step!r}"
+            assert not await node.list()
+        node._on_step = at("", fail)
+        await node.start(definition)
+        await node.stop("web", force=True)
+
+    lab.run(start_in_vain)
+    check_nothing_is_left(lab)
+
+
+def test_a_start_that_is_cancelled_at_any_step_is_undone_or_done(lab, machine):
+    definition = lab.definition(**machine)
+
+    async def start_in_vain(node: Any) -> None:
+        lab.note_what_is_there()
+        for step in STEP_NAMES:
+            start = asyncio.create_task(node.start(definition))
+            node._on_step = at(step, start.cancel)
+            with pytest.raises(asyncio.CancelledError):
+                await start
+            assert not lab.leftovers(), f"cancelled at {step!r}"
+
+    lab.run(start_in_vain)
+    check_nothing_is_left(lab)
+
+
+def test_an_interrupt_from_the_keyboard_at_any_step_undoes_a_start(lab, machine):
+    definition = lab.definition(**machine)
+    for step in STEP_NAMES:
+        launcher = lab.rival(
+            lambda node: node.start(definition), on_step=at(step, interrupt_myself)
+        )
+        assert launcher.outcome()["error"] == "KeyboardInterrupt", step
+        assert not lab.leftovers(), f"interrupted at {step!r}"
+    check_nothing_is_left(lab)
+
+
+def test_a_full_disk_at_any_step_fails_the_start_and_leaves_nothing(lab, machine):
+    """One file system holds all of the root: records, sockets and logs."""
+    namespaces.mount("small", str(lab.root), "tmpfs", 0, "size=2m,mode=0700")
+    lab.paths.make_directories()
+    lab.init()
+    lab.note_what_is_there()
+    definition = lab.definition(nics=machine["nics"])
+    ballast = lab.root / "ballast"
+    try:
+        for step in STEP_NAMES:
+            with pytest.raises((Fault, OSError), match="No space left"):
+                lab.run(
+                    lambda node: node.start(definition), on_step=at(step, lambda: fill(ballast))
+                )
+            assert not lab.claims.leases(), f"full at {step!r}"
+            ballast.unlink()
+            assert not lab.leftovers(), f"full at {step!r}"
+        lab.start()
+        fill(ballast)
+        lab.stop()
+        ballast.unlink()
+        check_nothing_is_left(lab)
+        lab.destroy()
+    finally:
+        namespaces.umount(str(lab.root), namespaces.MNT_DETACH)
+
+
+def fill(path: Path) -> None:
+    """Write until there is no room, not even for a small file."""
+    with path.open("ab", buffering=0) as ballast:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    ballast.write(bytes(size))
+            except OSError:
+                continue
+
+
+STOP_STEPS = ("_end_process", "_end_cgroup", "_keep_words", "_release_uid", "remove_files")
+
+
+def test_a_stop_that_is_killed_at_any_step_is_finished_by_the_next_command(
+    lab, machine, monkeypatch
+):
+    for step in STOP_STEPS:
+        lab.start(**machine)
+        with monkeypatch.context() as patched:
+            patched.setattr(dismantle, step, lambda *_: kill_myself())
+            stopper = lab.rival(lambda node: node.stop("web", force=True))
+        assert stopper.outcome() is None, step
+        assert lab.instances()["web"].state == "stopping"
+        assert any("its stop was interrupted" in line for line in lab.reconcile()), step
+        assert not lab.leftovers(), f"killed before {step!r}"
+    check_nothing_is_left(lab)
+
+
+def test_a_stop_that_is_killed_at_any_moment_is_finished_by_the_next(lab, machine):
+    chance = random.Random(seed := random.randrange(1 << 32))
+    for number in range(12):
+        lab.start(**machine)
+        force = bool(number % 2)
+        stopper = lab.rival(lambda node, force=force: node.stop("web", force=force))
+        stopper.ends_within(chance.uniform(0, 0.05))
+        stopper.kill()
+        stopper.outcome()
+        if lab.instances():
+            lab.stop()
+        assert not lab.leftovers(), f"seed {seed}"
+    check_nothing_is_left(lab)
