@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kvmsec.cli.failures import WrongUsage
 
 if TYPE_CHECKING:
+    from kvmsec.errors import BadDefinition
     from kvmsec.model.instance import InstanceDefinition
     from kvmsec.paths import Paths
 
@@ -16,23 +17,53 @@ if TYPE_CHECKING:
 def definition_of(
     name: str, paths: Paths, spec: Path | None, options: Mapping[str, object]
 ) -> InstanceDefinition:
-    """What is to be started; the kept definition when neither a file nor an option was given.
+    """What is to be started: the file (the kept definition unless another is named), then options.
 
-    Raises BadDefinition, OSError for a file that can't be read, and WrongUsage for options that
-    make no machine by themselves.
+    Options alone are enough where there is no file. Raises BadDefinition, OSError for a file that
+    can't be read, and WrongUsage for options that make no machine by themselves.
     """
     given = {key: value for key, value in options.items() if value is not None and value != ()}
+    path = paths.definition(name)
     if spec is not None:
-        return _from_file(name, spec, given)
-    return _from_options(name, given) if given else _kept(name, paths)
+        return _from_file(name, spec, _read_spec(spec), given)
+    kept = _read_kept(path)
+    if kept is not None:
+        return _from_file(name, path, kept, given)
+    if given:
+        return _from_options(name, given)
+    raise _nothing_said(path)
 
 
-def _from_file(name: str, spec: Path, given: Mapping[str, object]) -> InstanceDefinition:
+def _from_file(
+    name: str, path: Path, document: Mapping[str, object], given: Mapping[str, object]
+) -> InstanceDefinition:
     from hypervisor.spec import merge
-    from kvmsec.model.instance import definition_from, read_definition
+    from kvmsec.model.instance import definition_from
 
-    source = f"{spec} and the options" if given else str(spec)
-    return definition_from(merge(read_definition(spec), given), name, source=source)
+    source = f"{path} and the options" if given else str(path)
+    return definition_from(merge(document, given), name, source=source)
+
+
+def _read_spec(path: Path) -> dict[str, object]:
+    from kvmsec.model.instance import read_definition
+
+    return read_definition(path)
+
+
+def _read_kept(path: Path) -> dict[str, object] | None:
+    from kvmsec.model.instance import read_kept_definition
+
+    try:
+        return read_kept_definition(path)
+    except FileNotFoundError:
+        return None
+
+
+def _nothing_said(path: Path) -> BadDefinition:
+    from kvmsec.errors import BadDefinition
+
+    hint = "write it, or say what to start: --spec FILE, or options such as --disk PATH"
+    return BadDefinition(str(path), ["there is no such file"], hint=hint)
 
 
 def _from_options(name: str, given: Mapping[str, object]) -> InstanceDefinition:
@@ -43,19 +74,3 @@ def _from_options(name: str, given: Mapping[str, object]) -> InstanceDefinition:
         return definition_from(given, name, source="the options")
     except BadDefinition as error:
         raise WrongUsage(error.message, error.hint) from error
-
-
-def _kept(name: str, paths: Paths) -> InstanceDefinition:
-    from kvmsec.errors import BadDefinition
-    from kvmsec.model.instance import definition_from, read_kept_definition
-
-    path = paths.definition(name)
-    try:
-        document = read_kept_definition(path)
-    except FileNotFoundError:
-        raise BadDefinition(
-            str(path),
-            ["there is no such file"],
-            hint="write it, or say what to start: --spec FILE, or options such as --disk PATH",
-        ) from None
-    return definition_from(document, name, source=str(path))

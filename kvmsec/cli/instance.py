@@ -77,8 +77,8 @@ def instance() -> None:
 def start(session: Session, /, name: str, spec: Path | None, **options: Any) -> None:
     """Start the instance NAME.
 
-    Without --spec and options it is what /etc/kvmsec/instances/NAME.toml says. Relative paths are
-    taken from the working directory.
+    It is what /etc/kvmsec/instances/NAME.toml says, or the file of --spec; options win over both,
+    and are enough where there is no file. Relative paths are taken from the working directory.
     """
     session.require_root()
     from kvmsec.cli.definition import definition_of

@@ -79,9 +79,11 @@ def _write_temporary(path: Path, data: bytes, mode: int) -> tuple[Path, int]:
         while written < len(data):
             written += os.write(descriptor, data[written:])
         os.fchmod(descriptor, mode)
-    except BaseException:
+    except BaseException as error:
         os.close(descriptor)
         remove_file(temporary)
+        if isinstance(error, OSError):  # write(2) fails without naming the file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     return temporary, descriptor
 

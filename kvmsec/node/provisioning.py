@@ -1,6 +1,7 @@
 """The pool's users on this node: what to make, and what may be taken back."""
 
 from kvmsec.config import load_config
+from kvmsec.errors import KvmsecError
 from kvmsec.node.host import Host
 from kvmsec.paths import Paths
 from uidpool import accounts, provision
@@ -10,6 +11,17 @@ from uidpool.errors import UnfitUids
 from uidpool.provision import Plan, Removal
 from uidpool.ranges import UidRanges
 from uidpool.snapshot import Snapshot
+
+
+class StillInPool(KvmsecError):
+    """Users can't be removed while their uids are in the cluster's pool."""
+
+    def __init__(self, uids: UidRanges) -> None:
+        super().__init__(
+            f"these uids are in the cluster's pool: {uids}",
+            hint=f"take them out of it first: kvmsec cluster modify --remove-uids {uids}",
+        )
+        self.uids = uids
 
 
 def plan(paths: Paths, pool: UidRanges) -> Plan:
@@ -45,9 +57,14 @@ def _rules(paths: Paths) -> AccountRules:
 def plan_removal(paths: Paths, pool: UidRanges) -> Removal:
     """Which users provisioning made that nobody holds.
 
-    What is leased or quarantined counts as held, by whichever root of this host. Raises UidsInUse.
+    What is leased or quarantined counts as held, by whichever root of this host. Raises UidsInUse,
+    and StillInPool for uids that the next start could draw.
     """
-    known = Host(paths).claims.states()
+    host = Host(paths)
+    cluster, _ = host.store.load()
+    if cluster is not None and (drawable := pool & cluster.uid_pool):
+        raise StillInPool(drawable)
+    known = host.claims.states()
     held = UidRanges.of_uids(one.uid for one in known if one.state is not State.RESTING)
     return provision.plan_removal(pool, Snapshot.read(), leased=held)
 

@@ -127,6 +127,15 @@ def test_the_kept_definition_is_taken_when_nothing_else_is_said(started: Any, ro
 
 
 @pytest.mark.root
+def test_options_win_over_the_kept_definition(started: Any, root: Path) -> None:
+    (root / "etc/kvmsec/instances/web.toml").write_text('memory_mib = 77\nfirmware = "/rom"\n')
+
+    machine = started("--memory", "96").machine
+
+    assert (machine.memory_mib, machine.firmware) == (96, Path("/rom"))
+
+
+@pytest.mark.root
 def test_no_definition_at_all_is_an_error_that_names_the_file(
     run: Any, node: Any, root: Path
 ) -> None:
