@@ -1,0 +1,36 @@
+"""docs/design.md tells the steps of a start in the code's order, and names files that exist."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypervisor import jail
+from kvmsec.node import launch
+
+ROOT = Path(__file__).resolve().parents[3]
+TEXT = (ROOT / "docs/design.md").read_text()
+_STEP = re.compile(r"^\| `(?P<name>[a-z -]+)` \|", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("heading", "steps"), [("A start", launch.STEPS), ("In the child", jail.STEPS)]
+)
+def test_the_steps_are_those_of_the_code_in_their_order(heading: str, steps: Any) -> None:
+    section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+    assert _STEP.findall(section) == [step.name for step in steps]
+
+
+def test_every_source_file_that_a_page_names_is_there() -> None:
+    named = {
+        path
+        for page in (ROOT / "docs").glob("*.md")
+        for path in re.findall(
+            r"\b(?:kvmsec|hypervisor|uidpool|firewall|tests)/[\w/]+\.py\b", page.read_text()
+        )
+    }
+
+    assert named
+    assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
