@@ -63,6 +63,17 @@ def _cgroup_path(value: object) -> str:
     return path
 
 
+def _extra_arguments(value: object) -> tuple[str, ...]:
+    from hypervisor.errors import ForbiddenArguments
+    from hypervisor.extra_arguments import check_extra_arguments  # few nodes have any
+
+    arguments = rules.list_of(rules.text)(value)
+    try:
+        return check_extra_arguments(arguments)
+    except ForbiddenArguments as error:
+        raise ValueError("; ".join(map(str, error.problems))) from error
+
+
 # Settings ------------------------------------------------------------------------------------
 
 Backend = Literal["auto", "nftables", "iptables"]
@@ -92,7 +103,7 @@ class QemuSettings:
     """`[qemu]`: which program, what it is given besides, and how long it has until it is ready."""
 
     path: Path | None = field(default=None, metadata=_rule(rules.absolute_path))
-    extra_arguments: tuple[str, ...] = field(default=(), metadata=_rule(rules.list_of(rules.text)))
+    extra_arguments: tuple[str, ...] = field(default=(), metadata=_rule(_extra_arguments))
     ready_timeout_s: float = field(default=30.0, metadata=_rule(rules.seconds(0.1, 3600)))
 
 

@@ -25,7 +25,7 @@ reuse_delay_s = 0
 freed_ranges = "60000-60500, 61184-65519"
 [qemu]
 path = "/opt/qemu/bin/qemu-system-x86_64"
-extra_arguments = ["-no-hpet"]
+extra_arguments = ["-no-reboot"]
 ready_timeout_s = 5
 [limits]
 log_kib = 64
@@ -80,7 +80,7 @@ def test_every_setting_is_read(place: Path) -> None:
     assert config.uids.reuse_delay_s == 0
     assert config.uids.freed_ranges == UidRanges.parse("60000-60500,61184-65519")
     assert config.qemu.path == Path("/opt/qemu/bin/qemu-system-x86_64")
-    assert config.qemu.extra_arguments == ("-no-hpet",)
+    assert config.qemu.extra_arguments == ("-no-reboot",)
     assert config.qemu.ready_timeout_s == 5.0
     assert (config.limits.log_kib, config.limits.max_memory_mib) == (64, 4096)
     assert config.limits.max_vcpus == 8
@@ -228,3 +228,13 @@ def test_reading_settings_loads_no_slow_library() -> None:
 
     assert "kvmsec.config" in loaded
     assert loaded.isdisjoint({"cattrs", "msgspec", "iptc", "click", "rich", "asyncio", "tomllib"})
+
+
+def test_extra_qemu_arguments_are_judged_where_they_are_written() -> None:
+    document = {"qemu": {"extra_arguments": ["-monitor", "stdio", "-boot", "order=c"]}}
+
+    with pytest.raises(BadConfig) as caught:
+        parse_config(document, Path("kvmsec.toml"))
+
+    assert "qemu.extra_arguments" in str(caught.value)
+    assert "-monitor" in str(caught.value)
