@@ -1,0 +1,185 @@
+"""An instance that runs and means harm: what it can reach, and that its end is an end."""
+
+import asyncio
+import ctypes
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmsec.agent import InstanceState
+from kvmsec.linux.children import run_in_child
+from kvmsec.linux.credentials import Credentials
+from uidpool import usage
+
+pytestmark = pytest.mark.kvm
+
+libc = ctypes.CDLL(None, use_errno=True)
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def start(place: Any, stand_ins: Path) -> Start:
+    """Starts an instance whose stand-in for QEMU behaves as its name says."""
+
+    def run(name: str, **machine: Any) -> Any:
+        return place.lab.start(name, qemu=str(stand_ins / "qemu"), **machine)
+
+    return run
+
+
+# Its output --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behaviour", ["links", "fifos", "directories", "sockets", "giant"])
+def test_what_stands_in_its_logs_place_leads_nowhere(
+    place: Any, start: Start, behaviour: str
+) -> None:
+    start(behaviour)
+    told = place.kvmsec("instance", "log", behaviour)
+    assert (told.status, told.err) == (0, "")
+    assert "root:" not in told.out, "what only root can read is not shown"
+    assert len(told.out) < 1 << 20
+    place.lab.stop(behaviour)
+    kept = place.lab.paths.instance_output(behaviour)
+    assert b"root:" not in kept.read_bytes()
+    assert kept.stat().st_size <= 2 << 20
+
+
+def test_an_instance_that_fills_its_output_fills_nothing_else(place: Any, start: Start) -> None:
+    before = os.statvfs(place.lab.root)
+    start("fills")
+    after = os.statvfs(place.lab.root)
+    assert (before.f_bfree - after.f_bfree) * before.f_frsize < 256 * 1024
+    assert (
+        "filling: No space left on device" in place.kvmsec("instance", "log", "fills").out
+        or place.lab.run(lambda node: node.log("fills")).qemu
+    )
+    place.lab.stop("fills")
+
+
+# What it can reach -------------------------------------------------------------------------------
+
+
+def test_nothing_of_the_node_can_be_opened_made_or_sent_to(place: Any, start: Start) -> None:
+    start("explores")
+    said = place.lab.run(lambda node: node.log("explores")).qemu
+    found = dict(line.rsplit(": ", 1) for line in said.splitlines())
+    place.lab.stop("explores")
+    done = {act for act, result in found.items() if result == "done"}
+    ours = {"open ..", "create /output/made", "own bytes as a program"}
+    assert done - {"open /dev/kvm"} == ours
+    assert found["open /etc/shadow"] == "No such file or directory"
+    assert found["create /usr/made"] in ("Read-only file system", "No such file or directory")
+    assert found["send to loopback"] == "Network is unreachable"
+    assert found["become root"] == "Operation not permitted"
+
+
+# Its end -----------------------------------------------------------------------------------------
+
+
+def test_a_guest_that_heeds_its_power_button_ends_by_itself(place: Any, start: Start) -> None:
+    start("serves")
+    assert place.lab.stop("serves", force=False, timeout_s=30).reason == "powered down"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("deaf", "killed: the guest did not power down within 0.3 s"),
+        ("goes-silent", "killed: QEMU's monitor did not "),
+    ],
+)
+def test_one_that_does_not_is_killed_in_time(
+    place: Any, start: Start, behaviour: str, reason: str
+) -> None:
+    start(behaviour)
+    assert reason in place.lab.stop(behaviour, force=False, timeout_s=0.3).reason
+
+
+def test_a_crash_is_told_with_the_last_words(place: Any, stand_ins: Path) -> None:
+    definition = place.lab.definition("crashes", qemu=str(stand_ins / "qemu"))
+
+    async def see_it(node: Any) -> str:
+        events = node.events()
+        async with asyncio.timeout(30):
+            heard = asyncio.ensure_future(anext(events))
+            await node.start(definition)
+            while (event := await heard).state is not InstanceState.CRASHED:
+                heard = asyncio.ensure_future(anext(events))
+        await events.aclose()
+        return str(event.reason)
+
+    assert "killed by SIGSEGV" in place.lab.run(see_it)
+    found = place.lab.instances()["crashes"]
+    assert found.state is InstanceState.CRASHED
+    assert "the guest won" in found.details["last_words"]
+    place.lab.stop("crashes")
+    assert place.lab.instances() == {}
+
+
+def test_children_that_nobody_waits_for_end_with_it(place: Any, start: Start) -> None:
+    info = start("children")
+    assert len(usage.inspect(info.uid).processes) > 20
+    place.lab.stop("children")
+    assert usage.inspect(info.uid).is_clean
+
+
+# What its uid has outside ------------------------------------------------------------------------
+
+
+def plant(uid: int) -> None:
+    """Everything that a uid can leave on a node, as if the instance had got out of its jail."""
+    files = [Path(place, f"left-{uid}") for place in ("/tmp", "/var/tmp", "/dev/shm", "/run/lock")]
+
+    def leave() -> None:
+        for file in files:
+            file.write_text("still here")
+        segment = libc.shmget(0x246, 4096, 0o1600)  # IPC_CREAT
+        queue = libc.mq_open(b"/left", os.O_RDWR | os.O_CREAT, 0o600, None)
+        # syscall(SYS_add_key, type, description, payload, size, KEY_SPEC_USER_KEYRING)
+        key = libc.syscall(248, b"user", b"left", b"x", 1, -4)
+        if min(segment, queue, key) < 0:
+            raise OSError(ctypes.get_errno(), "could not be left")
+        if os.fork() == 0:
+            os.setsid()
+            for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+                signal.signal(number, signal.SIG_IGN) if number not in (32, 33) else None
+            os.closerange(3, 64)
+            while True:
+                signal.pause()
+
+    run_in_child(leave, what="leaving", timeout_s=20, credentials=Credentials(uid, uid))
+
+
+def test_all_that_the_uid_left_on_the_node_goes_with_the_instance(place: Any, start: Start) -> None:
+    info = start("serves")
+    plant(info.uid)
+    found = usage.inspect(info.uid)
+    assert len(found.processes) == 2 and found.ipc and found.keys and found.file_count >= 4
+    assert place.lab.stop("serves").reason == "killed, as asked"
+    assert usage.inspect(info.uid).is_clean
+
+
+def test_what_can_not_be_cleaned_keeps_the_uid_from_being_drawn(place: Any, start: Start) -> None:
+    info = start("serves")
+    held = Path(f"/tmp/held-{info.uid}")
+    held.mkdir()
+    (held / "somebody else's").touch()
+    os.chown(held, info.uid, info.uid)
+    reason = place.lab.stop("serves").reason
+    assert f"uid {info.uid} is quarantined" in reason
+    assert str(held) in reason
+    (listed,) = json.loads(place.kvmsec("uids", "list", "--json").out)
+    assert (listed["uid"], listed["state"]) == (info.uid, "quarantined")
+    assert str(held) in listed["reason"]
+    place.kvmsec("uids", "release", str(info.uid)).refused(str(held))
+    (held / "somebody else's").unlink()
+    released = place.kvmsec("uids", "release", str(info.uid))
+    assert (released.status, released.err) == (0, "")
+    assert usage.inspect(info.uid).is_clean
+    assert not held.exists()
