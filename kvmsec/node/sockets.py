@@ -16,8 +16,10 @@ def listen(path: Path) -> socket.socket:
     try:
         listener.bind(f"/proc/self/fd/{directory}/{path.name}")
         listener.listen(1)
-    except BaseException:
+    except BaseException as error:
         listener.close()
+        if isinstance(error, OSError):  # bind(2) fails without naming the path
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         os.umask(before)
