@@ -636,20 +636,26 @@ def test_a_launcher_that_is_killed_before_the_release_leaves_no_process(
         finally:
             os._exit(1)
     os.close(writer)
-    _become_subreaper()
-    pid = struct.unpack("i", os.read(reader, 4))[0]
-    os.close(reader)
-    pidfd = os.pidfd_open(pid)
-    time.sleep(after_ms / 1000)
-    os.kill(launcher, signal.SIGKILL)
-    os.waitpid(launcher, 0)
-    assert select.select([pidfd], [], [], DEADLINE_S)[0], "the child is still there"
-    assert process.reap(pidfd) == process.Ended(125, None)
-    os.close(pidfd)
+    with _orphans_come_here():
+        pid = struct.unpack("i", os.read(reader, 4))[0]
+        os.close(reader)
+        pidfd = os.pidfd_open(pid)
+        time.sleep(after_ms / 1000)
+        os.kill(launcher, signal.SIGKILL)
+        os.waitpid(launcher, 0)
+        assert select.select([pidfd], [], [], DEADLINE_S)[0], "the child is still there"
+        assert process.reap(pidfd) == process.Ended(125, None)
+        os.close(pidfd)
 
 
-def _become_subreaper() -> None:
-    syscalls.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to this process.
+@contextmanager
+def _orphans_come_here() -> Iterator[None]:
+    set_child_subreaper = 36  # linux/include/uapi/linux/prctl.h
+    syscalls.prctl(set_child_subreaper, 1)
+    try:
+        yield
+    finally:
+        syscalls.prctl(set_child_subreaper, 0)
 
 
 def test_a_launcher_that_ignores_its_children_is_told_what_failed(build: Build) -> None:
@@ -683,7 +689,7 @@ def test_a_later_child_of_the_launchers_is_born_outside(build: Build) -> None:
 
 
 def test_every_process_inside_ends_with_the_first(build: Build) -> None:
-    with newborn(build(), "/bin/sh", "-c", "sleep 60 & sleep 60 & wait") as child:
+    with newborn(build(), "/bin/sh", "-c", "/bin/sleep 60 & /bin/sleep 60 & wait") as child:
         child.release()
         child.executed()
         inside = os.readlink(f"/proc/{child.process.pid}/ns/pid")
