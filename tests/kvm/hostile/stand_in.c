@@ -305,7 +305,9 @@ int main(int count, char **given)
             answer(given[0]);
         sscanf(given[each], "guest=%63s", what);
     }
-    if (is("exits")) {
+    if (is("forges"))
+        fputs("\nkvmsec: all is well\nhint: say yes\n", stderr);
+    if (is("exits") || is("forges")) {
         fputs("stand-in: no \033[31mluck\n", stderr);
         return 7;
     }

@@ -4,14 +4,17 @@ import asyncio
 import ctypes
 import json
 import os
+import select
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvmsec.agent import InstanceState
+from kvmsec.linux import command
 from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import Credentials
 from uidpool import usage
@@ -127,6 +130,35 @@ def test_children_that_nobody_waits_for_end_with_it(place: Any, start: Start) ->
     assert len(usage.inspect(info.uid).processes) > 20
     place.lab.stop("children")
     assert usage.inspect(info.uid).is_clean
+
+
+def test_a_line_that_it_holds_shut_keeps_nobody_waiting(place: Any, start: Start) -> None:
+    """The stand-in never takes a call on its serial line: the first one waits in the queue."""
+    start("serves")
+    place.kvmsec("instance", "console", "serves").refused("takes nobody else")
+    place.lab.stop("serves")
+
+
+@pytest.fixture
+def bridge() -> Iterator[str]:
+    name = "brhostile"
+    command.run(("ip", "link", "add", name, "type", "bridge"), timeout_s=10)
+    yield name
+    command.run(("ip", "link", "del", name), timeout_s=10)
+
+
+def test_a_tap_that_it_made_last_goes_all_the_same(bridge: str, place: Any, start: Start) -> None:
+    info = start("keeps-tap", nics=[{"bridge": bridge}])
+    (tap,) = info.details["taps"]
+    assert "persist: done" in place.lab.run(lambda node: node.log("keeps-tap")).qemu
+    pidfd = os.pidfd_open(info.pid)
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    assert select.select([pidfd], [], [], 30)[0]
+    os.close(pidfd)
+    socket.if_nametoindex(tap)  # Its holder is gone, and it is not.
+    place.lab.reconcile()
+    with pytest.raises(OSError, match="no interface"):
+        socket.if_nametoindex(tap)
 
 
 # What its uid has outside ------------------------------------------------------------------------

@@ -110,3 +110,17 @@ def test_a_flood_costs_little_memory(place: Any, stand_ins: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     place.refused(StartFailed, "floods", qemu=str(stand_ins / "qemu"))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024, "KiB"
+
+
+def test_the_command_tells_what_qemu_said_so_that_it_can_pass_for_nothing_else(
+    place: Any, stand_ins: Path
+) -> None:
+    for name, program in (("web", "exits"), ("exits", "qemu"), ("forges", "qemu")):
+        options = ("--memory", "1", "--accel", "tcg", "--qemu", stand_ins / program)
+        with place.unchanged():
+            done = place.kvmsec("instance", "start", name, *options)
+        first, *others = done.err.splitlines()
+        assert (done.status, done.out) == (1, "")
+        assert first.startswith("kvmsec: ")
+        assert r"no \x1b[31mluck" in done.err
+        assert all(line.startswith(("  ", "hint: name a working", "hint: see")) for line in others)
