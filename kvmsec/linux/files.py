@@ -106,7 +106,8 @@ def read_bounded(source: Path | int, limit_bytes: int) -> bytes:
             chunks.append(chunk)
             total += len(chunk)
             if total > limit_bytes:
-                raise ValueError(f"{source} is larger than {limit_bytes} bytes")
+                what = "it" if opened is source else source  # a number tells nobody anything
+                raise ValueError(f"{what} is larger than {limit_bytes} bytes")
     finally:
         if opened is not source:
             os.close(opened)

@@ -19,6 +19,7 @@ from kvmsec.node.images_in_use import ImageInUse
 
 pytestmark = pytest.mark.kvm
 
+Make = Callable[[Path], object]
 TINY = ("--memory", "1", "--accel", "tcg", "--firmware", str(rom_path()))
 NOBODY = 65534
 
@@ -79,6 +80,28 @@ def test_a_definition_with_faults_is_refused_with_all_of_them(
         assert word in done.err
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "it is not a regular file"),
+        (Path.mkdir, "it is not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
+        (lambda path: path.write_bytes(b"#" * 5_000_000), "it is larger than 1048576 bytes"),
+        (lambda path: None, "No such file or directory"),
+    ],
+)
+def test_a_definition_that_is_no_file_of_a_sane_size_is_refused(
+    place: Any, make: Make, words: str
+) -> None:
+    spec = place.lab.root / "web.toml"
+    make(spec)
+    with place.unchanged():
+        done = place.kvmsec("instance", "start", "web", "--spec", spec)
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith(f"kvmsec: {spec}: ")
+    assert words in done.err
+
+
 def test_a_kept_definition_that_others_may_write_is_refused(place: Any) -> None:
     kept = place.lab.paths.definition("web")
     kept.write_text("memory_mib = 1\n")
@@ -89,10 +112,8 @@ def test_a_kept_definition_that_others_may_write_is_refused(place: Any) -> None:
 
 # Disks -------------------------------------------------------------------------------------------
 
-MakeDisk = Callable[[Path], object]
 
-
-def qcow2(*options: str, cut_to: int | None = None, l1_offset: int | None = None) -> MakeDisk:
+def qcow2(*options: str, cut_to: int | None = None, l1_offset: int | None = None) -> Make:
     """Makes an image of 1 MiB, and spoils it (QEMU, docs/interop/qcow2.txt)."""
 
     def make(path: Path) -> None:
@@ -109,7 +130,7 @@ def qcow2(*options: str, cut_to: int | None = None, l1_offset: int | None = None
     return make
 
 
-def backed_by(name: str) -> MakeDisk:
+def backed_by(name: str) -> Make:
     return qcow2("-F", "raw", "-b", name)
 
 
@@ -132,7 +153,7 @@ def backed_by(name: str) -> MakeDisk:
     ],
 )
 def test_a_disk_that_is_none_is_refused(
-    place: Any, make: MakeDisk, format_: str, kind: type[Fault], words: str
+    place: Any, make: Make, format_: str, kind: type[Fault], words: str
 ) -> None:
     path = place.lab.root / "disk"
     make(path)
