@@ -100,7 +100,7 @@ static void misbehave(int line)
         say(line, "220 mail.example ESMTP\r\n");
     else
         say(line, GREETING);
-    if (is("floods"))
+    if (is("floods") || is("floods-later"))
         flood(line, "{\"event\": \"STOP\", \"data\": {\"n\": \"xxxxxxxxxxxxxxxxxxxxxxxxxxxx\"}, "
                     "\"timestamp\": {\"seconds\": 1, \"microseconds\": 1}}\r\n");
     if (is("one-line"))
@@ -128,9 +128,9 @@ static int misbehaves(void)
 static void serve(int listener)
 {
     char heard[4096];
-    for (;;) {
+    for (int calls = 1;; calls++) {
         int line = accept(listener, 0, 0);
-        if (misbehaves()) {
+        if (misbehaves() || (is("floods-later") && calls > 1)) {
             misbehave(line);
             pause();
         }

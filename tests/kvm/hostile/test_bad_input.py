@@ -210,6 +210,27 @@ def test_a_disk_that_another_instance_has_is_refused_by_whatever_name(place: Any
     place.lab.stop("two")
 
 
+def test_of_two_starts_at_once_one_gets_the_disk(place: Any) -> None:
+    disk = place.lab.disk()
+    argv = [place.command("instance", "start", name, *TINY, "--disk", str(disk)) for name in "ab"]
+    rivals = [subprocess.Popen(one, stderr=subprocess.PIPE, text=True) for one in argv]
+    said = [rival.communicate(timeout=60)[1] for rival in rivals]
+    assert sorted(rival.returncode for rival in rivals) == [0, 1]
+    assert "is in use by the instance" in "".join(said)
+    (runs,) = place.lab.instances()
+    place.lab.stop(runs)
+
+
+def test_of_two_starts_of_one_instance_one_is_refused(place: Any) -> None:
+    argv = place.command("instance", "start", "web", *TINY)
+    rivals = [subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [rival.communicate(timeout=60)[1] for rival in rivals]
+    assert sorted(rival.returncode for rival in rivals) == [0, 1]
+    assert "the instance web runs already" in "".join(said)
+    assert len(place.lab.claims.leases()) == 1
+    place.lab.stop()
+
+
 def test_a_firmware_that_is_a_link_or_no_file_is_refused(place: Any) -> None:
     folder, link = place.lab.root / "folder", place.lab.root / "link"
     folder.mkdir()

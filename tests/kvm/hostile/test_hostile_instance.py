@@ -95,6 +95,7 @@ def test_a_guest_that_heeds_its_power_button_ends_by_itself(place: Any, start: S
     [
         ("deaf", "killed: the guest did not power down within 0.3 s"),
         ("goes-silent", "killed: QEMU's monitor did not "),
+        ("floods-later", "killed: QEMU's monitor did not "),
     ],
 )
 def test_one_that_does_not_is_killed_in_time(

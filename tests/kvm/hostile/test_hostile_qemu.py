@@ -1,5 +1,7 @@
 """A QEMU that is none, or none any more: told apart in time, and taken back whole."""
 
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,23 @@ def test_the_command_tells_what_qemu_said_so_that_it_can_pass_for_nothing_else(
         assert first.startswith("kvmsec: ")
         assert r"no \x1b[31mluck" in done.err
         assert all(line.startswith(("  ", "hint: name a working", "hint: see")) for line in others)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_takes_its_start_back(
+    place: Any, stand_ins: Path, number: signal.Signals
+) -> None:
+    options = ("--memory", "1", "--accel", "tcg", "--qemu", str(stand_ins / "qemu"))
+    with place.unchanged():
+        argv = place.command("instance", "start", "never-answers", *options)
+        starting = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+        has_process = False
+        while not has_process:
+            assert starting.poll() is None
+            found = place.lab.instances().get("never-answers")
+            has_process = found is not None and found.pid is not None
+        starting.send_signal(number)
+        _, said = starting.communicate(timeout=60)
+    assert starting.returncode == 128 + number
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert said == f"kvmsec: {word}\n"
