@@ -84,8 +84,13 @@ def report(starts: dict[str, list[float]], stops: dict[str, list[float]]) -> Non
     raw = statistics.median(starts["raw"])
     print("start to the qmp_capabilities reply, one raw disk")
     print(f"  raw QEMU, from the fork      {spread(starts['raw'])}")
-    for name, words in (("library", "library, from the call  "), ("jail", "library, from the fork  ")):
-        print(f"  {words}     {spread(starts[name])}  x {statistics.median(starts[name]) / raw:.2f}")
+    for name, words in (
+        ("library", "library, from the call  "),
+        ("jail", "library, from the fork  "),
+    ):
+        print(
+            f"  {words}     {spread(starts[name])}  x {statistics.median(starts[name]) / raw:.2f}"
+        )
     over = statistics.median(stops["library"]) - statistics.median(stops["raw"])
     print("forced stop")
     print(f"  raw kill and wait            {spread(stops['raw'])}")
@@ -102,7 +107,12 @@ def raw_start_and_stop(qemu: Path, disk: Path, root: Path) -> tuple[float, float
         listener.bind(str(path))
         listener.listen(1)
         fd = listener.fileno()
-        argv += ["-chardev", f"socket,id=q,fd={fd},server=on,wait=off", "-mon", "chardev=q,mode=control"]
+        argv += [
+            "-chardev",
+            f"socket,id=q,fd={fd},server=on,wait=off",
+            "-mon",
+            "chardev=q,mode=control",
+        ]
         begin = time.perf_counter()
         child = subprocess.Popen(argv, pass_fds=(fd,), stderr=subprocess.DEVNULL)
     with socket.socket(socket.AF_UNIX) as client, client.makefile("rb") as answers:

@@ -15,6 +15,7 @@ from hypervisor import cgroups, process
 from hypervisor.process import Ended
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import processes
+from kvmsec.linux.errors import Fault
 from kvmsec.model.security import SecurityModel
 from kvmsec.node import journal, output, taps
 from kvmsec.node.host import Host
@@ -55,6 +56,8 @@ class Remains:
             return "unknown: nothing was there to see it end"
         if self.ended.signal is not None:
             return f"killed by {self.ended.signal.name}"
+        if self.ended.status == 0:
+            return "exited with status 0: its guest powered off, or somebody told QEMU to end"
         return f"exited with status {self.ended.status}"
 
 
@@ -72,7 +75,7 @@ async def dismantle(host: Host, record: InstanceRecord) -> Remains:
     await taps.remove_taps(record.taps)
     quarantined = _release_uid(host, record)
     remove_files(host, record.name)
-    host.rules.settle()
+    _settle_rules(host, record.name)
     return Remains(ended, oom_kills, words, quarantined)
 
 
@@ -134,6 +137,15 @@ def _leases_of(host: Host, record: InstanceRecord) -> list[LeaseKey]:
         for lease in host.claims.leases()
         if (lease.instance, lease.generation) == (record.name, record.generation)
     ]
+
+
+def _settle_rules(host: Host, name: str) -> None:
+    """Let go of a `user` model's uid; when that fails, rules that forbid too much do no harm."""
+    try:
+        host.rules.settle()
+    except (Fault, OSError) as error:
+        problem = f"the packet rules still hold what they held before: {error}"
+        journal.note(host.paths.instance_log(name), problem)
 
 
 def remove_files(host: Host, name: str) -> None:

@@ -34,9 +34,10 @@ from kvmsec.node.grants import Lent, place
 from kvmsec.node.host import Host
 from kvmsec.node.identities import Identity, identity_for
 from kvmsec.node.records import InstanceRecord
-from kvmsec.node.waiting import readable
+from kvmsec.node.waiting import acquire, readable
 
 OnStep = Callable[[str], None]
+IMAGES_TIMEOUT_S: Final = 60.0
 
 
 async def launch(
@@ -85,6 +86,17 @@ async def _take_back(start: "_Start", error: BaseException) -> StartFailed | Non
     return StartFailed(name, error.message, output=remains.words, hint=error.hint)
 
 
+class NoCgroup(KvmsecError):
+    """An instance can't have a control group of its own on this host."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"no control group can be made for the instance: {problem}",
+            hint="mount one (systemd does), name a parent with cgroup.parent in kvmsec.toml, or do "
+            'without: confinement.may_be_missing = ["cgroup"]',
+        )
+
+
 class NotReady(KvmsecError):
     """QEMU was not ready in time."""
 
@@ -123,6 +135,7 @@ class _Start:
             launcher=processes.myself(),
             created_at=datetime.now(UTC),
             accelerator=engine.accelerator,
+            autostart=definition.autostart,
             qemu=str(engine.binary),
             qemu_version=engine.features.version_text,
         )
@@ -154,12 +167,15 @@ class _Start:
         self.identity = identity_for(self.host, self.security, self.record)
         self.note(uid=self.identity.uid, user=self.identity.user)
 
-    def open_images(self) -> None:
-        # Under one lock from the look at the others' records to the line in our own.
-        with FileLock(self.host.paths.images_lock):
+    async def open_images(self) -> None:
+        if not self.machine.disks:
+            return
+        lock = FileLock(self.host.paths.images_lock)
+        await acquire(lock, IMAGES_TIMEOUT_S)
+        with lock:  # from the look at the others' records to the line in our own
             disks = images_in_use.open_disks(self.machine, self.identity.inspector, self.opened)
             everything = [image for chain in disks for image in chain]
-            others = (one for one in records.every(self.host.paths) if one.name != self.record.name)
+            others = [one for one in records.every(self.host.paths) if one.name != self.record.name]
             images_in_use.require_unused(everything, others)
             self.note(images=images_in_use.uses_of(everything))
         self.lent = evolve(self.lent, disks=disks)
@@ -197,6 +213,9 @@ class _Start:
     def make_cgroup(self) -> None:
         parent = self.host.config.cgroup.parent
         group = self.host.hierarchy.create(self.host.paths.tag, self.record.name, parent)
+        may_be_missing = self.host.config.confinement.may_be_missing
+        if not group.paths and "cgroup" not in may_be_missing:
+            raise NoCgroup(group.problem or "no reason is known")
         self.cgroup = group
         self.note(cgroups=group.paths)
 

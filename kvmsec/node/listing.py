@@ -55,6 +55,7 @@ def describe(host: Host, record: InstanceRecord) -> InstanceInfo:
         memory_mib=record.machine.memory_mib,
         vcpus=record.machine.vcpus,
         started_at=record.started_at,
+        autostart=record.autostart,
         resident_bytes=use.resident_bytes if use else None,
         cpu_s=use.cpu_s if use else None,
         details=_details(host, record),

@@ -172,9 +172,10 @@ class LocalNode:
     async def remove_rules(self, *, force: bool = False) -> None:
         """Take this root's packet rules away. Raises InstancesRun unless `force`."""
         self._require_root()
-        guarded = [one.name for one in records.every(self.host.paths) if one.uid]
-        if guarded and not force:
-            raise InstancesRun(guarded)
+        if not force:
+            guarded = [one.name for one in records.every(self.host.paths) if one.uid]
+            if guarded:
+                raise InstancesRun(guarded)
         self.host.rules.remove()
 
     async def doctor(self) -> tuple[Finding, ...]:

@@ -28,8 +28,16 @@ async def reconcile(host: Host) -> tuple[str, ...]:
                 done += await _settle(host, name)
     done += _release_orphaned_uids(host)
     done += await _remove_leaks(host)
-    host.rules.settle()
+    done += _settle_rules(host)
     return tuple(done)
+
+
+def _settle_rules(host: Host) -> list[str]:
+    try:
+        host.rules.settle()
+    except (Fault, OSError) as error:
+        return [f"packet rules: left as they are: {error}"]
+    return []
 
 
 def _worked_on(host: Host) -> list[str]:
@@ -128,7 +136,7 @@ async def _remove_leaks(host: Host) -> list[str]:
 
 
 async def _remove_leaked_taps(host: Host) -> list[str]:
-    known = [tap for record in records.every(host.paths) for tap in record.taps]
+    known = [tap for record in records.read_all(host.paths)[0] for tap in record.taps]
     leaked = await taps.leaked_taps(known, tag=host.paths.tag)
     try:
         await taps.remove_taps(leaked)

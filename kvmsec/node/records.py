@@ -6,13 +6,12 @@ nothing on another boot, and is not synced to disk.
 """
 
 import contextlib
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
-from attrs import evolve, field, frozen
+from attrs import evolve, frozen
 
 from hypervisor.machine import Machine
 from kvmsec.agent import InstanceState
@@ -62,7 +61,8 @@ class InstanceRecord:
     images: tuple[ImageUse, ...] = ()
     taps: tuple[TapRecord, ...] = ()
     cgroups: tuple[str, ...] = ()
-    argv: tuple[str, ...] = field(default=())
+    argv: tuple[str, ...] = ()
+    autostart: bool = False
 
     @property
     def is_of_this_boot(self) -> bool:
@@ -125,13 +125,26 @@ def names(paths: Paths) -> list[str]:
     return sorted(found)
 
 
-def every(paths: Paths) -> Iterator[InstanceRecord]:
-    """Every record that can be read."""
+def read_all(paths: Paths) -> tuple[list[InstanceRecord], list[RecordUnreadable]]:
+    """Every record, and an error for each that can't be read."""
+    found: list[InstanceRecord] = []
+    problems: list[RecordUnreadable] = []
     for name in names(paths):
-        with contextlib.suppress(RecordUnreadable):
+        try:
             record = load(paths, name)
-            if record is not None:
-                yield record
+        except RecordUnreadable as error:
+            problems.append(error)
+        else:
+            found += [record] if record is not None else []
+    return found, problems
+
+
+def every(paths: Paths) -> list[InstanceRecord]:
+    """Every record, for who would do harm by overlooking one. Raises RecordUnreadable."""
+    found, problems = read_all(paths)
+    if problems:
+        raise problems[0]
+    return found
 
 
 def remember(paths: Paths, last: LastState) -> None:
@@ -158,7 +171,10 @@ def _encode(value: object) -> bytes:
 
 
 def _decode(data: bytes) -> InstanceRecord:
-    return msgspec.json.decode(data, type=InstanceRecord, dec_hook=_decode_value)
+    record = msgspec.json.decode(data, type=InstanceRecord, dec_hook=_decode_value)
+    if record.format > FORMAT:
+        raise ValueError(f"it has format {record.format}, this kvmsec reads up to {FORMAT}")
+    return record
 
 
 def _decode_value(kind: type, value: object) -> object:

@@ -34,16 +34,17 @@ class Rules:
         """The rules that this node must have now, from the cluster's pool and its records."""
         cluster, _ = self._store.load()
         wanted = cluster.guarded_uids if cluster else EMPTY
-        for record in records.every(self._paths):
-            if record.uid:
-                wanted |= UidRanges.of((record.uid, record.uid))
+        known, unreadable = records.read_all(self._paths)
+        wanted |= UidRanges.of_uids(one.uid for one in known if one.uid)
+        if unreadable:  # Whose uids those are can't be told: none that was guarded is let go.
+            wanted |= self._noted_uids()
         return Policy(wanted.ranges, self._log, self._paths.tag)
 
     def prove(self, uid: int, gid: int) -> None:
         """Return once a packet has proved that this uid can't send; else raise NotProved."""
         with self._lock():
             policy = self.policy()
-            if self._noted() != repr(policy):
+            if self._noted() != _note_of(policy):
                 self._apply(policy)
             self.firewall.prove(uid, gid, policy)
 
@@ -60,7 +61,7 @@ class Rules:
     def settle(self) -> None:
         """After an instance's end: change the rules if that changed what they must hold."""
         with self._lock():
-            if self._noted() not in (None, repr(self.policy())):
+            if self._noted() not in (None, _note_of(self.policy())):
                 self._sync()
 
     def verify(self) -> tuple[Finding, ...]:
@@ -88,7 +89,7 @@ class Rules:
         # Noted after it holds: a start that finds another note than it wants applies again.
         remove_file(self._note)
         self.firewall.apply(policy)
-        replace_atomically(self._note, repr(policy).encode())
+        replace_atomically(self._note, _note_of(policy).encode())
 
     def _remove(self) -> None:
         self.firewall.remove()
@@ -104,5 +105,14 @@ class Rules:
         except (FileNotFoundError, ValueError):
             return None
 
+    def _noted_uids(self) -> UidRanges:
+        uids, _, _ = (self._noted() or "").partition("\n")
+        return UidRanges.parse(uids)
+
     def _lock(self) -> FileLock:
         return FileLock(self._paths.run / "rules.lock")
+
+
+def _note_of(policy: Policy) -> str:
+    """The uids on a line of their own, and all that makes up the policy."""
+    return f"{format_uids(policy.uids)}\n{policy!r}"

@@ -45,7 +45,7 @@ class Watches:
         """What happens from the first `anext` on."""
         queue: asyncio.Queue[Event] = asyncio.Queue(_QUEUE)
         self._listeners.add(queue)
-        for record in records.every(self._host.paths):
+        for record in records.read_all(self._host.paths)[0]:
             self.watch(record)
         try:
             while True:
