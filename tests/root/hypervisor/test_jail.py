@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from hypervisor import jail as jails
 from hypervisor import process
 from hypervisor.jail import BootFile, Jail, JailFailed
-from kvmsec.linux import namespaces, processes, syscalls
+from kvmsec.linux import keyrings, namespaces, processes, syscalls
 from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import Credentials
 
@@ -383,6 +383,27 @@ def test_the_launchers_terminal_is_not_its(build: Build) -> None:
     assert launchers != "0"
     assert its == "0"
     assert held == ["/dev/null", *[os.readlink(f"/proc/self/fd/{jail.log}")] * 2]
+
+
+def test_the_launchers_session_keyring_is_not_its(build: Build) -> None:
+    """What an admin's login left in it could be read by whoever possesses it."""
+    if not Path("/proc/keys").exists():
+        pytest.skip("this kernel was built without keys")
+    jail = build(binds=binds_of("/usr/bin/perl"))
+    # keyctl(KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING, 0)
+    ask = ("/usr/bin/perl", "-e", "print syscall(250, 0, -3, 0)")
+
+    def start_with_a_session() -> Any:
+        keyrings.join_new_session()
+        own = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+        return [int(own), said(jail, *ask)]
+
+    own, (status, theirs) = run_in_child(
+        start_with_a_session, what="starting", timeout_s=20, keep=[jail.log]
+    )
+
+    assert status == 0
+    assert int(theirs) not in (own, -1)
 
 
 def test_its_cgroups_are_joined_and_a_missing_one_is_an_error(build: Build, tmp_path: Path) -> None:
