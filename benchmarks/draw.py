@@ -12,7 +12,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-import benchmarks_sandbox
+import _sandbox
 
 from kvmsec.linux.processes import boot_id, myself
 from uidpool import usage
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=101)
     arguments = parser.parse_args()
     if os.geteuid() == 0:
-        benchmarks_sandbox.enter()
+        _sandbox.enter()
     with tempfile.TemporaryDirectory(dir="/run" if os.geteuid() == 0 else None) as place:
         leases, state = Path(place) / "leases", Path(place) / "state"
         fill(leases)

@@ -7,19 +7,16 @@ usage: python benchmarks/start.py [ROUNDS]
 """
 
 import asyncio
-import contextlib
 import os
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks_sandbox import enter, spread
+from _sandbox import enter, spread
 
 from hypervisor.features import find_qemu
 from hypervisor.tiny import rom_path

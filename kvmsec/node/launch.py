@@ -8,6 +8,7 @@ once.
 import os
 import secrets
 import shlex
+import signal
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from attrs import evolve, frozen
 
 from hypervisor import cgroups, process
 from hypervisor.jail import Jail
-from hypervisor.monitor import Monitor
+from hypervisor.monitor import Monitor, MonitorClosed
 from hypervisor.process import Newborn
 from kvmsec.agent import InstanceState
 from kvmsec.errors import KvmsecError, StartFailed
@@ -28,7 +29,7 @@ from kvmsec.linux.locks import FileLock
 from kvmsec.model.instance import InstanceDefinition
 from kvmsec.model.security import Security, SecurityModel
 from kvmsec.node import boot_files, images_in_use, journal, output, records, sockets, taps
-from kvmsec.node.dismantle import dismantle
+from kvmsec.node.dismantle import Remains, dismantle
 from kvmsec.node.engine import Engine
 from kvmsec.node.grants import Lent, place
 from kvmsec.node.host import Host
@@ -38,6 +39,7 @@ from kvmsec.node.waiting import acquire, readable
 
 OnStep = Callable[[str], None]
 IMAGES_TIMEOUT_S: Final = 60.0
+_OWN_END_TIMEOUT_S: Final = 2.0
 
 
 async def launch(
@@ -57,6 +59,8 @@ async def launch(
                 await result
         await start.let_go()
     except BaseException as error:
+        if isinstance(error, MonitorClosed) and start.newborn is not None:  # it is about to end
+            await readable(start.newborn.pidfd, _OWN_END_TIMEOUT_S)
         await start.let_go()
         failure = await _take_back(start, error)
         if failure is None:
@@ -83,7 +87,14 @@ async def _take_back(start: "_Start", error: BaseException) -> StartFailed | Non
     # What happened before there was a QEMU, and an interruption, stay what they are.
     if not start.is_forked or not isinstance(error, Fault):
         return None
-    return StartFailed(name, error.message, output=remains.words, hint=error.hint)
+    reason = f"QEMU {remains.why}" if _ended_by_itself(error, remains) else error.message
+    return StartFailed(name, reason, output=remains.words, hint=error.hint)
+
+
+def _ended_by_itself(error: BaseException, remains: Remains) -> bool:
+    """Whether QEMU was gone before it was killed: then how it ended says more than its monitor."""
+    was_killed = remains.ended is None or remains.ended.signal is signal.SIGKILL
+    return isinstance(error, MonitorClosed) and not was_killed
 
 
 class NoCgroup(KvmsecError):
