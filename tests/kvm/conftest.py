@@ -293,7 +293,8 @@ class Lab:
         async def whole() -> Any:
             node = Node(self.root, **options)
             try:
-                return await work(node)
+                async with asyncio.timeout(3 * DEADLINE_S):
+                    return await work(node)
             finally:
                 await node.close()
 
@@ -341,6 +342,10 @@ class Lab:
     def destroy(self) -> None:
         self.run(lambda node: operations.destroy(node.host.store, [node]))
 
+    def leases(self) -> list[Any]:
+        """The uids that this root's instances hold."""
+        return [one for one in self.claims.leases() if one.root == str(self.root)]
+
     def groups(self) -> list[str]:
         """The control groups of this root, in every hierarchy."""
         ours = (f"{mount.path}/kvmsec/{self.paths.tag}" for mount in mounted())
@@ -359,7 +364,7 @@ class Lab:
                 line for line in Path("/proc/self/mounts").read_text().splitlines()
                 if line.split()[1].startswith(f"{self.root}/")
             ],
-            "leases": [one for one in self.claims.leases() if one.root == str(self.root)],
+            "leases": self.leases(),
             "quarantine": self.claims.quarantined(),
             "interfaces": [
                 name for _, name in socket.if_nameindex() if name not in self._interfaces

@@ -158,7 +158,7 @@ def test_a_full_disk_at_any_step_fails_the_start_and_leaves_nothing(lab, machine
                 lab.run(
                     lambda node: node.start(definition), on_step=at(step, lambda: fill(ballast))
                 )
-            assert not lab.claims.leases(), f"full at {step!r}"
+            assert not lab.leases(), f"full at {step!r}"
             ballast.unlink()
             assert not lab.leftovers(), f"full at {step!r}"
         lab.start()

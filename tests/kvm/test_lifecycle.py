@@ -65,7 +65,7 @@ def check_whose_it_is(lab: Any, started: Any, model: str) -> None:
     else:
         assert started.uid in lab.pool
         assert started.user == f"kvmsec-{started.uid}"
-    held = [(one.uid, one.instance) for one in lab.claims.leases()]
+    held = [(one.uid, one.instance) for one in lab.leases()]
     assert held == ([(started.uid, "web")] if model == "pool" else [])
 
 
