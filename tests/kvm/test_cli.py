@@ -96,7 +96,7 @@ def test_an_admin_s_day(tmp_path: Path, accelerator_in_use: str, lab) -> None:
     shell.run("firewall", "verify")
 
     refused = shell.run("uids", "provision", OWN_POOL, "--remove", status=1)
-    assert "instances hold these uids" in refused.stderr
+    assert "in the cluster's pool" in refused.stderr
     assert (
         "instances are running: a, b, c"
         in shell.run("cluster", "destroy", "--yes", status=1).stderr

@@ -78,7 +78,7 @@ def test_no_program_at_all_is_refused(place: Any, path: str) -> None:
 @pytest.mark.parametrize(
     ("behaviour", "words", "said"),
     [
-        ("exits", "monitor", "no \x1b[31mluck"),
+        ("exits", "QEMU exited with status 7", "no \x1b[31mluck"),
         ("garbage", "sent something that is not a JSON object", ""),
         ("one-line", "sent a line of more than 1048576 bytes", ""),
         ("dies-midway", "hung up in the middle of a message", "about to die"),
