@@ -441,12 +441,12 @@ def make_lab(pool_users: None, accelerator_in_use: str, features: Path) -> Itera
     left = {str(lab.root): found for lab in labs if (found := lab.leftovers())}
     for lab in labs:
         lab.close()
-        shutil.copytree(lab.paths.features, features, dirs_exist_ok=True)
-    assert not left
     for lab in labs:
+        shutil.copytree(lab.paths.features, features, dirs_exist_ok=True)
         if lab.paths.cluster.exists():
             lab.destroy()
         shutil.rmtree(lab.root)
+    assert not left
     assert census() == before
 
 

@@ -265,3 +265,33 @@ def test_an_instance_whose_record_is_garbled_is_left_alone_and_said(lab, garbage
         record.write_bytes(content)
         lab.stop(record.parent.name)
     assert lab.rules() == str(lab.pool)
+
+
+class StartsMeanwhile:
+    """Stands for a part of a node; has another process start `web` before it answers a question."""
+
+    def __init__(self, part: Any, question: str, lab: Any) -> None:
+        self._part = part
+        self._question = question
+        self._lab = lab
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._question:
+            self._question = ""
+            launcher = self._lab.rival(lambda node: node.start(self._lab.definition()))
+            assert "error" not in launcher.outcome()
+        return getattr(self._part, name)
+
+
+@pytest.mark.parametrize("question", ["claims.leases", "hierarchy.leaked"])
+def test_what_is_started_while_leaks_are_looked_for_is_none(lab, question):
+    part, name = question.split(".")
+
+    async def reconcile(node: Any) -> Any:
+        setattr(node.host, part, StartsMeanwhile(getattr(node.host, part), name, lab))
+        return await node.reconcile()
+
+    assert not lab.run(reconcile)
+    with lab.line() as line:
+        assert line.ask(b"ehello\n") == "ECHO hello"
+    lab.stop()
