@@ -3,14 +3,18 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from kvmsec.linux import syscalls
 from kvmsec.linux.errors import UntrustedPath
+
+_TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{16}", re.ASCII)  # What `_write_temporary` makes.
 
 _MAX_LINKS: Final = 40  # The kernel's own bound, path_resolution(7).
 
@@ -68,6 +72,21 @@ def create_exclusively(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     except BaseException:
         remove_file(path)
         raise
+
+
+def remove_unfinished(directory: Path, *, older_than_s: float) -> list[Path]:
+    """Remove what writers that were killed have left in a directory; returns what that was.
+
+    For files that are written under no lock: a write takes milliseconds, so one that has not
+    changed for `older_than_s` seconds has no writer. Raises OSError.
+    """
+    limit = time.time() - older_than_s
+    found = [
+        Path(entry.path)
+        for entry in os.scandir(directory)
+        if _TEMPORARY.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_mtime < limit
+    ]
+    return [path for path in found if remove_file(path)]
 
 
 def _write_temporary(path: Path, data: bytes, mode: int) -> tuple[Path, int]:

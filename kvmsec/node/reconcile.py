@@ -2,17 +2,22 @@
 
 import contextlib
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
 
 from hypervisor.cgroups import InstanceCgroup
 from kvmsec.agent import InstanceState
 from kvmsec.linux import processes
 from kvmsec.linux.errors import Fault
+from kvmsec.linux.files import remove_unfinished
 from kvmsec.node import journal, records, taps
 from kvmsec.node.dismantle import KILL_TIMEOUT_S, Remains, dismantle, remove_files
 from kvmsec.node.host import Host
-from kvmsec.node.records import InstanceRecord, LastState, RecordUnreadable
+from kvmsec.node.records import InstanceRecord, LastState, RecordUnreadable, names_in
 from kvmsec.node.turns import try_turn
 from uidpool.claims import Lease
+
+_UNFINISHED_S: Final = 60.0
 
 
 async def reconcile(host: Host) -> tuple[str, ...]:
@@ -29,6 +34,7 @@ async def reconcile(host: Host) -> tuple[str, ...]:
     done += _release_orphaned_uids(host)
     done += await _remove_leaks(host)
     done += _settle_rules(host)
+    done += _remove_unfinished(host)
     return tuple(done)
 
 
@@ -40,10 +46,20 @@ def _settle_rules(host: Host) -> list[str]:
     return []
 
 
+def _remove_unfinished(host: Host) -> list[str]:
+    """Remove what writers that were killed had begun; the store sees to its own."""
+    paths = host.paths
+    places = (paths.run, paths.last_states, paths.instance_logs, paths.features)
+    left: list[Path] = []
+    for place in places:
+        with contextlib.suppress(OSError):
+            left += remove_unfinished(place, older_than_s=_UNFINISHED_S)
+    return [f"{path}: removed, it was half written" for path in left]
+
+
 def _worked_on(host: Host) -> list[str]:
     """The instances that have a directory, and those of which a start left no more than a lock."""
-    locked = (entry.name for entry in host.paths.locks.iterdir())
-    return sorted({*records.names(host.paths), *locked})
+    return sorted({*records.names(host.paths), *names_in(host.paths.locks)})
 
 
 async def _settle(host: Host, name: str) -> list[str]:

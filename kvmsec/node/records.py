@@ -117,9 +117,14 @@ def load(paths: Paths, name: str) -> InstanceRecord | None:
 
 def names(paths: Paths) -> list[str]:
     """The instances that have a directory here, a record in it or not; sorted."""
+    return names_in(paths.instances)
+
+
+def names_in(directory: Path) -> list[str]:
+    """The entries of a directory that have the name of an instance; sorted."""
     found = []
     with contextlib.suppress(FileNotFoundError):
-        for entry in paths.instances.iterdir():
+        for entry in directory.iterdir():
             with contextlib.suppress(KvmsecError):
                 found.append(require_name("an instance", entry.name))
     return sorted(found)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import select
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvmsec.linux import command, namespaces
+from kvmsec.linux import command, files, namespaces
 from kvmsec.linux.errors import Fault
 from kvmsec.linux.locks import FileLock
 from kvmsec.node import dismantle
@@ -51,6 +52,15 @@ def kill_myself() -> None:
 
 def interrupt_myself() -> None:
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def end(pid: int) -> None:
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([pidfd], [], [], 30)[0]
+    finally:
+        os.close(pidfd)
 
 
 def check_nothing_is_left(lab: Any) -> None:
@@ -211,5 +221,41 @@ def test_a_stop_that_is_killed_at_any_moment_is_finished_by_the_next(lab, machin
         stopper.outcome()
         if lab.instances():
             lab.stop()
+        lab.reconcile()
         assert not lab.leftovers(), f"seed {seed}"
+    check_nothing_is_left(lab)
+
+
+def test_a_kill_in_the_middle_of_any_write_leaves_no_half_of_it(lab, machine, monkeypatch):
+    """A file is written beside its place and renamed into it: the kill comes in between."""
+    definition = lab.definition(**machine)
+    acts = {
+        "start": lambda node: node.start(definition),
+        "stop": lambda node: node.stop("web", force=True),
+        "reconcile": lambda node: node.reconcile(),
+    }
+    for act, work in acts.items():
+        for number in range(1, 100):
+            if act != "start":
+                started = lab.start(**machine)
+            if act == "reconcile":
+                end(started.pid)
+            countdown = iter(range(number - 1))
+            rename = files._rename
+
+            def rename_or_die(*paths, countdown=countdown, rename=rename):
+                if next(countdown, None) is None:
+                    kill_myself()
+                rename(*paths)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(files, "_rename", rename_or_die)
+                killed = lab.rival(work).outcome() is None
+            lab.reconcile()
+            if lab.instances():
+                lab.stop()
+            assert not lab.leftovers(), f"{act}, write {number}"
+            if not killed:
+                break
+        assert number > 1, act
     check_nothing_is_left(lab)
