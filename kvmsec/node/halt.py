@@ -1,5 +1,6 @@
 """Ending an instance that runs: asked first, then made to."""
 
+import asyncio
 import contextlib
 import os
 
@@ -39,10 +40,12 @@ async def _end_gently(host: Host, record: InstanceRecord, timeout_s: float) -> s
     try:
         if timeout_s <= 0:
             return "killed, as asked"
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
         problem = await _power_down(host, record, timeout_s)
         if problem is not None:
             return f"killed: {problem}"
-        if await readable(pidfd, timeout_s):
+        if await readable(pidfd, deadline - loop.time()):
             return "powered down"
         return f"killed: the guest did not power down within {timeout_s:g} s"
     finally:
@@ -50,13 +53,18 @@ async def _end_gently(host: Host, record: InstanceRecord, timeout_s: float) -> s
 
 
 async def _power_down(host: Host, record: InstanceRecord, timeout_s: float) -> str | None:
-    """Press the guest's power button; None, or why that was of no use."""
+    """Press the guest's power button; None, or why that was of no use.
+
+    The monitor's own deadlines are a call's each, and a stop has one for all of them.
+    """
     socket = host.paths.instance(record.name).qmp_socket
     try:
-        async with await Monitor.connect(socket, timeout_s=min(timeout_s, 10.0)) as monitor:
+        async with asyncio.timeout(timeout_s), await Monitor.connect(socket) as monitor:
             if await monitor.status() != "running":
                 return "the guest is paused and can't power down"
             await monitor.powerdown()
     except MonitorError as error:
         return error.message
+    except TimeoutError:
+        return f"QEMU's monitor did not answer within {timeout_s:g} s"
     return None
