@@ -236,6 +236,17 @@ class Claims:
                 self._ledger.remove_lease(key.uid)
             return Released()
 
+    def end_processes(self, key: LeaseKey) -> None:
+        """End everything that the uid of a lease has, and keep the lease whatever is left.
+
+        A lease that is not there any more, or is another start's by now, is left alone. Raises
+        RecordUnreadable, RecordNotWritten, LockBusy.
+        """
+        with self._ledger.releasing(key.uid):
+            lease = self._ledger.lease(key.uid)
+            if lease is not None and lease.key == key:
+                self._clean(key.uid)
+
     def retry(self, uid: int) -> Released | Quarantined:
         """Try again to clean a quarantined uid, or one whose lease can't be read.
 

@@ -24,6 +24,7 @@ from kvmsec.node.waiting import readable
 from uidpool.claims import LeaseKey, Quarantined
 
 KILL_TIMEOUT_S: Final = 10.0
+_LAST_WAIT_S: Final = 1.0
 
 
 class NotEnded(KvmsecError):
@@ -33,7 +34,8 @@ class NotEnded(KvmsecError):
         pid = record.process.pid if record.process else None
         super().__init__(
             f"{record.name}: process {pid} did not end within {KILL_TIMEOUT_S:g} s of SIGKILL",
-            hint=f"see what it waits for in /proc/{pid}/stack (a dead disk?), then stop it again",
+            hint=f"see what it waits for in /proc/{pid}/stack (a dead disk?), and who traces a "
+            f"thread of its (TracerPid in /proc/{pid}/task/*/status), then stop it again",
         )
         self.record = record
 
@@ -69,7 +71,7 @@ async def dismantle(host: Host, record: InstanceRecord) -> Remains:
     """
     ended, oom_kills = None, 0
     if record.is_of_this_boot:  # A pid or a control group of another boot means nothing.
-        ended = await _end_process(record)
+        ended = await _end_process(host, record)
         oom_kills = _end_cgroup(record)
     words = _keep_words(host, record)
     await taps.remove_taps(record.taps)
@@ -79,7 +81,7 @@ async def dismantle(host: Host, record: InstanceRecord) -> Remains:
     return Remains(ended, oom_kills, words, quarantined)
 
 
-async def _end_process(record: InstanceRecord) -> Ended | None:
+async def _end_process(host: Host, record: InstanceRecord) -> Ended | None:
     """Kill QEMU through a descriptor of that very process; its PID namespace ends with it."""
     if record.process is None:
         return None
@@ -89,10 +91,24 @@ async def _end_process(record: InstanceRecord) -> Ended | None:
     try:
         processes.kill(pidfd)
         if not await readable(pidfd, KILL_TIMEOUT_S):
-            raise NotEnded(record)
+            _end_everything_else(host, record)
+            if not await readable(pidfd, _LAST_WAIT_S):
+                raise NotEnded(record)
         return process.reap(pidfd)
     finally:
         os.close(pidfd)
+
+
+def _end_everything_else(host: Host, record: InstanceRecord) -> None:
+    """End what an instance has outside its PID namespace, should that keep it from ending.
+
+    A process that is traced is not gone before its tracer has taken note or is gone itself
+    (ptrace(2)), and whoever has the uid may trace.
+    """
+    cgroups.InstanceCgroup(record.cgroups).kill(KILL_TIMEOUT_S)
+    if record.model is SecurityModel.POOL:
+        for key in _leases_of(host, record):
+            host.claims.end_processes(key)
 
 
 def _end_cgroup(record: InstanceRecord) -> int:
