@@ -415,12 +415,17 @@ class Lab:
                 os.rmdir(group)
 
 
-@pytest.fixture(scope="session")
-def pool_users() -> None:
-    """The users of every test's pool and the one that owns instances under `user`, once for all."""
+@pytest.fixture(scope="module")
+def pool_users() -> Iterator[None]:
+    """The users of every test's pool, and the one that owns instances under `user`."""
+    accounts = [Path("/etc", name) for name in ("passwd", "group", "shadow", "gshadow")]
+    before = {path: path.read_bytes() for path in accounts}
     provision.apply(provision.plan(POOL, Snapshot.read()))
     line = f'u {DOMAIN} {DOMAIN_UID} "keeps guests" / /usr/sbin/nologin\n'
     command.run(["systemd-sysusers", "-"], input=line.encode(), timeout_s=30)
+    yield
+    for path, content in before.items():
+        path.write_bytes(content)
 
 
 @pytest.fixture(scope="session")
