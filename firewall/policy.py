@@ -27,8 +27,7 @@ TAG_PATTERN: Final = re.compile(r"kvmsec(_[0-9a-f]{8})?")
 # or in short runs of the upper half (Tailscale 0xff0000, Calico from 0x10000 upwards): a foreign
 # mark that holds all ten is a coincidence. They are the letters "kv" in ASCII.
 MARK: Final = 0x6B760000
-# One bit more, which only the iptables backend uses: a connection that a SYN cookie began, until
-# a packet of it has had an owner.
+# One bit more: a connection that a SYN cookie began, until a packet of it has had an owner.
 COOKIE_MARK: Final = 0x80000000
 
 # LOG of iptables keeps 29 bytes and a zero, and cuts the rest without a word

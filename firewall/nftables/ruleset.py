@@ -6,6 +6,7 @@
         set listeners4/6 local ends on which a uid of the pool was seen to answer a SYN
         set flows4/6     connections of the pool that conntrack didn't know
         chain output     at the output hook: sends what belongs to the pool to `refuse`
+        chain known      what has an owner outside the pool: let go
         chain refuse     marks the connection, logs, counts by family, drops
 
 Nothing accepts: a verdict of ours can only end a packet, never save one from somebody else's rule.
@@ -15,7 +16,7 @@ The text form and not JSON: the JSON of nft 1.0.6 can't declare a dynamic set.
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from firewall.policy import LOG_BURST, MARK, Family, LogSettings, Policy, UidPairs
+from firewall.policy import COOKIE_MARK, LOG_BURST, MARK, Family, LogSettings, Policy, UidPairs
 
 FAMILY: Final = "inet"
 POOL: Final = "pool"
@@ -24,7 +25,9 @@ COUNTERS: Final[dict[Family, str]] = {"ipv4": "dropped_ipv4", "ipv6": "dropped_i
 # `logged` has an element for each uid that was refused within a minute; when it is full, lines
 # are lost, not drops. `listeners`: a half-open connection is answered for about 63 s (tcp(7):
 # tcp_synack_retries 5), with 32 s between the last two answers, and each answer renews the entry.
-# A packet without an owner that comes from such an end is a SYN cookie of the pool's. `flows`: the
+# A packet without an owner that comes from such an end is a SYN cookie of the pool's. An end that is
+# not there (a kernel that sends nothing but cookies, a set that somebody filled) lets that answer
+# go, and no more, see COOKIE_MARK. `flows`: the
 # mark of a connection that conntrack first meets in a packet that is dropped is lost with it, so
 # that one from before the rules is remembered here; TCP retransmits every 120 s at the rarest.
 _SETS: Final = """\
@@ -42,8 +45,10 @@ size 65535; flags dynamic,timeout; timeout 5m; }}
 
 _CHAINS: Final = """\
 add chain inet {table} refuse
+add chain inet {table} known
 add chain inet {table} output {{ type filter hook output priority 0; policy accept; }}
 flush chain inet {table} output
+flush chain inet {table} known
 flush chain inet {table} refuse
 flush set inet {table} pool
 """
@@ -52,10 +57,14 @@ flush set inet {table} pool
 # no owner once close() has orphaned its connection, and a SYN cookie's answer has none from the
 # start. A packet that does have one, not of the pool, is let go before the mark is looked at: a
 # uid that shares a UDP port with a service (SO_REUSEADDR) can put the mark on that service's
-# connection, and must not silence it so.
+# connection, and must not silence it so. Whose a SYN cookie is nothing tells: its connection is
+# noted, and gets nothing out but that answer until a packet of it has an owner. A peer that shuts
+# the window meanwhile, and opens it after close(), would otherwise get all that was written. What a
+# service of the host loses is its acknowledgements, while it is flooded, of a connection that it
+# hasn't accepted yet.
 _OUTPUT: Final = """\
 add rule inet {table} output meta skuid @pool goto refuse
-add rule inet {table} output meta skuid >= 0 return
+add rule inet {table} output meta skuid >= 0 goto known
 add rule inet {table} output ct mark & {mark:#x} == {mark:#x} goto refuse
 add rule inet {table} output tcp flags & (syn | ack) == syn | ack \
 ip saddr . tcp sport @listeners4 goto refuse
@@ -63,6 +72,10 @@ add rule inet {table} output tcp flags & (syn | ack) == syn | ack \
 ip6 saddr . tcp sport @listeners6 goto refuse
 add rule inet {table} output ip saddr . tcp sport . ip daddr . tcp dport @flows4 goto refuse
 add rule inet {table} output ip6 saddr . tcp sport . ip6 daddr . tcp dport @flows6 goto refuse
+add rule inet {table} output tcp flags & (syn | ack) == syn | ack ct mark set ct mark | {cookie:#x}
+add rule inet {table} output tcp flags & (syn | ack) != syn | ack \
+ct mark & {cookie:#x} == {cookie:#x} goto refuse
+add rule inet {table} known ct mark & {cookie:#x} == {cookie:#x} ct mark set ct mark & {rest:#x}
 """
 
 # Mark, remember, log, count, drop: only the last two rules end a packet.
@@ -94,6 +107,8 @@ def install(policy: Policy, dropped: Mapping[Family, tuple[int, int]] | None = N
     values = {
         "table": policy.tag,
         "mark": MARK,
+        "cookie": COOKIE_MARK,
+        "rest": 0xFFFFFFFF ^ COOKIE_MARK,
         "rate": policy.log.per_minute,
         "burst": LOG_BURST,
         "log": _log(policy.log),

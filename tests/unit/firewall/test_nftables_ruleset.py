@@ -20,13 +20,15 @@ size 65535; flags dynamic,timeout; timeout 5m; }
 add counter inet kvmsec dropped_ipv4 { packets 3 bytes 4 }
 add counter inet kvmsec dropped_ipv6 { packets 0 bytes 0 }
 add chain inet kvmsec refuse
+add chain inet kvmsec known
 add chain inet kvmsec output { type filter hook output priority 0; policy accept; }
 flush chain inet kvmsec output
+flush chain inet kvmsec known
 flush chain inet kvmsec refuse
 flush set inet kvmsec pool
 add element inet kvmsec pool { 1000-5000, 8000 }
 add rule inet kvmsec output meta skuid @pool goto refuse
-add rule inet kvmsec output meta skuid >= 0 return
+add rule inet kvmsec output meta skuid >= 0 goto known
 add rule inet kvmsec output ct mark & 0x6b760000 == 0x6b760000 goto refuse
 add rule inet kvmsec output tcp flags & (syn | ack) == syn | ack \
 ip saddr . tcp sport @listeners4 goto refuse
@@ -34,6 +36,10 @@ add rule inet kvmsec output tcp flags & (syn | ack) == syn | ack \
 ip6 saddr . tcp sport @listeners6 goto refuse
 add rule inet kvmsec output ip saddr . tcp sport . ip daddr . tcp dport @flows4 goto refuse
 add rule inet kvmsec output ip6 saddr . tcp sport . ip6 daddr . tcp dport @flows6 goto refuse
+add rule inet kvmsec output tcp flags & (syn | ack) == syn | ack ct mark set ct mark | 0x80000000
+add rule inet kvmsec output tcp flags & (syn | ack) != syn | ack \
+ct mark & 0x80000000 == 0x80000000 goto refuse
+add rule inet kvmsec known ct mark & 0x80000000 == 0x80000000 ct mark set ct mark & 0x7fffffff
 add rule inet kvmsec refuse ct mark set ct mark | 0x6b760000
 add rule inet kvmsec refuse meta skuid @pool tcp flags & (syn | ack) == syn | ack \
 update @listeners4 { ip saddr . tcp sport }
