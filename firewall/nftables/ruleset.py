@@ -25,9 +25,9 @@ COUNTERS: Final[dict[Family, str]] = {"ipv4": "dropped_ipv4", "ipv6": "dropped_i
 # `logged` has an element for each uid that was refused within a minute; when it is full, lines
 # are lost, not drops. `listeners`: a half-open connection is answered for about 63 s (tcp(7):
 # tcp_synack_retries 5), with 32 s between the last two answers, and each answer renews the entry.
-# A packet without an owner that comes from such an end is a SYN cookie of the pool's. An end that is
-# not there (a kernel that sends nothing but cookies, a set that somebody filled) lets that answer
-# go, and no more, see COOKIE_MARK. `flows`: the
+# A packet without an owner that comes from such an end is a SYN cookie of the pool's. Where an end
+# is missing (a kernel that sends nothing but cookies, a set that somebody filled) that answer goes,
+# and no more, see COOKIE_MARK. `flows`: the
 # mark of a connection that conntrack first meets in a packet that is dropped is lost with it, so
 # that one from before the rules is remembered here; TCP retransmits every 120 s at the rarest.
 _SETS: Final = """\
