@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hypervisor.foreign_text import escaped
 from kvmsec.linux.errors import Fault
 
 
@@ -195,12 +196,16 @@ class AlreadyRunning(KvmsecError):
 
 
 class StartFailed(KvmsecError):
-    """An instance did not start; everything that had been set up for it was taken back."""
+    """An instance did not start; everything that had been set up for it was taken back.
+
+    `output` is what QEMU said, as it said it; the message has it escaped.
+    """
 
     def __init__(
         self, name: str, reason: str, *, output: str = "", hint: str | None = None
     ) -> None:
-        said = f"; QEMU said:\n{output.rstrip()}" if output.strip() else ""
+        lines = [escaped(line, limit_chars=1000) for line in output.strip().splitlines()]
+        said = "\n".join(["; QEMU said:", *lines]) if lines else ""
         super().__init__(f"the instance {name} did not start: {reason}{said}", hint=hint)
         self.name = name
         self.reason = reason

@@ -74,8 +74,10 @@ async def dismantle(host: Host, record: InstanceRecord) -> Remains:
         ended = await _end_process(host, record)
         oom_kills = _end_cgroup(record)
     words = _keep_words(host, record)
-    await taps.remove_taps(record.taps)
-    quarantined = _release_uid(host, record)
+    try:
+        await taps.remove_taps(record.taps)
+    finally:  # A tap that can't be put back keeps the record, but nobody's uid.
+        quarantined = _release_uid(host, record)
     remove_files(host, record.name)
     _settle_rules(host, record.name)
     return Remains(ended, oom_kills, words, quarantined)
@@ -125,7 +127,7 @@ def _keep_words(host: Host, record: InstanceRecord) -> str:
         return ""
     target = host.paths.instance_output(record.name)
     with contextlib.suppress(OSError):  # A full disk must not keep an instance from ending.
-        output.keep(directory, target, host.config.limits.log_kib * 1024)
+        output.keep(directory, target)
     words = output.read(directory, output.QEMU_LOG, 4096).decode(errors="replace")
     output.unmount(directory)
     return words

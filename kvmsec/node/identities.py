@@ -10,6 +10,8 @@ from kvmsec.model.security import Security, SecurityModel
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord
 from uidpool.accounts import AccountRules, find_account, resolve_domain
+from uidpool.claims import State
+from uidpool.errors import UidHeld
 from uidpool.ranges import EMPTY
 from uidpool.snapshot import Account
 
@@ -56,7 +58,16 @@ def identity_for(host: Host, security: Security, record: InstanceRecord) -> Iden
 def _domain(host: Host, user: str) -> Account:
     cluster, _ = host.store.load()
     pool = cluster.guarded_uids if cluster else EMPTY
-    return resolve_domain(user, pool, AccountRules(host.config.uids.freed_ranges))
+    account = resolve_domain(user, pool, AccountRules(host.config.uids.freed_ranges))
+    _require_nobodys(host, account)
+    return account
+
+
+def _require_nobodys(host: Host, account: Account) -> None:
+    """Refuse a uid that another root of this host has drawn: its stop would end ours as well."""
+    for known in host.claims.states():
+        if known.uid == account.uid and known.state is not State.RESTING:
+            raise UidHeld(account.uid, f"{known.instance or 'nobody'} (root {known.root})")
 
 
 def _draw(host: Host, record: InstanceRecord) -> Account:

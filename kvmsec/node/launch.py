@@ -19,7 +19,7 @@ from attrs import evolve, frozen
 
 from hypervisor import cgroups, process
 from hypervisor.jail import Jail
-from hypervisor.monitor import Monitor, MonitorClosed
+from hypervisor.monitor import Monitor, MonitorClosed, MonitorUnreachable
 from hypervisor.process import Newborn
 from kvmsec.agent import InstanceState
 from kvmsec.errors import KvmsecError, StartFailed
@@ -40,6 +40,7 @@ from kvmsec.node.waiting import acquire, readable
 OnStep = Callable[[str], None]
 IMAGES_TIMEOUT_S: Final = 60.0
 _OWN_END_TIMEOUT_S: Final = 2.0
+_HUNG_UP: Final = (MonitorClosed, MonitorUnreachable)
 
 
 async def launch(
@@ -59,7 +60,7 @@ async def launch(
                 await result
         await start.let_go()
     except BaseException as error:
-        if isinstance(error, MonitorClosed) and start.newborn is not None:  # it is about to end
+        if isinstance(error, _HUNG_UP) and start.newborn is not None:  # it is about to end
             await readable(start.newborn.pidfd, _OWN_END_TIMEOUT_S)
         await start.let_go()
         failure = await _take_back(start, error)
@@ -94,7 +95,7 @@ async def _take_back(start: "_Start", error: BaseException) -> StartFailed | Non
 def _ended_by_itself(error: BaseException, remains: Remains) -> bool:
     """Whether QEMU was gone before it was killed: then how it ended says more than its monitor."""
     was_killed = remains.ended is None or remains.ended.signal is signal.SIGKILL
-    return isinstance(error, MonitorClosed) and not was_killed
+    return isinstance(error, _HUNG_UP) and not was_killed
 
 
 class NoCgroup(KvmsecError):

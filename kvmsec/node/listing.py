@@ -41,7 +41,7 @@ def describe(host: Host, record: InstanceRecord) -> InstanceInfo:
     from hypervisor import process  # psutil: a node without instances does not pay for it
 
     state, reason = _state_of(record)
-    runs = record.process if state is not InstanceState.CRASHED else None
+    runs = record.process if record.process and processes.is_alive(record.process) else None
     use = process.use_of(runs) if runs else None
     return InstanceInfo(
         name=record.name,
@@ -54,7 +54,7 @@ def describe(host: Host, record: InstanceRecord) -> InstanceInfo:
         accelerator=record.accelerator,
         memory_mib=record.machine.memory_mib,
         vcpus=record.machine.vcpus,
-        started_at=record.started_at,
+        started_at=record.started_at if runs else None,
         autostart=record.autostart,
         resident_bytes=use.resident_bytes if use else None,
         cpu_s=use.cpu_s if use else None,
@@ -71,9 +71,8 @@ def read_log(host: Host, name: str) -> InstanceLog:
     place = host.paths.instance(name)
     own = journal.read(kept.with_name(kept.name + ".1")) + journal.read(kept)
     if output.is_mounted(place.output):
-        limit_bytes = host.config.limits.log_kib * 1024
-        qemu = output.read(place.output, output.QEMU_LOG, limit_bytes)
-        serial = output.read(place.output, output.SERIAL_LOG, limit_bytes)
+        qemu = output.read(place.output, output.QEMU_LOG)
+        serial = output.read(place.output, output.SERIAL_LOG)
     else:
         qemu, serial = output.recall(host.paths.instance_output(name))
     if not (own or qemu or serial) and _describe_named(host, name) is None:

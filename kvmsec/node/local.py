@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakValueDictionary
 
 from kvmsec.agent import Event, Finding, InstanceInfo, InstanceLog, InstanceState, UidState
 from kvmsec.errors import AlreadyRunning, InstancesRun, NotRoot, UnknownInstance
+from kvmsec.linux.errors import Fault
 from kvmsec.linux.locks import FileLock
 from kvmsec.model.instance import InstanceDefinition
 from kvmsec.node import records
@@ -39,7 +41,8 @@ class LocalNode:
     ) -> None:
         self.host = Host(Paths(root))
         self._on_step = on_step
-        self._turns: dict[str, asyncio.Lock] = {}
+        # Each for as long as somebody has it or waits for it.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._watches = Watches(self.host, self._turn)
 
     async def start(self, definition: InstanceDefinition) -> InstanceInfo:
@@ -152,13 +155,12 @@ class LocalNode:
         """Clean a quarantined uid. Raises UidNotClean with what is left, UidHeld, ClaimsError."""
         from kvmsec.node.uids import release_uid
 
-        self._require_root()
+        await self.reconcile()
         return release_uid(self.host, uid)
 
     async def apply_rules(self) -> None:
         """Put this root's packet rules in place. Raises FirewallError."""
-        self._require_root()
-        self.host.paths.make_directories()
+        await self.reconcile()
         self.host.rules.apply()
 
     async def verify_rules(self) -> tuple[Finding, ...]:
@@ -171,7 +173,7 @@ class LocalNode:
 
     async def remove_rules(self, *, force: bool = False) -> None:
         """Take this root's packet rules away. Raises InstancesRun unless `force`."""
-        self._require_root()
+        await self.reconcile()
         if not force:
             guarded = [one.name for one in records.every(self.host.paths) if one.uid]
             if guarded:
@@ -192,9 +194,12 @@ class LocalNode:
         self._require_root()
         self.host.paths.make_directories()
         done = await reconcile(self.host)
-        cluster, _ = self.host.store.load()
-        if cluster is not None and cluster.draining:
-            await settle(self.host.store, [self])
+        try:
+            cluster, _ = self.host.store.load()
+            if cluster is not None and cluster.draining:
+                await settle(self.host.store, [self])
+        except (Fault, OSError) as error:
+            return (*done, f"draining uids: left as they are: {error}")
         return done
 
     async def events(self) -> AsyncIterator[Event]:

@@ -55,11 +55,12 @@ def is_mounted(directory: Path) -> bool:
         return False
 
 
-def read(directory: Path, name: str, limit_bytes: int) -> bytes:
+def read(directory: Path, name: str, limit_bytes: int | None = None) -> bytes:
     """The end of one of an instance's files; empty when there is none that can be read.
 
-    The instance owns the directory: whatever stands in the file's place but a plain file is
-    passed over, and no link is followed.
+    `limit_bytes` is as much as its filesystem holds, unless less is asked for. The instance owns
+    the directory: whatever stands in the file's place but a plain file is passed over, and no link
+    is followed.
     """
     try:
         opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -76,18 +77,18 @@ def read(directory: Path, name: str, limit_bytes: int) -> bytes:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             return b""
-        start = max(0, status.st_size - limit_bytes)
-        return os.pread(file, limit_bytes, start)
+        room = os.fstatvfs(file)
+        wanted = limit_bytes or room.f_blocks * room.f_frsize
+        return os.pread(file, wanted, max(0, status.st_size - wanted))
     finally:
         os.close(file)
 
 
-def keep(directory: Path, target: Path, limit_bytes: int) -> bytes:
-    """Copy what an instance said to a file of kvmsec's, bounded; returns QEMU's own words."""
+def keep(directory: Path, target: Path) -> None:
+    """Copy what an instance said to a file of kvmsec's, no larger than the room that it had."""
     words = read(directory, QEMU_LOG, _RESERVED_BYTES)
-    serial = read(directory, SERIAL_LOG, limit_bytes)
+    serial = read(directory, SERIAL_LOG)
     replace_atomically(target, b"%d\n%s%s" % (len(words), words, serial))
-    return words
 
 
 def recall(kept: Path) -> tuple[bytes, bytes]:

@@ -153,18 +153,21 @@ async def _remove_leaks(host: Host) -> list[str]:
 
 async def _remove_leaked_taps(host: Host) -> list[str]:
     known = [tap for record in records.read_all(host.paths)[0] for tap in record.taps]
-    leaked = await taps.leaked_taps(known, tag=host.paths.tag)
     try:
+        leaked = await taps.leaked_taps(known, tag=host.paths.tag)
         await taps.remove_taps(leaked)
-    except Fault as error:
-        return [error.message]
+    except (Fault, OSError) as error:
+        return [f"taps: left as they are: {error}"]
     return [f"tap {tap.name}: removed" for tap in leaked]
 
 
 def _remove_leaked_groups(host: Host) -> list[str]:
     done = []
     names = records.names(host.paths)
-    leaked = host.hierarchy.leaked(host.paths.tag, names, host.config.cgroup.parent)
+    try:
+        leaked = host.hierarchy.leaked(host.paths.tag, names, host.config.cgroup.parent)
+    except (Fault, OSError) as error:
+        return [f"cgroups: left as they are: {error}"]
     for name, group in leaked.items():
         with try_turn(host.paths, name) as is_ours:
             # Looked at again: a start may have made it since the names were listed.

@@ -86,8 +86,9 @@ class Rules:
             self._remove()
 
     def _apply(self, policy: Policy) -> None:
-        # Noted after it holds: a start that finds another note than it wants applies again.
-        remove_file(self._note)
+        # Killed in between, this leaves a note that no policy has: the next one applies again.
+        pending = UidRanges.of(*policy.uids) | self._noted_uids()
+        replace_atomically(self._note, f"{pending}\nbeing applied".encode())
         self.firewall.apply(policy)
         replace_atomically(self._note, _note_of(policy).encode())
 
