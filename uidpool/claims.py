@@ -124,7 +124,9 @@ class Claims:
 
         Uids of `draining` are not drawn; resting ones only when no other is free, the one that
         has rested longest first. A uid that is found dirty is quarantined and another is drawn, at
-        most eight. Raises PoolExhausted, NoCleanUid, RecordNotWritten, LockBusy, UntrustedPath.
+        most eight. Where somebody's files are too many to look at the uid stays as free as it was,
+        and none is drawn. Raises PoolExhausted, NoCleanUid, RecordNotWritten, LockBusy and
+        UntrustedPath.
         """
         reasons: dict[int, str] = {}
         for _ in range(_ATTEMPTS):
@@ -138,9 +140,14 @@ class Claims:
             if found.is_clean:
                 return lease
             reasons[lease.uid] = found.reason()
+            if found.is_obscured:
+                # What stopped this look would stop the next. Whoever fills a shared directory must
+                # not use the pool up as well, a uid with each start that he keeps from happening.
+                self._give_back(lease)
+                break
             self._quarantine(lease, found.reason())
             if found.incomplete:
-                break  # What stopped this look would stop the next, and the pool be used up.
+                break
         raise NoCleanUid(reasons)
 
     def _lease_one(
@@ -189,10 +196,13 @@ class Claims:
         try:
             return self._inspect(lease.uid)
         except BaseException:
-            # Nobody has used the uid yet: it is as free as before.
-            with self._ledger.changing():
-                self._ledger.remove_lease(lease.uid)
+            self._give_back(lease)
             raise
+
+    def _give_back(self, lease: Lease) -> None:
+        """Nobody has used the uid yet: it is as free as before."""
+        with self._ledger.changing():
+            self._ledger.remove_lease(lease.uid)
 
     def adopt(self, key: LeaseKey, *, reuse_delay_s: float = DEFAULT_REUSE_DELAY_S) -> Lease:
         """Make sure that a running instance holds its uid, with the caller as its launcher.

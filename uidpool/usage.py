@@ -39,7 +39,7 @@ class Usage:
 
     `zombies` are ended processes that nobody has taken note of yet: they can do nothing, and do
     not count. `files` are some paths of `file_count`; `keys` is a number, since the kernel doesn't
-    tell which.
+    tell which. `is_crowded`: only the files could not all be looked at.
     """
 
     uid: int
@@ -50,10 +50,17 @@ class Usage:
     files: tuple[str, ...] = ()
     file_count: int = 0
     incomplete: str | None = None
+    is_crowded: bool = False
 
     @property
     def is_clean(self) -> bool:
         return not (self.processes or self.ipc or self.keys or self.file_count or self.incomplete)
+
+    @property
+    def is_obscured(self) -> bool:
+        """Whether nothing was found, and all but the files could be looked through."""
+        found = self.processes or self.ipc or self.keys or self.file_count
+        return self.is_crowded and not found
 
     def reason(self) -> str:
         """What is left in one line, safe to print; "nothing" when that is the case."""
@@ -94,6 +101,7 @@ def inspect(uid: int, *, bounds: Bounds | None = None) -> Usage:
     except (OSError, ValueError) as error:
         problems.append(str(error))
     found = find_files(uid, bounds=bounds)
+    is_crowded = not problems and found.incomplete is not None
     if found.incomplete:
         problems.append(found.incomplete)
     return Usage(
@@ -105,6 +113,7 @@ def inspect(uid: int, *, bounds: Bounds | None = None) -> Usage:
         files=tuple(found.paths),
         file_count=found.count,
         incomplete="; ".join(problems) or None,
+        is_crowded=is_crowded,
     )
 
 

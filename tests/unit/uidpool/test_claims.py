@@ -196,10 +196,18 @@ def test_a_pool_of_dirty_uids_names_each_reason(node: Node) -> None:
 
 def test_a_look_that_can_not_be_finished_does_not_use_the_pool_up(node: Node) -> None:
     for uid in POOL:
-        node.dirty[uid] = Usage(uid, incomplete="too many files")
-    with pytest.raises(NoCleanUid, match="too many files"):
+        node.dirty[uid] = Usage(uid, incomplete="no /proc")
+    with pytest.raises(NoCleanUid, match="no /proc"):
         draw(node.claims())
     assert len(node.claims().quarantined()) == 1
+
+
+def test_files_of_others_in_the_way_use_nothing_up(node: Node) -> None:
+    for uid in POOL:
+        node.dirty[uid] = Usage(uid, incomplete="too many files", is_crowded=True)
+    with pytest.raises(NoCleanUid, match="too many files"):
+        draw(node.claims())
+    assert node.claims().states() == ()
 
 
 def test_an_error_while_looking_gives_the_uid_back(node: Node) -> None:
