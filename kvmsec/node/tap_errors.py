@@ -41,6 +41,6 @@ class TapsNotPutBack(TapError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__(
             f"not all taps could be taken back: {'; '.join(problems)}",
-            hint="the next kvmsec command tries again",
+            hint="end what uses them; the next kvmsec command that acts tries again",
         )
         self.problems = tuple(problems)

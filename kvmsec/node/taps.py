@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kvmsec.linux import tun
 from kvmsec.linux.processes import boot_id
 from kvmsec.node import ipv6
+from kvmsec.node.tap_devices import attach, create, index_of, is_tap, name_of, settings_of
 from kvmsec.node.tap_errors import (
     BridgeUnusable,
     NodeDeviceMissing,
@@ -131,17 +132,9 @@ def _article(kind: str | None) -> str:
 def _create(tag: str) -> tuple[str, int]:
     for _ in range(_NAME_TRIES):
         name = f"{_name_start(tag)}{secrets.token_hex(3)[:5]}"
-        try:
-            return name, tun.create(name)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise _no_tun(error) from error
+        if (descriptor := create(name)) is not None:
+            return name, descriptor
     raise TapUnusable(name, "could not be made: every name that was tried is taken")
-
-
-def _no_tun(error: OSError) -> NodeDeviceMissing:
-    hint = "load it with `modprobe tun`; making a tap needs root (CAP_NET_ADMIN)"
-    return NodeDeviceMissing("/dev/net/tun", error.strerror or str(error), hint=hint)
 
 
 def _name_start(tag: str) -> str:
@@ -162,8 +155,8 @@ async def _borrow(
     netlink: "AsyncIPRoute", name: str, remember: Callable[[TapRecord], None]
 ) -> tuple[int, TapRecord]:
     link = await _find_tap(netlink, name)
-    record = TapRecord(name, link["index"], made=False, former=_settings(link))
-    descriptor = _attach(name, record.ifindex, tun.FEATURES)
+    record = TapRecord(name, link["index"], made=False, former=settings_of(link))
+    descriptor = attach(name, record.ifindex, tun.FEATURES)
     try:
         remember(record)
         tun.reset(descriptor)
@@ -183,7 +176,7 @@ async def _find_tap(netlink: "AsyncIPRoute", name: str) -> Any:
     if link is None:
         hint = f"make it with `ip tuntap add {name} mode tap`, or name a bridge with bridge="
         raise TapUnusable(name, "does not exist", hint=hint)
-    if not _is_tap(link):
+    if not is_tap(link):
         hint = "name a tap with tap=, or a bridge with bridge="
         kind = link.get(("linkinfo", "kind"))
         what = "a tun, which carries no Ethernet" if kind == "tun" else _article(kind)
@@ -197,67 +190,47 @@ async def _find_tap(netlink: "AsyncIPRoute", name: str) -> Any:
     return link
 
 
-def _attach(name: str, index: int, features: int) -> int:
-    try:
-        descriptor = tun.attach(name, features)
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise _no_tun(error) from error
-        hint = "stop the instance or program that has it, or name another tap"
-        raise TapUnusable(name, "is in use by another process", hint=hint) from error
-    if _index_of(name) == index:
-        return descriptor
-    os.close(descriptor)
-    raise TapUnusable(name, "was replaced by another at this very moment", hint="try again")
-
-
-def _settings(link: Any) -> TapSettings:
-    return TapSettings(
-        owner=link.get(("linkinfo", "data", "tun_owner")),
-        group=link.get(("linkinfo", "data", "tun_group")),
-        features=(0 if link.get(("linkinfo", "data", "tun_pi")) else tun.IFF_NO_PI)
-        | (tun.IFF_VNET_HDR if link.get(("linkinfo", "data", "tun_vnet_hdr")) else 0),
-        mac=link.get("address"),
-        mtu=link.get("mtu"),
-        is_up=bool(link["flags"] & 1),  # IFF_UP, netdevice(7)
-        master=link.get("master"),
-        ipv6=ipv6.read(link.get("ifname")),
-    )
-
-
-async def remove_taps(records: Collection[TapRecord]) -> None:
+async def remove_taps(records: Collection[TapRecord]) -> tuple[str, ...]:
     """Delete what was made and put back what was borrowed; safe to repeat.
 
     An interface is found again by index and name together, on the boot of its record: one that
     merely reused either is left alone. To be called once nobody needs the descriptors: a tap of
     our own goes even from under a holder, a borrowed one that is still held can't be put back.
-    Raises TapsNotPutBack after trying all of them.
+
+    Returns, in words, what of the borrowed ones can't be put back by anybody, such as their place
+    in a bridge that is gone: no later try would do better. Raises TapsNotPutBack, after trying all
+    of them, for what one would.
     """
     due = [record for record in records if record.boot == boot_id() and _is_due(record)]
     if not due:
-        return
+        return ()
     from pyroute2 import AsyncIPRoute, NetlinkError
 
+    lost: list[str] = []
     problems = []
     async with AsyncIPRoute() as netlink:
         for record in due:
             try:
-                await (_delete(netlink, record) if record.made else _give_back(netlink, record))
+                if record.made:
+                    await _delete(netlink, record)
+                else:
+                    lost += [f"{record.name}: {what}" for what in await _give_back(netlink, record)]
             except (TapError, OSError, NetlinkError) as error:
                 problems.append(f"{record.name}: {error}")
     if problems:
         raise TapsNotPutBack(problems)
+    return tuple(lost)
 
 
 def _is_due(record: TapRecord) -> bool:
     """Whether there is something to do: a borrowed tap that is gone is to be made again."""
-    found = _index_of(record.name)
+    found = index_of(record.name)
     return found == record.ifindex or (found is None and not record.made)
 
 
 async def _delete(netlink: "AsyncIPRoute", record: TapRecord) -> None:
     link = await _find(netlink, record.name)
-    if link is None or link["index"] != record.ifindex or not _is_tap(link):
+    if link is None or link["index"] != record.ifindex or not is_tap(link):
         return
     from pyroute2 import NetlinkError
 
@@ -268,52 +241,79 @@ async def _delete(netlink: "AsyncIPRoute", record: TapRecord) -> None:
             raise
 
 
-async def _give_back(netlink: "AsyncIPRoute", record: TapRecord) -> None:
-    if record.former is None:
-        return
-    if _index_of(record.name) is None:
+async def _give_back(netlink: "AsyncIPRoute", record: TapRecord) -> list[str]:
+    """Put a borrowed tap back as it was; returns what can't be."""
+    former = record.former
+    if former is None:
+        return []
+    if index_of(record.name) is None:
+        if (other := name_of(record.ifindex)) is not None:
+            return [f"it is gone, and {other} has its index"]
         # Its holder made it vanish with the last descriptor: the same one, made again.
         descriptor = tun.create(record.name, index=record.ifindex)
         tun.persist(descriptor, True)
         os.close(descriptor)
     # To attach is the only way to set the features.
-    descriptor = _attach(record.name, record.ifindex, record.former.features)
+    descriptor = attach(record.name, record.ifindex, former.features)
     try:
-        await _put_back(netlink, record, descriptor)
+        lost = await _put_back(netlink, record, former, descriptor)
     finally:
         os.close(descriptor)
     # Only now, without a carrier: nobody is left to be greeted.
-    if record.former.ipv6 is not None:
-        ipv6.write(record.name, record.former.ipv6)
+    if former.ipv6 is not None:
+        try:
+            ipv6.write(record.name, former.ipv6)
+        except OSError as error:
+            lost.append(f"its IPv6 settings could not be set: {error.strerror}")
+    return lost
 
 
-async def _put_back(netlink: "AsyncIPRoute", record: TapRecord, descriptor: int) -> None:
-    """Set a borrowed tap to what it was, as far as it differs.
-
-    There is no way to make a tap nobody's again: one that was given an owner meanwhile is root's
-    from then on.
-    """
-    former, link = record.former, await _find(netlink, record.name)
-    assert former is not None
+async def _put_back(
+    netlink: "AsyncIPRoute", record: TapRecord, former: TapSettings, descriptor: int
+) -> list[str]:
+    """Set a borrowed tap to what it was, as far as it differs and as far as it can be."""
+    link = await _find(netlink, record.name)
     if link is None:
         raise TapUnusable(record.name, "is gone")
-    now = _settings(link)
-    tun.reset(descriptor)
+    now = settings_of(link)
     tun.persist(descriptor, True)
-    tun.own(
-        descriptor,
-        0 if former.owner is None and now.owner is not None else former.owner,
-        0 if former.group is None and now.group is not None else former.group,
-    )
+    lost = _reclaim(descriptor, former, now)
     changes: dict[str, Any] = {
         "address": former.mac if now.mac != former.mac else None,
         "mtu": former.mtu if now.mtu != former.mtu else None,
         "master": (former.master or 0) if now.master != former.master else None,
         "state": ("up" if former.is_up else "down") if now.is_up != former.is_up else None,
     }
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if changes:
-        await _set(netlink, record, **changes)
+    if changes["master"] and name_of(changes["master"]) is None:
+        lost.append("the bridge that it was in is gone")
+        del changes["master"]
+    for what, value in changes.items():
+        if value is None:
+            continue
+        try:
+            # One at a time: what the kernel refuses must not hold up the others.
+            await _set(netlink, record, **{what: value})
+        except TapUnusable as error:
+            lost.append(error.problem)
+    return lost
+
+
+def _reclaim(descriptor: int, former: TapSettings, now: TapSettings) -> list[str]:
+    """Undo what only a holder can set.
+
+    There is no way to make a tap nobody's again: one that was given an owner meanwhile is root's
+    from then on.
+    """
+    try:
+        tun.reset(descriptor)
+        tun.own(
+            descriptor,
+            0 if former.owner is None and now.owner is not None else former.owner,
+            0 if former.group is None and now.group is not None else former.group,
+        )
+    except OSError as error:
+        return [f"its owner and filters could not be set: {error.strerror}"]
+    return []
 
 
 async def leaked_taps(known: Collection[TapRecord], *, tag: str) -> list[TapRecord]:
@@ -336,34 +336,20 @@ async def leaked_taps(known: Collection[TapRecord], *, tag: str) -> list[TapReco
     async with AsyncIPRoute() as netlink:
         for name, index in suspects:
             link = await _find(netlink, name)
-            if link is None or not _is_tap(link):
+            if link is None or not is_tap(link):
                 continue
             if (link.get("ifalias") or "").startswith(_alias_of(tag)) and _is_free(name, index):
-                found.append(TapRecord(name, index, made=True, bridge=_name_of(link.get("master"))))
+                found.append(TapRecord(name, index, made=True, bridge=name_of(link.get("master"))))
     return found
 
 
 def _is_free(name: str, index: int) -> bool:
     """Whether nobody holds a tap: the only proof is to hold it oneself for a moment."""
     try:
-        os.close(_attach(name, index, tun.FEATURES))
+        os.close(attach(name, index, tun.FEATURES))
     except TapError:
         return False
     return True
-
-
-def _index_of(name: str) -> int | None:
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        return None
-
-
-def _name_of(index: int | None) -> str | None:
-    try:
-        return socket.if_indextoname(index) if index else None
-    except OSError:
-        return None
 
 
 async def _find(netlink: "AsyncIPRoute", name: str) -> Any:
@@ -376,11 +362,6 @@ async def _find(netlink: "AsyncIPRoute", name: str) -> Any:
         if error.code != errno.ENODEV:
             raise TapUnusable(name, f"can't be looked at: {os.strerror(error.code)}") from error
         return None
-
-
-def _is_tap(link: Any) -> bool:
-    is_tun = link.get(("linkinfo", "kind")) == "tun"
-    return bool(is_tun and link.get(("linkinfo", "data", "tun_type")) == _TAP_TYPE)
 
 
 async def _set(netlink: "AsyncIPRoute", record: TapRecord, **changes: Any) -> None:
