@@ -5,8 +5,8 @@ files that an instance was started from, so that two of them on one host never t
 Dots in a name become underscores, which no instance's name has: the kernel's own files in a group
 (`memory.max`) and systemd's units (`ssh.service`) are told apart from others by their dots.
 
-Nothing in here limits an instance, and a host without control groups starts instances all the
-same: `InstanceCgroup.problem` says what is missing.
+Nothing in here limits an instance. Where no group can be made `InstanceCgroup.problem` says why;
+whether an instance may start without one is its caller's to decide.
 """
 
 import errno

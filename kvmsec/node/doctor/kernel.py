@@ -21,6 +21,10 @@ _YAMA: Final = Path("/proc/sys/kernel/yama/ptrace_scope")
 _CONTAINER_HINT: Final = (
     "run kvmsec on the host itself, or in a container that is given all privileges"
 )
+_CGROUP_HINT: Final = (
+    "mount one: mount -t cgroup2 none /sys/fs/cgroup; or do without, in kvmsec.toml: "
+    'confinement.may_be_missing = ["cgroup"]'
+)
 _KINDS: Final = {
     "mount": namespaces.CLONE_NEWNS,
     "network": namespaces.CLONE_NEWNET,
@@ -135,6 +139,7 @@ def check_ptrace(subject: Subject) -> Iterator[Answer]:
 
 
 def check_cgroups(subject: Subject) -> Iterator[Answer]:
+    """Whether instances get groups of their own; without one none is started, unless tolerated."""
     hierarchy = Hierarchy.detect()
     if hierarchy.problem is None:
         yield ok(hierarchy.layout)
@@ -142,5 +147,7 @@ def check_cgroups(subject: Subject) -> Iterator[Answer]:
     found = f"{hierarchy.layout}: {hierarchy.problem}" if hierarchy.mounts else hierarchy.problem
     if subject.config and "cgroup" in subject.config.confinement.may_be_missing:
         yield ok(f"{found} (kvmsec.toml says that it may be missing)")
-    else:
+    elif hierarchy.mounts:
         yield warning(found, "mount it: mount -t cgroup2 none /sys/fs/cgroup")
+    else:
+        yield error(f"{found}: no instance can start", _CGROUP_HINT)

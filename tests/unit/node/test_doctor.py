@@ -16,6 +16,7 @@ from uuid import UUID
 import pytest
 from attrs import evolve
 
+from hypervisor.cgroup_mounts import Mount
 from hypervisor.cgroups import Hierarchy
 from kvmsec.agent import Finding, InstanceInfo, InstanceState
 from kvmsec.config import Config
@@ -177,8 +178,8 @@ def test_a_missing_system_call_is_named(subject: Subject, monkeypatch: pytest.Mo
     assert (answer.severity, answer.message) == ("error", "not available: mount_setattr")
 
 
-@pytest.mark.parametrize(("tolerated", "severity"), [((), "warning"), (("cgroup",), "ok")])
-def test_missing_control_groups_are_a_warning_unless_tolerated(
+@pytest.mark.parametrize(("tolerated", "severity"), [((), "error"), (("cgroup",), "ok")])
+def test_missing_control_groups_are_an_error_unless_tolerated(
     subject: Subject,
     monkeypatch: pytest.MonkeyPatch,
     tolerated: tuple[str, ...],
@@ -193,6 +194,18 @@ def test_missing_control_groups_are_a_warning_unless_tolerated(
 
     assert answer.severity == severity
     assert "nothing is mounted" in answer.message
+
+
+def test_control_groups_that_count_no_kills_are_a_warning(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount = Mount("/sys/fs/cgroup", 2, frozenset({"pids"}))
+    monkeypatch.setattr(Hierarchy, "detect", lambda: Hierarchy.of([mount]))
+
+    (answer,) = kernel.check_cgroups(subject)
+
+    assert answer.severity == "warning"
+    assert "out-of-memory" in answer.message
 
 
 # Places
