@@ -39,7 +39,7 @@ def _named(machine: Machine) -> Iterator[tuple[str, Path]]:
 
 def _open(role: str, path: Path, opened: ExitStack) -> BootFile:
     try:
-        descriptor = open_without_links(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = _open_regular(role, path)
     except OSError as error:
         if error.errno == errno.ELOOP:
             hint = "name the real path (`realpath` shows it); links can be swapped by others"
@@ -49,8 +49,17 @@ def _open(role: str, path: Path, opened: ExitStack) -> BootFile:
         raise BootFileRefused(role, path, os.strerror(error.errno or 0)) from error
     opened.callback(os.close, descriptor)
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise BootFileRefused(role, path, "it is not a regular file")
     if not 0 < status.st_size <= LIMIT_BYTES:
         raise BootFileRefused(role, path, f"it has {status.st_size} bytes, not 1 to {LIMIT_BYTES}")
     return BootFile(descriptor, status.st_size, role)
+
+
+def _open_regular(role: str, path: Path) -> int:
+    """Open for reading what was seen to be a file; a device's driver might act (a watchdog's)."""
+    reference = open_without_links(path, os.O_PATH)
+    try:
+        if not stat.S_ISREG(os.fstat(reference).st_mode):
+            raise BootFileRefused(role, path, "it is not a regular file")
+        return os.open(f"/proc/self/fd/{reference}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(reference)
