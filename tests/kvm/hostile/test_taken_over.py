@@ -4,17 +4,20 @@ import ctypes
 import os
 import signal
 import socket
+import stat
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hypervisor.features import find_qemu
-from kvmsec.linux.children import run_in_child
+from kvmsec.linux import command, readiness, tun
+from kvmsec.linux.children import Child, run_in_child, start_child
 from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.errors import Fault
 from kvmsec.node import dismantle
 from uidpool import provision, usage
 from uidpool.ranges import UidRanges
@@ -109,3 +112,44 @@ def test_a_tracer_outside_keeps_nothing_alive(
     trace(children, info.uid)
     assert lab.stop("parent").reason == "killed, as asked"
     assert usage.inspect(info.uid).is_clean
+
+
+@pytest.fixture
+def tap() -> Iterator[str]:
+    name = "taptaken"
+    command.run(("ip", "tuntap", "add", name, "mode", "tap", "user", "root"), timeout_s=10)
+    yield name
+    command.run(("ip", "link", "del", name), timeout_s=10)
+
+
+def take_tap(name: str, uid: int) -> Child:
+    """Have a process of another uid hold a tap, until it is closed."""
+
+    def hold() -> None:
+        os.close(os.dup(tun.attach(name)))
+        time.sleep(60)
+
+    holder = start_child(hold, what="holding a tap", credentials=Credentials(uid, uid))
+    assert not readiness.is_readable(holder.fileno(), 0.5), holder.collect(5)
+    return holder
+
+
+@pytest.fixture
+def tun_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device as it is on most hosts, where each user may hold a tap that is his."""
+    node = Path("/run/tun-for-all")
+    if not node.exists():
+        os.mknod(node, stat.S_IFCHR, os.makedev(10, 200))
+        node.chmod(0o666)
+    monkeypatch.setattr(tun, "_DEVICE", str(node))
+
+
+@pytest.mark.usefixtures("tun_for_all")
+def test_a_tap_that_it_gave_away_keeps_no_uid(lab: Any, start: Start, tap: str) -> None:
+    info = start("gives-tap", nics=[{"tap": tap}])
+    with take_tap(tap, 248900):
+        with pytest.raises(Fault, match=tap):
+            lab.stop("gives-tap")
+        assert usage.inspect(info.uid).is_clean
+        assert lab.leases() == []
+    lab.stop("gives-tap")
