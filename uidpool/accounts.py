@@ -10,6 +10,7 @@ from typing import Final
 
 from attrs import field, frozen
 
+from kvmsec.linux.credentials import NOBODY
 from uidpool.errors import UnfitDomain
 from uidpool.foreign import foreign_parts, never_freed
 from uidpool.ranges import EMPTY, LAST_UID, UidRanges
@@ -42,6 +43,7 @@ an instance is given anyway. `video`, `render` and `audio` open one user's devic
 
 _SHOWN_RANGES: Final = 5
 _SHOWN_NAMES: Final = 3
+_NO_UID: Final = 65535  # What -1 is to a program with 16 bits for a uid.
 _RESERVED_NAME: Final = "kvmsec-"
 
 
@@ -82,6 +84,16 @@ def check_pool(
     subject = pool if only is None else pool & only
     snapshot = Snapshot.read(only=only).with_asked(subject)
     return tuple(find_problems(subject, rules, snapshot))
+
+
+def find_lasting_problems(uid: int) -> tuple[Problem, ...]:
+    """What makes a uid unfit for a pool, whichever ranges the configuration frees.
+
+    A foreign range that could be freed counts no longer; who has a user, a subordinate range or a
+    service there does. Raises OSError when the accounts can't be read.
+    """
+    own = UidRanges.of((uid, uid))
+    return check_pool(own, AccountRules(freed=own - never_freed()), only=own)
 
 
 def find_problems(uids: UidRanges, rules: AccountRules, snapshot: Snapshot) -> Iterator[Problem]:
@@ -247,7 +259,7 @@ def _why_unfit(account: Account, pool: UidRanges, rules: AccountRules) -> str | 
         return f"its uid {account.uid} belongs to the cluster's pool"
     if account.name.startswith(_RESERVED_NAME):
         return "kvmsec keeps that user for itself"
-    if account.uid > LAST_UID or account.uid in (65534, 65535):
+    if account.uid > LAST_UID or account.uid in (NOBODY, _NO_UID):
         return f"uid {account.uid} is shared by many programs or unsafe to use"
     names = [_group_name(gid) for gid in (account.gid, *asked_gids(account))]
     if held := [name for name in names if name in rules.privileged_groups]:

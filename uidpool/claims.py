@@ -21,6 +21,7 @@ from uidpool import provision, usage
 from uidpool.errors import (
     ClaimsError,
     NoCleanUid,
+    NotSweepable,
     PoolExhausted,
     RecordNotWritten,
     RecordUnreadable,
@@ -117,21 +118,19 @@ class Claims:
         *,
         instance: str,
         generation: str,
-        draining: UidRanges = EMPTY,
         reuse_delay_s: float = DEFAULT_REUSE_DELAY_S,
     ) -> Lease:
         """Lease one uid of the pool, at random among the free ones, and prove that it is clean.
 
-        Uids of `draining` are not drawn; resting ones only when no other is free, the one that
-        has rested longest first. A uid that is found dirty is quarantined and another is drawn, at
-        most eight. Where somebody's files are too many to look at the uid stays as free as it was,
-        and none is drawn. Raises PoolExhausted, NoCleanUid, RecordNotWritten, LockBusy and
-        UntrustedPath.
+        Resting uids are drawn only when no other is free, the one that has rested longest first. A
+        uid that is found dirty is quarantined and another is drawn, at most eight. Where somebody's
+        files are too many to look at the uid stays as free as it was, and none is drawn. Raises
+        PoolExhausted, NoCleanUid, RecordNotWritten, LockBusy and UntrustedPath.
         """
         reasons: dict[int, str] = {}
         for _ in range(_ATTEMPTS):
             try:
-                lease = self._lease_one(pool - draining, instance, generation, reuse_delay_s)
+                lease = self._lease_one(pool, instance, generation, reuse_delay_s)
             except PoolExhausted as exhausted:
                 if reasons:
                     raise NoCleanUid(reasons) from exhausted
@@ -203,24 +202,6 @@ class Claims:
         """Nobody has used the uid yet: it is as free as before."""
         with self._ledger.changing():
             self._ledger.remove_lease(lease.uid)
-
-    def adopt(self, key: LeaseKey, *, reuse_delay_s: float = DEFAULT_REUSE_DELAY_S) -> Lease:
-        """Make sure that a running instance holds its uid, with the caller as its launcher.
-
-        For a lease whose launcher has died, and for one that was lost (somebody emptied /run).
-        Raises UidHeld when another instance holds the uid, RecordUnreadable, RecordNotWritten.
-        """
-        with self._ledger.changing():
-            held = self._ledger.lease(key.uid)
-            if held is None:
-                lease = self._new_lease(key, reuse_delay_s)
-                self._ledger.create_lease(lease)
-                return lease
-            if held.key != key:
-                raise UidHeld(key.uid, f"instance {held.instance!a} (root {held.root!a})")
-            lease = evolve(held, launcher=myself(), boot_id=boot_id())
-            self._ledger.replace_lease(lease)
-            return lease
 
     # --- release
 
@@ -316,16 +297,19 @@ class Claims:
             self._ledger.remove_rest(rest)
 
     def _clean_with_reaper(self, uid: int) -> usage.Usage:
-        """Only ever called for a uid that a lease or a quarantine says was drawn from a pool."""
+        """Clean a uid that a record says was drawn; a damaged record sweeps nobody else's."""
         found = self._inspect(uid)
         if found.is_clean and not found.zombies:
             return found
         reaper = provision.look_up_reaper()
         if reaper is None:
-            missing = f"there is no user {provision.REAPER} (kvmsec uids provision POOL makes it)"
-            return found if found.is_clean else evolve(found, incomplete=missing)
-        own = UidRanges.of((uid, uid))
-        return usage.clean(uid, pool=own, reaper_uid=reaper.uid, sweep_lock=self._ledger.sweep_lock)
+            problem = f"there is no user {provision.REAPER} (kvmsec uids provision POOL makes it)"
+        else:
+            try:
+                return usage.clean(uid, reaper_uid=reaper.uid, sweep_lock=self._ledger.sweep_lock)
+            except NotSweepable as error:
+                problem = error.message
+        return found if found.is_clean else evolve(found, incomplete=problem)
 
     # --- what is known
 
@@ -336,14 +320,6 @@ class Claims:
     def unreadable(self) -> tuple[RecordUnreadable, ...]:
         """The leases that can't be read. Their uids count as leased until `retry` frees them."""
         return tuple(one for one in self._ledger.leases() if isinstance(one, RecordUnreadable))
-
-    def stale(self) -> tuple[Lease, ...]:
-        """The leases of another boot: their instances are gone, their uids wait to be released."""
-        return tuple(lease for lease in self.leases() if lease.boot_id != boot_id())
-
-    def resting(self) -> tuple[Rest, ...]:
-        """The rests that are not over, by uid."""
-        return tuple(sorted(self._ledger.rests(), key=lambda rest: rest.uid))
 
     def quarantined(self) -> tuple[Quarantine, ...]:
         """The quarantined uids and why, by uid."""

@@ -97,18 +97,20 @@ class ClaimsError(UidPoolError):
 
 
 class PoolExhausted(ClaimsError):
-    """No uid of the pool may be drawn; the counts say why."""
+    """No uid of the pool may be drawn; the counts say why.
 
-    def __init__(self, *, size: int, leased: int, resting: int, quarantined: int) -> None:
+    None of them is resting: one that rests is drawn before the pool counts as exhausted.
+    """
+
+    def __init__(self, *, size: int, leased: int, quarantined: int) -> None:
         super().__init__(
-            f"no uid of the pool is free: of {size}, {leased} leased, {resting} resting, "
-            f"{quarantined} quarantined",
+            f"no uid of the pool is free, not even a resting one: of {size}, {leased} leased, "
+            f"0 resting, {quarantined} quarantined",
             hint="stop an instance, add uids to the pool (kvmsec cluster modify --add-uids), or "
             "see what is quarantined and why (kvmsec uids list)",
         )
         self.size = size
         self.leased = leased
-        self.resting = resting
         self.quarantined = quarantined
 
 
@@ -175,6 +177,10 @@ class NotSweepable(UidPoolError):
     """A uid that may not be swept (everything of it killed) was about to be."""
 
     def __init__(self, uid: int, reason: str) -> None:
-        super().__init__(f"refused to end all processes of uid {uid}: {reason}")
+        super().__init__(
+            f"refused to end all processes of uid {uid}: {reason}",
+            hint="if the uid is somebody else's, the record that names it is damaged: remove it "
+            "from /run/kvmsec/uids; else make its user fit for the pool again",
+        )
         self.uid = uid
         self.reason = reason

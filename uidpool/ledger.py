@@ -193,12 +193,6 @@ class Ledger:
             insort(self._leased, lease.uid)
         return True
 
-    def replace_lease(self, lease: Lease) -> None:
-        """Write a lease in place of the one that is there; hold `changing`."""
-        path = self._leases / str(lease.uid)
-        with _writing(path):
-            write_atomically(path, encode(lease))
-
     def remove_lease(self, uid: int) -> None:
         """Remove a lease; hold `changing`."""
         self._remove(self._leases / str(uid))

@@ -53,7 +53,6 @@ class Occupation:
         raise PoolExhausted(
             size=uids.size(),
             leased=len(_inside(uids, self._leased)),
-            resting=0,
             quarantined=len(_inside(uids, self._quarantined - self._leased)),
         )
 

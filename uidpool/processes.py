@@ -14,9 +14,10 @@ from attrs import evolve, frozen
 
 from kvmsec.linux import processes as linux_processes
 from kvmsec.linux.children import run_in_child
+from kvmsec.linux.credentials import NOBODY
 from kvmsec.linux.locks import FileLock
+from uidpool.accounts import find_lasting_problems
 from uidpool.errors import NotSweepable
-from uidpool.ranges import LAST_UID, UidRanges
 
 _STATUS_BYTES: Final = 4096
 # The name is escaped by the kernel, so that no process can put a line of its own in here.
@@ -24,7 +25,6 @@ _FIELDS: Final = re.compile(
     rb"Name:\t(?P<name>[^\n]*)\n.*?State:\t(?P<state>\S).*?\nUid:\t(?P<uids>[\d\t]+)\n", re.DOTALL
 )
 _THREADS: Final = re.compile(rb"\nThreads:\t(\d+)\n")
-_NOBODY: Final = 65534
 _DESCRIBED: Final = 5
 
 
@@ -113,19 +113,19 @@ def described(processes: Sequence[Process]) -> tuple[Process, ...]:
     return (*shown, *processes[_DESCRIBED:])
 
 
-def check_sweepable(uid: int, pool: UidRanges, reaper_uid: int) -> None:
-    """Raise NotSweepable unless ending everything of the uid can hit only the pool's."""
-    if uid not in pool:
-        raise NotSweepable(uid, "it is not in the pool")
-    if not 0 < uid <= LAST_UID:
-        raise NotSweepable(uid, "it is no uid of an instance")
-    if reaper_uid <= 0 or reaper_uid == uid or reaper_uid in pool:
+def check_sweepable(uid: int, reaper_uid: int) -> None:
+    """Raise NotSweepable unless ending everything of the uid can hit only a pool's.
+
+    A record may be damaged, so that a uid is not the pool's because one says so: it must also be
+    fit for a pool by this host's accounts. Raises OSError when these can't be read.
+    """
+    if reaper_uid <= 0 or reaper_uid == uid:
         raise NotSweepable(uid, f"uid {reaper_uid} can't be the reaper")
+    if problems := find_lasting_problems(uid):
+        raise NotSweepable(uid, "; ".join(problem.message for problem in problems))
 
 
-def end_processes(
-    uid: int, *, pool: UidRanges, reaper_uid: int, lock: Path, timeout_s: float
-) -> list[Process]:
+def end_processes(uid: int, *, reaper_uid: int, lock: Path, timeout_s: float) -> list[Process]:
     """Kill everything of a uid of the pool; returns what is left after at most `timeout_s`.
 
     One kill(-1) ends all of them at once (a fork is refused while a signal is pending, so that no
@@ -133,7 +133,7 @@ def end_processes(
     `lock`: two sweepers have the reaper's uid in common and would hit each other. Raises
     NotSweepable, LockBusy, ChildFailed, ChildTimedOut, OSError.
     """
-    check_sweepable(uid, pool, reaper_uid)
+    check_sweepable(uid, reaper_uid)
     deadline = time.monotonic() + timeout_s
     sweep_lock = FileLock(lock)
     sweep_lock.acquire(timeout_s)
@@ -161,7 +161,7 @@ def _sweep(uid: int, reaper_uid: int) -> None:
     signal the sweeper first.
     """
     os.setgroups([])
-    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+    os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(reaper_uid, uid, reaper_uid)
     status = linux_processes.read_status(os.getpid())
     if status is None or status.uids != (reaper_uid, uid, reaper_uid, uid):

@@ -61,9 +61,10 @@ def user_name(uid: int) -> str:
 def plan(pool: UidRanges, snapshot: Snapshot, rules: AccountRules | None = None) -> Plan:
     """What is missing of the pool's users.
 
-    Raises UnfitUids when a uid to be made is somebody else's, AccountConflict when a name or a
-    group is taken, and ProvisionError for more than 65,536 users.
+    Raises UnfitUids when a uid to be made is somebody else's or a user that is there is unfit,
+    AccountConflict when a name or a group is taken, and ProvisionError for more than 65,536 users.
     """
+    rules = rules or AccountRules()
     unfinished = [
         uid
         for uid, users in snapshot.by_uid.items()
@@ -75,12 +76,14 @@ def plan(pool: UidRanges, snapshot: Snapshot, rules: AccountRules | None = None)
             f"{create.size()} users are missing, and {MOST_USERS} are the most to be made at once",
             hint="use a smaller pool: a uid is needed for each instance of a node, and a few more",
         )
-    problems = find_problems(create, rules or AccountRules(), snapshot)
-    if unfit := [one for one in problems if one.code not in ("missing", "primary-group")]:
+    present = pool - create
+    made_good = ("missing", "primary-group")
+    unfit = [one for one in find_problems(create, rules, snapshot) if one.code not in made_good]
+    if unfit := [*unfit, *find_problems(present, rules, snapshot)]:
         raise UnfitUids(unfit)
     if conflicts := _conflicts(create, snapshot):
         raise AccountConflict(conflicts)
-    return Plan(create, pool - create, makes_reaper=REAPER not in snapshot.by_name)
+    return Plan(create, present, makes_reaper=REAPER not in snapshot.by_name)
 
 
 def _conflicts(create: UidRanges, snapshot: Snapshot) -> list[str]:

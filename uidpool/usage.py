@@ -14,23 +14,15 @@ from attrs import evolve, frozen
 
 from kvmsec.linux import keyrings
 from kvmsec.linux.children import run_in_child
-from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.credentials import NOBODY, Credentials
 from kvmsec.linux.errors import LinuxError
 from kvmsec.linux.ipc import SysvObject, remove_sysv_object, sysv_objects
 from uidpool.files import Bounds, find_files, remove_files
-from uidpool.processes import (
-    Process,
-    check_sweepable,
-    described,
-    end_processes,
-    find_processes,
-)
-from uidpool.ranges import UidRanges
+from uidpool.processes import Process, described, end_processes, find_processes
 
 _SHOWN: Final = 5
 _COLLECTED_WITHIN_S: Final = 2.0
 _COLLECTION_STEP_S: Final = 0.005
-_NOBODY: Final = 65534
 
 
 @frozen
@@ -117,47 +109,19 @@ def inspect(uid: int, *, bounds: Bounds | None = None) -> Usage:
     )
 
 
-@frozen
-class Cleaner:
-    """Cleans uids of a pool: who ends their processes, and the lock that sweeps share.
-
-    `pool` must hold every uid that is swept, those included that are draining.
-    """
-
-    pool: UidRanges
-    reaper_uid: int
-    sweep_lock: Path
-    timeout_s: float = 10.0
-
-    def __call__(self, uid: int) -> Usage:
-        """End and remove what a uid of the pool has; returns what is left."""
-        return clean(
-            uid,
-            pool=self.pool,
-            reaper_uid=self.reaper_uid,
-            sweep_lock=self.sweep_lock,
-            timeout_s=self.timeout_s,
-        )
-
-
-def clean(
-    uid: int, *, pool: UidRanges, reaper_uid: int, sweep_lock: Path, timeout_s: float = 10.0
-) -> Usage:
+def clean(uid: int, *, reaper_uid: int, sweep_lock: Path, timeout_s: float = 10.0) -> Usage:
     """End every process of a uid of the pool and remove what it left; returns what is still there.
 
     For the `pool` model alone: under another one a uid may have processes that are nobody's
     business here. What failed on the way is part of the answer. Raises NotSweepable for a uid that
-    is not the pool's.
+    has something and can't be a pool's, and leaves that alone.
     """
-    check_sweepable(uid, pool, reaper_uid)
     before = inspect(uid)
     if before.is_clean and not before.zombies:
         return before
     failures: list[str] = []
     with _noting(failures):
-        left = end_processes(
-            uid, pool=pool, reaper_uid=reaper_uid, lock=sweep_lock, timeout_s=timeout_s
-        )
+        left = end_processes(uid, reaper_uid=reaper_uid, lock=sweep_lock, timeout_s=timeout_s)
         if not left:
             _remove_what_is_left(uid, failures)
     after = inspect(uid)
@@ -197,7 +161,7 @@ def _drop_keys(uid: int) -> None:
         keyrings.invalidate_own_keys,
         what=f"dropping the keys of uid {uid}",
         timeout_s=_COLLECTED_WITHIN_S,
-        credentials=Credentials(uid, _NOBODY),
+        credentials=Credentials(uid, NOBODY),
     )
     deadline = time.monotonic() + _COLLECTED_WITHIN_S
     while keyrings.key_count(uid) and time.monotonic() < deadline:

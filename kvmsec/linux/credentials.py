@@ -17,6 +17,10 @@ _PR_CAP_AMBIENT: Final = 47
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
 
+NOBODY: Final = 65534
+"""The uid and the gid of nobody (Debian Policy 9.2.2)."""
+
+
 @frozen
 class Credentials:
     """The uid and gid to become; there are never supplementary groups."""

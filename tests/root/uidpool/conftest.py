@@ -4,32 +4,42 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kvmsec.linux.children import Child, start_child
 from kvmsec.linux.credentials import Credentials
-from uidpool import usage
+from uidpool import provision, usage
 from uidpool.ranges import UidRanges
+from uidpool.snapshot import Snapshot
 
-REAPER_UID = 990
-_uids = itertools.count(211000)
+USERS = UidRanges.parse("211000-211199")
+_uids = itertools.count(211000)  # A test has uid + 100 as well.
 
+Cleaner = Callable[..., usage.Usage]
 Spawn = Callable[..., Child]
 
 
-@pytest.fixture
-def cleaner(tmp_path: Path) -> usage.Cleaner:
-    return usage.Cleaner(
-        pool=UidRanges.parse("210000-219999"),
-        reaper_uid=REAPER_UID,
-        sweep_lock=tmp_path / "sweep.lock",
-    )
+@pytest.fixture(scope="module")
+def reaper_uid() -> Iterator[int]:
+    """The reaper, made along with the users that `uid` gives out."""
+    provision.apply(provision.plan(USERS, Snapshot.read()))
+    reaper = provision.look_up_reaper()
+    assert reaper is not None
+    yield reaper.uid
+    provision.remove(provision.plan_removal(USERS, Snapshot.read()))
 
 
 @pytest.fixture
-def uid(cleaner: usage.Cleaner) -> Iterator[int]:
+def cleaner(tmp_path: Path, reaper_uid: int) -> Cleaner:
+    """`usage.clean` for one uid."""
+    return partial(usage.clean, reaper_uid=reaper_uid, sweep_lock=tmp_path / "sweep.lock")
+
+
+@pytest.fixture
+def uid(cleaner: Cleaner) -> Iterator[int]:
     """A uid that has nothing; whatever it has at the end of the test is cleaned."""
     chosen = next(_uids)
     left = cleaner(chosen)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kvmsec.linux import command
 from kvmsec.linux.children import Child
 from kvmsec.linux.processes import is_alive
 from kvmsec.linux.syscalls import mount, umount
@@ -82,8 +83,6 @@ def test_a_dirty_uid_is_passed_over_and_freed_by_a_retry(claims: Claims, spawn: 
 
 
 def test_without_the_reaper_a_dirty_uid_is_quarantined(claims: Claims, spawn: Spawn) -> None:
-    from kvmsec.linux import command
-
     lease = claims.draw(POOL, instance="vm", generation="g1")
     child = spawn(lease.uid)
     command.run(["usermod", "--comment", "somebody else", "kvmsec-reaper"], timeout_s=10)
@@ -95,6 +94,36 @@ def test_without_the_reaper_a_dirty_uid_is_quarantined(claims: Claims, spawn: Sp
     finally:
         command.run(["usermod", "--comment", "kvmsec reaper", "kvmsec-reaper"], timeout_s=10)
     assert claims.retry(lease.uid) == Released()
+
+
+@pytest.mark.parametrize("whose", ["root", "www-data", "nobody", "a person", "nobody known"])
+def test_a_damaged_lease_ends_nothing_of_somebody_else(
+    claims: Claims, spawn: Spawn, tmp_path: Path, whose: str
+) -> None:
+    people = {
+        "root": 0,
+        "www-data": 33,
+        "nobody": 65534,
+        "a person": 214100,
+        "nobody known": 214101,
+    }
+    uid = people[whose]
+    if whose == "a person":
+        command.run(["useradd", "--uid", "214100", "--shell", "/bin/sh", "person"], timeout_s=10)
+    lease = claims.draw(POOL, instance="vm", generation="g1")
+    record = tmp_path / "run" / str(lease.uid)
+    damaged = record.read_bytes().replace(f'"uid":{lease.uid}'.encode(), f'"uid":{uid}'.encode())
+    record.with_name(str(uid)).write_bytes(damaged)
+    child = spawn(uid)
+    try:
+        outcome = claims.release(LeaseKey(uid, "vm", "g1"))
+        assert isinstance(outcome, Quarantined)
+        assert f"refused to end all processes of uid {uid}" in outcome.reason
+        os.kill(child.pid, 0)
+    finally:
+        if whose == "a person":
+            child.close()
+            command.run(["userdel", "person"], timeout_s=10)
 
 
 def rival(directory: Path, name: str, seconds: float, results: Any) -> None:
@@ -221,4 +250,4 @@ def test_a_full_filesystem_for_rests_keeps_the_lease_until_there_is_room(tmp_pat
         for filler in fillers:
             filler.unlink()
         assert claims.release(lease.key) == Released()
-        assert [rest.uid for rest in claims.resting()] == [lease.uid]
+        assert [one.uid for one in claims.states()] == [lease.uid]

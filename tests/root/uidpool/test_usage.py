@@ -18,14 +18,14 @@ from kvmsec.linux.children import Child, run_in_child, start_child
 from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.errors import ChildFailed
 from kvmsec.linux.syscalls import mount, umount
-from uidpool import usage
 from uidpool.errors import NotSweepable
 from uidpool.files import Bounds
-from uidpool.processes import find_processes
-from uidpool.usage import Cleaner, inspect
+from uidpool.processes import end_processes, find_processes
+from uidpool.usage import Usage, inspect
 
 pytestmark = pytest.mark.root
 Spawn = Callable[..., Child]
+Cleaner = Callable[..., Usage]
 PLACES = ("/dev/shm", "/tmp", "/var/tmp", "/run/lock")
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -73,10 +73,7 @@ def test_a_root_process_that_acts_as_the_uid_is_reported_and_not_killed(
     uid: int, spawn: Spawn, cleaner: Cleaner
 ) -> None:
     child = spawn(None, lambda: os.setresuid(0, uid, 0))
-    cleaner_of_the_impatient = usage.Cleaner(
-        cleaner.pool, cleaner.reaper_uid, cleaner.sweep_lock, timeout_s=0.3
-    )
-    assert [one.pid for one in cleaner_of_the_impatient(uid).processes] == [child.pid]
+    assert [one.pid for one in cleaner(uid, timeout_s=0.3).processes] == [child.pid]
     os.kill(child.pid, 0)
 
 
@@ -118,12 +115,12 @@ def test_processes_in_another_pid_namespace_are_found_and_ended(uid: int, cleane
 
 
 def test_a_neighbour_survives_the_sweep(uid: int, spawn: Spawn, cleaner: Cleaner) -> None:
-    neighbour, roots_own, child = spawn(uid + 5000), spawn(None), spawn(uid)
+    neighbour, roots_own, child = spawn(uid + 100), spawn(None), spawn(uid)
     assert cleaner(uid).is_clean
     assert was_killed(child)
     os.kill(neighbour.pid, 0)
     os.kill(roots_own.pid, 0)
-    assert [one.pid for one in find_processes(uid + 5000)] == [neighbour.pid]
+    assert [one.pid for one in find_processes(uid + 100)] == [neighbour.pid]
 
 
 def fork_for_ever() -> None:
@@ -209,16 +206,31 @@ def test_a_proc_of_another_pid_namespace_proves_nothing(uid: int, tmp_path: Path
         assert "/proc is not that of this PID namespace" in answer.read_text()
 
 
-@pytest.mark.parametrize("unfit", [0, 1, 999, 65534, 209999, 220000])
-def test_a_uid_outside_the_pool_is_never_swept(unfit: int, cleaner: Cleaner) -> None:
-    with pytest.raises(NotSweepable):
-        cleaner(unfit)
+@pytest.mark.parametrize("unfit", [0, 1, 33, 999, 65534, 61184, 211999, 2**31, 2**32 - 1])
+def test_a_uid_that_is_no_pools_is_never_swept(unfit: int, reaper_uid: int, tmp_path: Path) -> None:
+    with pytest.raises(NotSweepable) as caught:
+        end_processes(unfit, reaper_uid=reaper_uid, lock=tmp_path / "lock", timeout_s=1)
+    assert caught.value.hint
 
 
-@pytest.mark.parametrize("reaper", [0, -1, 211500, 210001])
-def test_an_unfit_reaper_is_refused(reaper: int, cleaner: Cleaner) -> None:
-    with pytest.raises(NotSweepable):
-        usage.clean(211500, pool=cleaner.pool, reaper_uid=reaper, sweep_lock=cleaner.sweep_lock)
+@pytest.mark.parametrize("file", ["subuid", "subgid"])
+def test_a_uid_of_somebodys_containers_is_never_swept(
+    uid: int, reaper_uid: int, tmp_path: Path, file: str
+) -> None:
+    path = Path("/etc", file)
+    before = path.read_bytes() if path.exists() else b""
+    path.write_bytes(before + f"somebody:{uid}:1\n".encode())
+    try:
+        with pytest.raises(NotSweepable, match=f"/etc/{file} gives to somebody"):
+            end_processes(uid, reaper_uid=reaper_uid, lock=tmp_path / "lock", timeout_s=1)
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("reaper", [0, -1, 211150])
+def test_an_unfit_reaper_is_refused(reaper: int, reaper_uid: int, tmp_path: Path) -> None:
+    with pytest.raises(NotSweepable, match="can't be the reaper"):
+        end_processes(211150, reaper_uid=reaper, lock=tmp_path / "lock", timeout_s=1)
 
 
 # --- IPC
@@ -232,11 +244,11 @@ def make_sysv() -> None:
 
 def test_system_v_objects_are_found_and_removed(uid: int, cleaner: Cleaner) -> None:
     act_as(uid, make_sysv)
-    act_as(uid + 5000, make_sysv)
+    act_as(uid + 100, make_sysv)
     assert sorted(one.kind for one in inspect(uid).ipc) == ["msg", "sem", "shm"]
     assert cleaner(uid).is_clean
-    assert len(inspect(uid + 5000).ipc) == 3
-    assert cleaner(uid + 5000).is_clean
+    assert len(inspect(uid + 100).ipc) == 3
+    assert cleaner(uid + 100).is_clean
 
 
 class IpcPermissions(ctypes.Structure):
@@ -253,14 +265,14 @@ def test_an_object_that_was_given_away_belongs_to_both(uid: int, cleaner: Cleane
         number = libc.shmget(0, 4096, 0o1600)
         described = IpcPermissions()
         assert libc.shmctl(number, 2, ctypes.byref(described)) == 0  # IPC_STAT
-        described.uid = uid + 5000
+        described.uid = uid + 100
         assert libc.shmctl(number, 1, ctypes.byref(described)) == 0  # IPC_SET
 
     act_as(uid, give_away)
     assert len(inspect(uid).ipc) == 1
-    assert len(inspect(uid + 5000).ipc) == 1
+    assert len(inspect(uid + 100).ipc) == 1
     assert cleaner(uid).is_clean
-    assert inspect(uid + 5000).is_clean
+    assert inspect(uid + 100).is_clean
 
 
 def test_a_segment_that_a_neighbour_keeps_attached_is_reported(
@@ -268,7 +280,7 @@ def test_a_segment_that_a_neighbour_keeps_attached_is_reported(
 ) -> None:
     number = act_as(uid, lambda: libc.shmget(0, 4096, 0o1666))
     libc.shmat.restype = ctypes.c_void_p
-    neighbour = spawn(uid + 5000, lambda: libc.shmat(number, None, 0))
+    neighbour = spawn(uid + 100, lambda: libc.shmat(number, None, 0))
     left = cleaner(uid)
     assert [one.kind for one in left.ipc] == ["shm"]
     assert f"shm {number}" in left.reason()
@@ -282,11 +294,11 @@ def make_queue(name: bytes) -> None:
 
 def test_a_posix_message_queue_is_found_and_removed(uid: int, cleaner: Cleaner) -> None:
     act_as(uid, lambda: make_queue(b"/mine"))
-    act_as(uid + 5000, lambda: make_queue(b"/theirs"))
+    act_as(uid + 100, lambda: make_queue(b"/theirs"))
     assert inspect(uid).files == ("/dev/mqueue/mine",)
     assert cleaner(uid).is_clean
-    assert inspect(uid + 5000).files == ("/dev/mqueue/theirs",)
-    assert cleaner(uid + 5000).is_clean
+    assert inspect(uid + 100).files == ("/dev/mqueue/theirs",)
+    assert cleaner(uid + 100).is_clean
 
 
 # --- keys

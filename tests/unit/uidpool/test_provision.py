@@ -71,6 +71,15 @@ def test_users_of_a_foreign_range_are_not_made(tmp_path: Path) -> None:
         plan(pool("210000"), read(tmp_path, subuid="alice:210000:10\n"))
 
 
+def test_users_that_are_there_are_judged_as_well(tmp_path: Path) -> None:
+    with pytest.raises(UnfitUids, match="Debian's static system users"):
+        plan(pool("1-5"), read(tmp_path, "daemon:x:1:1::/:/usr/sbin/nologin\n", "daemon:x:1:\n"))
+    passwd, group = users(210001)
+    person = "alice:x:210000:210000::/home/alice:/bin/bash\n"
+    with pytest.raises(UnfitUids, match="uid 210000: the user has a login shell"):
+        plan(pool("210000-210001"), read(tmp_path, person + passwd, "alice:x:210000:\n" + group))
+
+
 def test_two_thousand_million_users_are_not_made(tmp_path: Path) -> None:
     with pytest.raises(ProvisionError, match="65536 are the most"):
         plan(pool("1000-2147483647"), read(tmp_path))
