@@ -29,8 +29,10 @@ class InstanceState(StrEnum):
 class InstanceInfo:
     """What is known of an instance; sizes in MiB or bytes, times in seconds or aware datetimes.
 
-    `pid`, `uid` and what follows from a process are None while there is none. `details` holds
-    what `info` says more than `list`.
+    `pid`, `started_at`, `resident_bytes` and `cpu_s` are None while no process lives. `uid`, `user`
+    and what else its start decided stay known until everything is taken back, so for a crashed one
+    that nobody has cleaned up, too; None after that. `details` holds what `info` says more than
+    `list`.
     """
 
     name: str
@@ -74,13 +76,18 @@ class InstanceLog:
 
 @frozen
 class UidState:
-    """One uid of this node; `instance` is its holder, `reason` why it is kept back."""
+    """One uid of this node; `instance` is its holder, `reason` why it is kept back.
+
+    `root` is the root of files that the instance was started from: uids are the host's, so it may
+    be another than this node's. None where no instance held it.
+    """
 
     uid: int
     user: str | None
     state: Literal["free", "leased", "resting", "draining", "quarantined"]
     instance: str | None = None
     reason: str | None = None
+    root: str | None = None
 
 
 @frozen
@@ -105,7 +112,10 @@ class Agent(Protocol):
     async def stop(
         self, name: str, *, timeout_s: float = 60.0, force: bool = False
     ) -> InstanceInfo:
-        """End an instance: ACPI powerdown, SIGKILL after `timeout_s`; its uid is clean then."""
+        """End an instance: ACPI powerdown, SIGKILL after `timeout_s`.
+
+        Its uid is clean and released then, or quarantined, which `uid_states` tells.
+        """
         ...
 
     async def reboot(self, name: str) -> None:
@@ -133,7 +143,10 @@ class Agent(Protocol):
         ...
 
     async def release_uid(self, uid: int) -> UidState:
-        """Clean a quarantined uid; its state afterwards, with what still holds it."""
+        """Clean a quarantined uid and give it back; returns its state, which is `free`.
+
+        Raises UidNotClean, which says what still holds it, and UidHeld while an instance has it.
+        """
         ...
 
     async def apply_rules(self) -> None:

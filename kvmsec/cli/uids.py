@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
-from kvmsec.cli.failures import FAILED, WrongUsage
-from kvmsec.cli.output import complain, print_json, print_table, say, shown_line
+from kvmsec.cli.failures import WrongUsage
+from kvmsec.cli.output import print_json, print_table, say, shown_line
 from kvmsec.cli.params import POOL, WHOLE_NUMBER, json_option
 from kvmsec.cli.session import Session, pass_session
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from uidpool.provision import Plan, Removal
     from uidpool.ranges import UidRanges
 
-_COLUMNS = ("uid", "user", "state", "instance", "reason")
+_KEYS: Final = ("uid", "user", "state", "instance", "root", "reason")
+_COLUMNS: Final = ("uid", "user", "state", "instance", "reason")
 
 
 @click.group
@@ -97,11 +98,22 @@ def list_uids(session: Session, with_free: bool, as_json: bool) -> None:
     if as_json:
         print_json([_document(state) for state in states])
         return
-    print_table(_COLUMNS, (tuple(_document(state).values()) for state in states))
+    own = str(session.paths.root)
+    print_table(
+        _COLUMNS,
+        ((one.uid, one.user, one.state, _holder(one, own), one.reason) for one in states),
+    )
 
 
 def _document(state: UidState) -> dict[str, object]:
-    return {column: getattr(state, column) for column in _COLUMNS}
+    return {key: getattr(state, key) for key in _KEYS}
+
+
+def _holder(state: UidState, own: str) -> str | None:
+    """The instance, and where it is from when that is another root than our own."""
+    if state.root in (None, own):
+        return state.instance
+    return f"{state.instance or '-'} (of {state.root})"
 
 
 @uids.command
@@ -110,10 +122,4 @@ def _document(state: UidState) -> dict[str, object]:
 def release(session: Session, uid: int) -> None:
     """Clean the quarantined UID, or say what still holds it."""
     state = session.run(lambda node: node.release_uid(uid))
-    if state.state == "quarantined":
-        complain(
-            f"uid {uid} stays quarantined: {state.reason}",
-            "remove what is named, then run this again",
-        )
-        raise click.exceptions.Exit(FAILED)
     say(f"uid {uid} is {state.state}")

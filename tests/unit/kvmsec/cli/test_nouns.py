@@ -8,6 +8,7 @@ import pytest
 
 from kvmsec.agent import Finding, UidState
 from kvmsec.cli import cluster
+from kvmsec.node.uids import UidNotClean
 
 FINDINGS = (
     Finding("kvm", "ok", "accelerator", "kvm works"),
@@ -191,7 +192,7 @@ def test_destroying_does_what_was_answered(
 
 def test_uids_are_listed_in_words_and_as_json(run: Any, node: Any) -> None:
     node.states = (
-        UidState(30000, "kvmsec-30000", "leased", "web"),
+        UidState(30000, "kvmsec-30000", "leased", "web", root="/"),
         UidState(30001, None, "quarantined", reason="a file is left: /tmp/\x1b"),
     )
 
@@ -207,6 +208,7 @@ def test_uids_are_listed_in_words_and_as_json(run: Any, node: Any) -> None:
         "user": "kvmsec-30000",
         "state": "leased",
         "instance": "web",
+        "root": "/",
         "reason": None,
     }
     assert node.calls == [("uid_states", (False,)), ("uid_states", (True,))]
@@ -218,8 +220,25 @@ def test_a_released_uid_is_told(run: Any, node: Any) -> None:
     assert run("uids", "release", "30001").stdout == "uid 30001 is free\n"
 
 
-def test_a_uid_that_stays_quarantined_is_status_1_with_the_reason(run: Any, node: Any) -> None:
-    node.states = (UidState(30001, None, "quarantined", reason="process 12"),)
+def test_a_uid_that_an_instance_of_another_root_holds_is_listed_with_that_root(
+    run: Any, node: Any, root: Path
+) -> None:
+    here = UidState(30000, None, "leased", "web", root=str(root))
+    node.states = (here, UidState(30001, None, "leased", "web", root="/srv/trial"))
+
+    lines = run("uids", "list").stdout.splitlines()
+
+    assert lines[1].split()[3:] == ["web", "-"]
+    assert lines[2].split()[3:] == ["web", "(of", "/srv/trial)", "-"]
+
+
+def test_a_uid_that_stays_quarantined_is_status_1_with_the_reason(
+    run: Any, node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(uid: int) -> UidState:
+        raise UidNotClean(uid, "process 12")
+
+    monkeypatch.setattr(node, "release_uid", refuse)
 
     result = run("uids", "release", "30001")
 
