@@ -69,7 +69,7 @@ def _state(one: claims.UidState) -> UidState:
     reason = one.reason
     if one.state is State.RESTING and one.until is not None:
         reason = f"until {one.until.isoformat(timespec='seconds')}"
-    return UidState(one.uid, None, one.state.value, one.instance, reason)
+    return UidState(one.uid, None, one.state.value, one.instance, reason, one.root)
 
 
 def _named(one: UidState) -> UidState:
