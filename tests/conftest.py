@@ -5,9 +5,11 @@ namespaces of its own. Users, rules, interfaces, mounts and processes that a tes
 and end with it, even when the test run is killed.
 """
 
+import functools
 import os
 import shutil
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -64,27 +66,39 @@ def _furnish() -> None:
     run("ip", "link", "set", "lo", "up")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    missing = _missing()
-    for item in items:
-        for mark in ("kvm", "root"):
-            if item.get_closest_marker(mark) and missing.get(mark):
-                _refuse(item, f"needs {missing[mark]}", required=config.option.require)
+_NETFILTER = ("nft", "iptables-legacy", "ip6tables-legacy", "ip")
+_PROGRAMS = {
+    "root": (),
+    "netfilter": _NETFILTER,
+    "kvm": ("qemu-system-x86_64", "qemu-img", *_NETFILTER),
+}
+
+# How a skip begins that no package could spare: the same behaviour is proved another way there.
+_BEYOND_PACKAGES = ("this kernel ", "this machine's /dev/kvm ")
 
 
-def _missing() -> dict[str, str]:
-    if os.geteuid() != 0:
-        return {"root": "root", "kvm": "root"}
-    return {} if shutil.which("qemu-system-x86_64") else {"kvm": "qemu-system-x86_64"}
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in filter(item.get_closest_marker, _PROGRAMS):
+        if missing := _missing(mark):
+            pytest.skip(f"needs {missing}")
 
 
-def _refuse(item: pytest.Item, reason: str, *, required: bool) -> None:
-    if required:
-        item.add_marker(pytest.mark.usefixtures("_missing_is_a_failure"))
-    else:
-        item.add_marker(pytest.mark.skip(reason=reason))
+@functools.cache
+def _missing(mark: str) -> str:
+    """What a test with this mark lacks here."""
+    programs = [name for name in _PROGRAMS[mark] if shutil.which(name) is None]
+    return ", ".join([*(["root"] if os.geteuid() else []), *programs])
 
 
-@pytest.fixture
-def _missing_is_a_failure() -> None:
-    pytest.fail("something that this test needs is missing: see ./dev setup")
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Under --require, a test that skips itself has failed."""
+    report = yield
+    if item.config.option.require and report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(_BEYOND_PACKAGES):
+            report.outcome = "failed"
+            report.longrepr = f"{reason}: what is missing comes with ./dev setup"
+    return report

@@ -83,7 +83,7 @@ def argv(accelerator: str) -> list[str]:
 @pytest.fixture(params=["kvm", "tcg"])
 def accelerator(request: pytest.FixtureRequest) -> str:
     if request.param == "kvm" and not os.path.exists("/dev/kvm"):
-        pytest.skip("this machine has no /dev/kvm")
+        pytest.skip("this machine's /dev/kvm is missing")
     return str(request.param)
 
 

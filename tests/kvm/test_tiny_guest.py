@@ -151,10 +151,9 @@ def disk(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bootable(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+def bootable(tmp_path: Path) -> Path:
     if shutil.which("nasm") is None:
-        missing = pytest.fail if request.config.option.require else pytest.skip
-        missing("nasm is missing: apt-get install nasm")
+        pytest.skip("nasm is missing: apt-get install nasm")
     subprocess.run([BUILD, tmp_path], check=True, timeout=DEADLINE_S)
     return tmp_path / "tiny.img"
 

@@ -14,7 +14,7 @@ from firewall.backend import Backend
 from kvmsec.linux.children import start_child
 from kvmsec.linux.credentials import Credentials
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("warm")]
+pytestmark = [pytest.mark.root, pytest.mark.netfilter, pytest.mark.usefixtures("warm")]
 
 PORT = 6000
 SYN, ACK = 0x02, 0x10

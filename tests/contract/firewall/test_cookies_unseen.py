@@ -12,7 +12,7 @@ from tests.contract.firewall.test_cookies import RawPeer, by_zero_window, raw_pe
 
 __all__ = ["raw_peer"]
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("warm")]
+pytestmark = [pytest.mark.root, pytest.mark.netfilter, pytest.mark.usefixtures("warm")]
 
 COOKIES = Path("/proc/sys/net/ipv4/tcp_syncookies")
 ROOM = 65535

@@ -17,7 +17,7 @@ from firewall.guard import Firewall
 from firewall.policy import FAMILIES, Policy
 from kvmsec.linux.children import start_child
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.netfilter]
 
 SETTINGS = ("nftables", "iptables")
 

@@ -15,7 +15,7 @@ from firewall.policy import FAMILIES
 from kvmsec.linux.children import Child, start_child
 from kvmsec.linux.credentials import Credentials
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("warm")]
+pytestmark = [pytest.mark.root, pytest.mark.netfilter, pytest.mark.usefixtures("warm")]
 
 KIND = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 # Longer than two retransmissions of TCP (0.2 and 0.4 s).

@@ -18,7 +18,7 @@ from firewall.nftables import tables
 from firewall.nftables.library import Command
 from kvmsec.linux import command
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.netfilter]
 
 # x86_64
 SOCKET = 41

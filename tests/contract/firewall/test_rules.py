@@ -11,7 +11,7 @@ from firewall.errors import RulesRefused
 from firewall.policy import FAMILIES
 from kvmsec.linux.children import start_child
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("warm")]
+pytestmark = [pytest.mark.root, pytest.mark.netfilter, pytest.mark.usefixtures("warm")]
 
 
 def test_nothing_is_there_before(host, backend):

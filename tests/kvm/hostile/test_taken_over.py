@@ -69,7 +69,9 @@ def can_refuse_descriptors() -> bool:
     return True
 
 
-@pytest.mark.skipif(not can_refuse_descriptors(), reason="needs SO_PASSRIGHTS, Linux 6.16")
+@pytest.mark.skipif(
+    not can_refuse_descriptors(), reason="this kernel has no SO_PASSRIGHTS (Linux 6.16)"
+)
 def test_a_descriptor_that_it_passes_holds_nobody_up(lab: Any, start: Start) -> None:
     start("passes")
     assert seconds(lambda: lab.stop("passes", force=False, timeout_s=1)) < 5

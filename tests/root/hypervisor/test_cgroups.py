@@ -199,7 +199,7 @@ def test_a_kill_for_want_of_memory_is_counted(parent: str, join: Join) -> None:
         None,
     )
     if limit is None:
-        pytest.skip(f"no memory controller here: {group.problem}")
+        pytest.skip(f"this kernel does not limit memory: {group.problem}")
     assert group.oom_kills() == 0
     limit.write_text(str(24 << 20))
     process = join(group, "held = b'x' * (256 << 20)")

@@ -388,7 +388,7 @@ def test_the_launchers_terminal_is_not_its(build: Build) -> None:
 def test_the_launchers_session_keyring_is_not_its(build: Build) -> None:
     """What an admin's login left in it could be read by whoever possesses it."""
     if not Path("/proc/keys").exists():
-        pytest.skip("this kernel was built without keys")
+        pytest.skip("this kernel has no keys")
     jail = build(binds=binds_of("/usr/bin/perl"))
     # keyctl(KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING, 0)
     ask = ("/usr/bin/perl", "-e", "print syscall(250, 0, -3, 0)")

@@ -132,7 +132,7 @@ def test_an_access_list_that_lets_somebody_write_is_refused(trusted: Path) -> No
     except OSError as error:
         if error.errno != errno.ENOTSUP:
             raise
-        pytest.skip("this filesystem has no access lists")
+        pytest.skip("this kernel's tmpfs has no access lists")
     refused(path, path)
 
 
