@@ -24,7 +24,7 @@ from hypervisor import tiny
 from hypervisor.cgroup_mounts import mounted
 from kvmsec import InstanceDefinition, Node, definition_from
 from kvmsec.cluster import operations
-from kvmsec.linux import command, processes
+from kvmsec.linux import command, namespaces, processes
 from kvmsec.node import sockets
 from uidpool import provision
 from uidpool.ranges import UidRanges
@@ -35,6 +35,7 @@ DOMAIN = "guestkeeper"
 DOMAIN_UID = 245900
 DEADLINE_S = 30.0
 KVM_BOOT_DEADLINE_S = 5.0
+ENDING_S = 5.0
 
 _ACCELERATOR = pytest.StashKey[str]()
 
@@ -223,6 +224,18 @@ def _parent(pid: int) -> int:
     return 0
 
 
+def _ends_by(pid: int, end: float) -> bool:
+    """Whether a process that is nobody's to collect here is gone by then (monotonic)."""
+    if _parent(pid) == os.getpid():
+        return False
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    with os.fdopen(pidfd):
+        return bool(select.select([pidfd], [], [], max(0.0, end - time.monotonic()))[0])
+
+
 def files_below(place: Path) -> list[str]:
     """Everything but directories that are kept."""
     return sorted(str(path) for path in place.rglob("*") if not path.is_dir())
@@ -361,16 +374,13 @@ class Lab:
     def leftovers(self) -> dict[str, object]:
         """What is still there of this root's instances: nothing, once they have all ended.
 
-        A process that is ending gets the time for it.
+        Processes that are ending get ENDING_S for it, all together.
         """
         paths = self.paths
         found = {
             "files": [*map(str, paths.instances.rglob("*")), *map(str, paths.locks.iterdir())],
             "half-written files": self._half_written(),
-            "mounts": [
-                line for line in Path("/proc/self/mounts").read_text().splitlines()
-                if line.split()[1].startswith(f"{self.root}/")
-            ],
+            "mounts": self._mounts(),
             "leases": self.leases(),
             "quarantine": self.claims.quarantined(),
             "interfaces": [
@@ -382,37 +392,52 @@ class Lab:
         }  # fmt: skip
         return {what: left for what, left in found.items() if left}
 
+    def _mounts(self) -> list[str]:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+        return [line for line in lines if line.split()[1].startswith(f"{self.root}/")]
+
     def _processes_left(self) -> list[str]:
         with contextlib.suppress(ChildProcessError):
             # A node that is closed collects nobody whose end it did not see to.
             while os.waitpid(-1, os.WNOHANG)[0]:
                 continue
-        left = []
-        for pid, what in running().items():
-            if pid in self._before:
-                continue
-            with contextlib.suppress(ProcessLookupError):
-                pidfd = os.pidfd_open(pid)
-                has_ended = _parent(pid) != os.getpid() and select.select([pidfd], [], [], 5)[0]
-                os.close(pidfd)
-                if not has_ended:
-                    left.append(f"{pid} {what}")
-        return left
+        end = time.monotonic() + ENDING_S
+        new = [(pid, what) for pid, what in running().items() if pid not in self._before]
+        return [f"{pid} {what}" for pid, what in new if not _ends_by(pid, end)]
 
     def rules(self) -> str:
         """The uids that this root's packet rules hold now."""
         return str(self.run(lambda node: node.show_rules())["uids"])
 
     def close(self) -> None:
-        """End what a failed test has left."""
-        with contextlib.suppress(Exception):
+        """End what a failed test has left, so that it is no other test's."""
+        trying = contextlib.suppress(Exception)
+        with trying:
             for one in self.instances():
-                with contextlib.suppress(Exception):
+                with trying:
                     self.stop(one)
+        for pid in running().keys() - self._before.keys():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with trying:
+            for lease in self.leases():
+                self.claims.release(lease.key)
+            for quarantine in self.claims.quarantined():
+                self.claims.retry(quarantine.uid)
+        for line in self._mounts():
+            with trying:
+                namespaces.umount(line.split()[1], namespaces.MNT_DETACH)
         # Control groups are the host's: they do not end with the sandbox.
         for group in reversed(self.groups()):
             with contextlib.suppress(OSError):
                 os.rmdir(group)
+
+    def remove(self) -> None:
+        """Have the cluster no more, and then the root."""
+        with contextlib.ExitStack() as afterwards:
+            afterwards.callback(shutil.rmtree, self.root)
+            if self.paths.cluster.exists():
+                self.destroy()
 
 
 @pytest.fixture(scope="module")
@@ -455,13 +480,12 @@ def make_lab(pool_users: None, accelerator_in_use: str, features: Path) -> Itera
 
     yield make
     left = {str(lab.root): found for lab in labs if (found := lab.leftovers())}
-    for lab in labs:
-        lab.close()
-    for lab in labs:
-        shutil.copytree(lab.paths.features, features, dirs_exist_ok=True)
-        if lab.paths.cluster.exists():
-            lab.destroy()
-        shutil.rmtree(lab.root)
+    with contextlib.ExitStack() as ends:  # Each is called, whatever another raises.
+        for lab in labs:
+            ends.callback(lab.remove)
+            shutil.copytree(lab.paths.features, features, dirs_exist_ok=True)
+        for lab in labs:
+            ends.callback(lab.close)
     assert not left
     assert census() == before
 

@@ -234,9 +234,12 @@ static void swap_names(void)
     }
 }
 
-/* Children that no parent waits for and that heed no signal. */
+/* Children that no parent waits for and that heed no signal; said once all are there. */
 static void have_children(void)
 {
+    int ready[2];
+    char word;
+    report("pipe", pipe(ready));
     for (int number = 0; number < 20; number++) {
         if (fork() > 0)
             continue;
@@ -245,9 +248,15 @@ static void have_children(void)
             signal(each, SIG_IGN);
         if (fork() > 0)
             _exit(0);
+        close(ready[1]);
         for (;;)
             pause();
     }
+    close(ready[1]); /* The pipe ends once every one of them has closed it, too. */
+    while (read(ready[0], &word, 1) > 0)
+        ;
+    close(ready[0]);
+    report("children", 0);
 }
 
 /* Undo, through the descriptor, what makes a tap go when its holder does. */

@@ -128,6 +128,7 @@ def test_a_crash_is_told_with_the_last_words(place: Any, stand_ins: Path) -> Non
 
 def test_children_that_nobody_waits_for_end_with_it(place: Any, start: Start) -> None:
     info = start("children")
+    assert "children: done" in place.lab.run(lambda node: node.log("children")).qemu
     assert len(usage.inspect(info.uid).processes) > 20
     place.lab.stop("children")
     assert usage.inspect(info.uid).is_clean
