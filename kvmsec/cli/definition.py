@@ -19,8 +19,8 @@ def definition_of(
 ) -> InstanceDefinition:
     """What is to be started: the file (the kept definition unless another is named), then options.
 
-    Options alone are enough where there is no file. Raises BadDefinition, OSError for a file that
-    can't be read, and WrongUsage for options that make no machine by themselves.
+    Options alone are enough where there is no file. Raises BadDefinition, and WrongUsage for
+    options that make no machine by themselves.
     """
     given = {key: value for key, value in options.items() if value is not None and value != ()}
     path = paths.definition(name)
@@ -45,9 +45,14 @@ def _from_file(
 
 
 def _read_spec(path: Path) -> dict[str, object]:
+    from kvmsec.errors import BadDefinition
     from kvmsec.model.instance import read_definition
 
-    return read_definition(path)
+    try:
+        return read_definition(path)
+    except FileNotFoundError as error:
+        hint = "--spec wants a definition, TOML or JSON; an image is named with --disk"
+        raise BadDefinition(str(path), [error.strerror or "not there"], hint=hint) from error
 
 
 def _read_kept(path: Path) -> dict[str, object] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -17,6 +18,16 @@ WRONG_USAGE: Final = 2
 CHECK_FOUND_ERRORS: Final = 3
 _SIGNALLED: Final = 128
 """A shell's status of a command that a signal ended is this and the signal's number."""
+
+_HINTS: Final = {
+    errno.ENOSPC: "make room, or inodes: see `df` and `df -i`",
+    errno.EDQUOT: "make room within the quota: see `quota`",
+    errno.EACCES: "see who may do this: `ls -ld` of the path, and what AppArmor or SELinux logged",
+    errno.EPERM: "run this as root on the host itself; a container, AppArmor or SELinux may refuse",
+    errno.EROFS: "mount it for writing, or keep all files elsewhere with --root",
+    errno.EMFILE: "let this process have more files open: ulimit -n",
+    errno.ENFILE: "let the host have more files open: sysctl fs.file-max",
+}
 
 
 class Terminated(Exception):
@@ -62,7 +73,7 @@ def report(error: BaseException, *, is_debug: bool) -> int:
             complain("interrupted" if error.number == signal.SIGINT else "terminated")
             return _SIGNALLED + error.number
         case OSError():
-            complain(_what_failed(error))
+            complain(_what_failed(error), _HINTS.get(error.errno or 0))
             return FAILED
         case _:
             complain(

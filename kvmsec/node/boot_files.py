@@ -20,7 +20,8 @@ class BootFileRefused(KvmsecError):
     """A firmware, kernel or initrd that can't be given to an instance."""
 
     def __init__(self, role: str, path: Path, problem: str, *, hint: str | None = None) -> None:
-        super().__init__(f"{role} {path}: {problem}", hint=hint)
+        another = f"name another file: `{role}` in the definition, or --{role}"
+        super().__init__(f"{role} {path}: {problem}", hint=hint or another)
         self.role = role
         self.path = path
 

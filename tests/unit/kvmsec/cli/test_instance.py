@@ -159,11 +159,14 @@ def test_every_fault_of_a_file_is_told(run: Any, node: Any, tmp_path: Path) -> N
     assert node.calls == []
 
 
-def test_a_missing_file_is_named(run: Any, node: Any, tmp_path: Path) -> None:
+def test_a_missing_file_is_named_with_what_it_should_be(
+    run: Any, node: Any, tmp_path: Path
+) -> None:
     result = run("instance", "start", "web", "--spec", str(tmp_path / "none.toml"))
 
     assert result.exit_code == 1
-    assert result.stderr == f"kvmsec: {tmp_path}/none.toml: No such file or directory\n"
+    place = f"{tmp_path}/none.toml"
+    assert result.stderr.startswith(f"kvmsec: {place}: No such file or directory\nhint: --spec ")
 
 
 def test_a_refused_start_is_told(run: Any, node: Any) -> None:

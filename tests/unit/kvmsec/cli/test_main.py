@@ -184,7 +184,8 @@ def test_a_noun_alone_shows_its_verbs(arguments: list[str]) -> None:
         (KvmsecError("it is broken"), "kvmsec: it is broken\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/run/x"),
-            "kvmsec: /run/x: No space left on device\n",
+            "kvmsec: /run/x: No space left on device\n"
+            "hint: make room, or inodes: see `df` and `df -i`\n",
         ),
         (OSError(errno.EIO, "Input/output error"), "kvmsec: Input/output error\n"),
         (
