@@ -4,10 +4,9 @@ from kvmsec.config import load_config
 from kvmsec.errors import KvmsecError
 from kvmsec.node.host import Host
 from kvmsec.paths import Paths
-from uidpool import accounts, provision
+from uidpool import provision
 from uidpool.accounts import AccountRules
 from uidpool.claims import State
-from uidpool.errors import UnfitUids
 from uidpool.provision import Plan, Removal
 from uidpool.ranges import UidRanges
 from uidpool.snapshot import Snapshot
@@ -40,13 +39,9 @@ async def apply(wanted: Plan) -> None:
 def sysusers_file(paths: Paths, pool: UidRanges) -> str:
     """All users of the pool as a file for /etc/sysusers.d. Raises what `plan` raises.
 
-    Users that are here already are judged as well: a file with a uid of somebody else's must not
-    be shipped to other nodes.
+    A file with a uid of somebody else's must not be shipped to other nodes, so it is judged here.
     """
     plan(paths, pool)
-    found = accounts.check_pool(pool, _rules(paths))
-    if unfit := [one for one in found if one.code != "missing"]:
-        raise UnfitUids(unfit)
     return provision.sysusers_text(pool)
 
 

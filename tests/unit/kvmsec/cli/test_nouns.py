@@ -274,8 +274,8 @@ def test_an_unfit_pool_is_refused_whatever_is_asked_for(
 
 @pytest.mark.root
 def test_a_shipped_file_holds_nobody_else_s_uid(run: Any) -> None:
-    """uid 65534 is a user of every host, so making it is no question."""
-    assert run("uids", "provision", "65534", "--dry-run").exit_code == 0
+    """uid 65534 is a user of every host: it is there, and fit for no pool."""
+    assert run("uids", "provision", "65534", "--dry-run").exit_code == 1
     assert run("uids", "provision", "65534", "--format", "sysusers").exit_code == 1
 
 
