@@ -101,7 +101,12 @@ def _write_zero(path: str) -> None:
 
 
 def _limit_resources(jail: Jail) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # One byte is too little for a file, and the one value for which the kernel starts no program
+    # of the node's that a core is piped to either, as it does for zero (core(5)). Only downward,
+    # which takes no capability.
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    size_bytes = 1 if most == resource.RLIM_INFINITY else min(most, 1)
+    resource.setrlimit(resource.RLIMIT_CORE, (size_bytes, size_bytes))
     # A daemon that the kernel is told to spare would hand that down to its guests. Only upward,
     # which takes no capability.
     if _is_spared():

@@ -191,7 +191,7 @@ def _leads_a_life_of_its_own(qemu: Running) -> None:
     assert "\nUmask:\t0077\n" in status
     assert "\nNSpid:\t" in status and status.partition("NSpid:")[2].split("\n")[0].endswith("\t1")
     core = next(line for line in qemu.read("limits").split("\n") if line.startswith("Max core"))
-    assert core.split()[4:6] == ["0", "0"]
+    assert core.split()[4:6] == ["1", "1"]
     assert qemu.read("environ") == "PATH=/usr/bin\0LC_ALL=C\0"
     assert qemu.read("stat").rpartition(")")[2].split()[4] == "0", "it has a terminal"
     assert os.getsid(qemu.pid) == qemu.pid

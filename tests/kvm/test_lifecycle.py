@@ -80,7 +80,7 @@ def check_confinement(lab: Any, started: Any) -> None:
         assert seen.capabilities == (0,) * 5
         assert seen.no_new_privs and seen.seccomp == 2
     assert (proc / "environ").read_bytes() == b"PATH=/usr/bin\0LC_ALL=C\0"
-    assert [line.split()[4:6] for line in _lines(proc / "limits", "Max core")] == [["0", "0"]]
+    assert [line.split()[4:6] for line in _lines(proc / "limits", "Max core")] == [["1", "1"]]
     assert _lines(proc / "status", "Umask") == ["Umask:\t0077"]
     for kind in NAMESPACES:
         assert os.readlink(proc / "ns" / kind) != os.readlink(f"/proc/self/ns/{kind}")

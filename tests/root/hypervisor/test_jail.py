@@ -324,7 +324,7 @@ def test_the_kernel_says_that_nothing_is_left_of_root(build: Build, who: Credent
     assert (status.groups, status.capabilities) == ((), (0,) * 5)
     assert status.no_new_privs
     assert umask == "0077"
-    assert next(line for line in limits.split("\n") if "core" in line).split()[4:6] == ["0", "0"]
+    assert next(line for line in limits.split("\n") if "core" in line).split()[4:6] == ["1", "1"]
     assert environment == b"PATH=/usr/bin\0LC_ALL=C\0"
     assert (shared, terminal, session, innermost) == ([], "0", pid, "1")
 
