@@ -42,7 +42,10 @@ def provision(
 ) -> None:
     """Make the users of POOL (such as 1000-5000,8000) on this node.
 
-    Users that are there already are left alone.
+    Users that are there already are left alone, or refused if they are unfit for a pool.
+
+    --remove refuses uids that an instance of any root of this host has, or that are in the pool of
+    this root, of / or of a root that a held or resting uid is of. Other roots are not known.
     """
     from kvmsec.node import provisioning
 

@@ -1,26 +1,31 @@
 """The pool's users on this node: what to make, and what may be taken back."""
 
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
 from kvmsec.config import load_config
 from kvmsec.errors import KvmsecError
 from kvmsec.node.host import Host
 from kvmsec.paths import Paths
 from uidpool import provision
 from uidpool.accounts import AccountRules
-from uidpool.claims import State
+from uidpool.claims import State, UidState
 from uidpool.provision import Plan, Removal
 from uidpool.ranges import UidRanges
 from uidpool.snapshot import Snapshot
 
 
 class StillInPool(KvmsecError):
-    """Users can't be removed while their uids are in the cluster's pool."""
+    """Users can't be removed while their uids are in the pool of a cluster of this host."""
 
-    def __init__(self, uids: UidRanges) -> None:
+    def __init__(self, uids: UidRanges, root: Path) -> None:
         super().__init__(
-            f"these uids are in the cluster's pool: {uids}",
-            hint=f"take them out of it first: kvmsec cluster modify --remove-uids {uids}",
+            f"these uids are in the cluster's pool below {root}: {uids}",
+            hint="take them out of it first: "
+            f"kvmsec --root {root} cluster modify --remove-uids {uids}",
         )
         self.uids = uids
+        self.root = root
 
 
 def plan(paths: Paths, pool: UidRanges) -> Plan:
@@ -56,12 +61,22 @@ def plan_removal(paths: Paths, pool: UidRanges) -> Removal:
     and StillInPool for uids that the next start could draw.
     """
     host = Host(paths)
-    cluster, _ = host.store.load()
-    if cluster is not None and (drawable := pool & cluster.uid_pool):
-        raise StillInPool(drawable)
     known = host.claims.states()
+    for root in _known_roots(host, known):
+        cluster, _ = Host(Paths(root)).store.load()
+        if cluster is not None and (drawable := pool & cluster.uid_pool):
+            raise StillInPool(drawable, root)
     held = UidRanges.of_uids(one.uid for one in known if one.state is not State.RESTING)
     return provision.plan_removal(pool, Snapshot.read(), leased=held)
+
+
+def _known_roots(host: Host, known: Iterable[UidState]) -> Iterator[Path]:
+    """This root, the host's own, and those that a uid's record names.
+
+    Nothing lists the roots of a host: one whose instances left no record is not found.
+    """
+    named = {one.root for one in known if one.root}
+    yield from sorted({host.paths.root, Path("/"), *map(Path, named)})
 
 
 async def remove(paths: Paths, pool: UidRanges) -> Removal:
