@@ -66,11 +66,11 @@ def shell(lab) -> Shell:
 
 
 @pytest.fixture
-def web(shell: Shell) -> Iterator[Shell]:
-    """The same with the instance `web` running."""
-    shell.start("web")
+def web(shell: Shell, lab) -> Iterator[Shell]:
+    """The same with the instance `web` running, which the command neither starts nor stops."""
+    lab.start()
     yield shell
-    shell.run("instance", "stop", "web", "--force")
+    lab.stop()
 
 
 def test_an_admin_s_day(tmp_path: Path, accelerator_in_use: str, lab) -> None:

@@ -297,7 +297,7 @@ def test_what_the_guest_wrote_is_in_the_hosts_file(start: Start, disk: Path, dev
 
 @pytest.mark.parametrize("device", ["ide-hd", "virtio-blk-pci"])
 def test_commands_wait_while_the_disk_is_busy(start: Start, disk: Path, device: str) -> None:
-    slow = disk_options(disk, device, "throttling.iops-total=20")
+    slow = disk_options(disk, device, "throttling.iops-total=60")
     guest = start(*slow, disk=device.split("-")[0])
     guest.say(b"4" + b"w" * 20 + b"eafter\n")
     assert guest.hear_line() == "SECTOR 4"

@@ -8,7 +8,7 @@ import pytest
 
 from firewall.backend import Backend, make_backend
 from kvmsec.linux import command
-from tests.contract.firewall.test_cookies import RawPeer, by_zero_window, raw_peer
+from tests.contract.firewall.test_cookies import RawPeer, by_zero_window, each_filter, raw_peer
 
 __all__ = ["raw_peer"]
 
@@ -27,6 +27,7 @@ def nothing_but_cookies(net: Any) -> Iterator[None]:
     COOKIES.write_text(before)
 
 
+@each_filter
 @pytest.mark.usefixtures("nothing_but_cookies")
 def test_a_listener_that_never_answered_otherwise_gets_nothing_out(
     net: Any, raw_peer: RawPeer, backend: Backend

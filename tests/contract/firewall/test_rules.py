@@ -14,6 +14,10 @@ from kvmsec.linux.children import start_child
 pytestmark = [pytest.mark.root, pytest.mark.netfilter, pytest.mark.usefixtures("warm")]
 
 
+# What is written into a rule is worded before either way to nft is taken.
+each_wording = pytest.mark.parametrize("make", ["nftables", "iptables"], indirect=True)
+
+
 def test_nothing_is_there_before(host, backend):
     assert backend.read() is None
     assert {finding.code for finding in backend.compare(host.policy())} >= {"rules-missing"}
@@ -69,6 +73,7 @@ def test_counters_outlive_a_change_of_the_pool_and_of_the_log(net, backend):
     assert (backend.dropped().ipv4, backend.dropped().ipv6) == (1, 1)
 
 
+@each_wording
 @pytest.mark.parametrize("per_minute", [1, 5, 6, 7, 59, 60, 61, 90, 1000, 1234, 10000])
 def test_every_log_rate_reads_back(host, backend, per_minute):
     policy = host.policy(per_minute=per_minute)
@@ -76,6 +81,7 @@ def test_every_log_rate_reads_back(host, backend, per_minute):
     assert backend.compare(policy) == ()
 
 
+@each_wording
 @pytest.mark.parametrize("group", [None, 0, 1, 65535])
 @pytest.mark.parametrize("prefix", ["x", "kvmsec-drop: ", "a b c!#%&()*+,-./:;<=>?@", "p" * 29])
 def test_every_log_setting_reads_back(host, make, group, prefix):

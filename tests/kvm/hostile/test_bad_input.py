@@ -160,8 +160,13 @@ def test_a_disk_that_is_none_is_refused(
     error = place.refused(kind, disks=[{"path": str(path), "format": format_}])
     assert str(path) in error.message
     assert words in error.message
-    option = f"{path},format={format_}"
-    said = place.kvmsec("instance", "start", "web", *TINY, "--disk", option)
+
+
+def test_the_command_says_of_a_disk_what_the_library_does(place: Any) -> None:
+    disk = place.lab.root / "disk"
+    disk.mkdir()
+    error = place.refused(NotAnImage, disks=[{"path": str(disk)}])
+    said = place.kvmsec("instance", "start", "web", *TINY, "--disk", f"{disk},format=raw")
     assert (said.status, said.err.splitlines()[0]) == (1, f"kvmsec: {error.message}")
 
 
