@@ -22,6 +22,7 @@ from attrs import frozen
 from hypervisor.cgroup_mounts import Mount, lines_of, mounted
 from hypervisor.errors import HypervisorError
 from kvmsec.linux import processes
+from kvmsec.linux.readiness import is_readable, is_ready
 
 DEFAULT_PARENT: Final = "kvmsec"
 # `memory` counts out-of-memory kills; `pids` is one that nearly every kernel has.
@@ -76,10 +77,6 @@ class InstanceCgroup:
                 if "oom_kill" in counts:
                     return int(counts["oom_kill"])
         return 0
-
-    def pids(self) -> frozenset[int]:
-        """The processes in it; 0 stands for those of a PID namespace that the caller can't see."""
-        return frozenset(pid for path in self.paths for pid in _pids_below(path))
 
     def kill(self, timeout_s: float) -> bool:
         """SIGKILL everything in it until it is empty; False when something outlives that.
@@ -174,11 +171,6 @@ class Hierarchy:
             for instance, paths in sorted(found.items())
             if instance not in known
         }
-
-
-def leaked(tag: str, known: Collection[str], parent: str | None = None) -> list[InstanceCgroup]:
-    """The groups of this tag on this host whose instance is not among the `known`."""
-    return list(Hierarchy.detect().leaked(tag, known, parent).values())
 
 
 def _escape(instance: str) -> str:
@@ -306,7 +298,7 @@ def _kill_each(path: str, deadline: float) -> bool:
             for pidfd in doomed:
                 processes.kill(pidfd)
             for pidfd in doomed:
-                if not _is_readable(pidfd, select.POLLIN, deadline):
+                if not is_readable(pidfd, deadline - time.monotonic()):
                     return False
         finally:
             for pidfd in pidfds.values():
@@ -321,12 +313,6 @@ def _open_pidfd(pid: int) -> int | None:
         return None
 
 
-def _is_readable(descriptor: int, event: int, deadline: float) -> bool:
-    poll = select.poll()
-    poll.register(descriptor, event)
-    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-
-
 def _wait_until_empty(path: str, deadline: float) -> bool:
     """Wait for a version 2 group's `populated 0`, which the kernel tells by POLLPRI."""
     try:
@@ -335,7 +321,7 @@ def _wait_until_empty(path: str, deadline: float) -> bool:
         return not _pids_below(path)  # Version 1, or gone.
     try:
         while b"populated 1" in os.pread(descriptor, 4096, 0):
-            if not _is_readable(descriptor, select.POLLPRI, deadline):
+            if not is_ready(descriptor, select.POLLPRI, deadline - time.monotonic()):
                 return False
     except OSError as error:
         if error.errno != errno.ENODEV:

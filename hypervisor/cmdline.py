@@ -6,6 +6,7 @@ has it. Every value goes in as JSON or with its commas doubled, so that none can
 
 import json
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
@@ -46,8 +47,7 @@ class Grants:
     """What was opened or put into the jail for one start of one machine.
 
     qmp, serial: listening unix sockets. serial_log: a file in the jail that gets what the guest
-    prints. disks: for each disk its chain, the definition's own image first. kvm: a descriptor of
-    /dev/kvm for a QEMU with `fdset_kvm`; None when the jail has the node. firmware, kernel,
+    prints. disks: for each disk its chain, the definition's own image first. firmware, kernel,
     initrd: paths in the jail.
     """
 
@@ -56,7 +56,6 @@ class Grants:
     serial_log: PurePosixPath | None = None
     disks: tuple[tuple[ImageGrant, ...], ...] = ()
     nics: tuple[NicGrant, ...] = ()
-    kvm: int | None = None
     firmware: PurePosixPath | None = None
     kernel: PurePosixPath | None = None
     initrd: PurePosixPath | None = None
@@ -77,11 +76,9 @@ def build(
     """
     _require(machine, features, accelerator)
     _require_grants(machine, grants)
-    if grants.kvm is not None and not features.fdset_kvm:
-        raise ValueError("this QEMU takes no descriptor of /dev/kvm: give the jail a node")
     return (
         *_process(machine),
-        *_board(machine, grants, accelerator),
+        *_board(machine, accelerator),
         *_boot(machine, grants),
         *_monitor(grants),
         *_serial(grants),
@@ -104,8 +101,15 @@ def _require(machine: Machine, features: Features, accelerator: str) -> None:
         raise lacks(f"has no machine type {machine.machine}", f"it has {boards}, among others")
     if machine.cpu == "host" and accelerator != "kvm":
         raise lacks("has the CPU model host under KVM only", "take cpu = max")
+    if machine.cpu is not None and machine.cpu not in features.cpus:
+        raise lacks(f"has no CPU model {machine.cpu}", _near(machine.cpu, features.cpus))
     for model in sorted({name for name in _models(machine) if name not in features.devices}):
         raise lacks(f"has no device {model}")
+
+
+def _near(model: str, known: Sequence[str]) -> str:
+    similar = get_close_matches(model, known) or [name for name in ("host", "max") if name in known]
+    return f"it has {', '.join(similar)}, among others (QEMU's `-cpu help` lists them)"
 
 
 def _require_grants(machine: Machine, grants: Grants) -> None:
@@ -149,16 +153,12 @@ def _process(machine: Machine) -> Iterator[str]:
     yield from ("-msg", "timestamp=on", "-rtc", "base=utc")
 
 
-def _board(machine: Machine, grants: Grants, accelerator: str) -> Iterator[str]:
+def _board(machine: Machine, accelerator: str) -> Iterator[str]:
     # No core file holds guest memory, and KSM, which tells by its timing what a neighbour's
     # pages hold, merges none of it.
     board = _options(type=machine.machine, usb="off", dump_guest_core="off", mem_merge="off")
     yield from ("-machine", board)
-    if accelerator == "kvm" and grants.kvm is not None:
-        yield from _descriptor(grants.kvm)
-        yield from ("-accel", _options("kvm", device=_set_path(grants.kvm)))
-    else:
-        yield from ("-accel", accelerator)
+    yield from ("-accel", accelerator)
     if machine.cpu is not None:
         yield from ("-cpu", machine.cpu)
     yield from ("-m", _options(size=f"{machine.memory_mib}M"))

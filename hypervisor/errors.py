@@ -98,6 +98,7 @@ class ClosureError(HypervisorError):
     """What QEMU needs to run could not be worked out."""
 
     def __init__(self, binary: Path, problem: str, *, hint: str | None = None) -> None:
-        super().__init__(f"{binary}: {problem}", hint=hint)
+        mend = "install it anew with its libraries and data, or name another with --qemu"
+        super().__init__(f"{binary}: {problem}", hint=hint or mend)
         self.binary = binary
         self.problem = problem

@@ -47,9 +47,8 @@ class Features:
     machines: the machine types among those that a definition may name; aliases too.
     devices: those of `DEVICES` that it has.
     accelerators: "kvm" and "tcg", as far as they were built in (/dev/kvm is another question).
-    fdset_kvm: `-accel kvm,device=/dev/fdset/N` is there (QEMU 9.0), so that KVM needs no path.
+    cpus: the CPU models that a definition may name.
     sandbox: it was built with seccomp and knows every control of `-sandbox` that is denied.
-    run_with: it has `-run-with` (QEMU 8.1), which took the place of -runas and -chroot.
     """
 
     version: tuple[int, int, int]
@@ -57,9 +56,8 @@ class Features:
     machines: tuple[str, ...]
     devices: tuple[str, ...]
     accelerators: tuple[str, ...]
-    fdset_kvm: bool
+    cpus: tuple[str, ...]
     sandbox: bool
-    run_with: bool
 
     @property
     def version_text(self) -> str:
@@ -159,11 +157,10 @@ def _ask(binary: Path, credentials: Credentials | None, timeout_s: float) -> Ans
 def _commands() -> Iterator[dict[str, object]]:
     yield {"execute": "qmp_capabilities"}
     yield {"execute": "query-machines", "id": "machines"}
+    yield {"execute": "query-cpu-definitions", "id": "cpus"}
     yield {"execute": "query-command-line-options", "id": "options"}
     for name in (*DEVICES, "kvm-accel", "tcg-accel"):
         yield {"execute": "qom-list-types", "arguments": {"implements": name}, "id": name}
-    kvm = {"typename": "kvm-accel"}
-    yield {"execute": "qom-list-properties", "arguments": kvm, "id": "kvm properties"}
     yield {"execute": "quit"}
 
 
@@ -206,16 +203,14 @@ def _features(version: tuple[int, int, int], package: str, replies: dict[str, An
         option["option"]: {parameter["name"] for parameter in option["parameters"]}
         for option in replies["options"]
     }
-    properties = {each["name"] for each in replies.get("kvm properties", ())}
     return Features(
         version=version,
         package=package,
         machines=tuple(sorted(set(_machine_types(replies["machines"])))),
         devices=tuple(name for name in DEVICES if replies[name]),
         accelerators=tuple(name for name in ("kvm", "tcg") if replies[f"{name}-accel"]),
-        fdset_kvm="device" in properties,
+        cpus=tuple(sorted(cpu["name"] for cpu in replies["cpus"])),
         sandbox=parameters.get("sandbox", set()) >= _SANDBOX_CONTROLS,
-        run_with="run-with" in parameters,
     )
 
 

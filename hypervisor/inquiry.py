@@ -11,7 +11,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from attrs import frozen
@@ -48,7 +48,6 @@ def inquire(
     credentials: Credentials | None,
     timeout_s: float,
     input: bytes = b"",  # noqa: A002  (the name that subprocess gave it)
-    environment: Mapping[str, str] | None = None,
 ) -> Answer:
     """Run a program with `input` for at most `timeout_s` seconds and return what it said.
 
@@ -59,7 +58,7 @@ def inquire(
     def ask() -> dict[str, object]:
         if credentials is not None:
             _leave_the_host(credentials)
-        return _converse(argv, input, {**ENVIRONMENT, **(environment or {})}, timeout_s)
+        return _converse(argv, input, timeout_s)
 
     told = run_in_child(ask, what=f"asking {argv[0]}", timeout_s=timeout_s + _GRACE_S)
     return Answer(
@@ -75,9 +74,7 @@ def _leave_the_host(credentials: Credentials) -> None:
     become(credentials)
 
 
-def _converse(
-    argv: Sequence[str], question: bytes, environment: Mapping[str, str], timeout_s: float
-) -> dict[str, object]:
+def _converse(argv: Sequence[str], question: bytes, timeout_s: float) -> dict[str, object]:
     deadline = time.monotonic() + timeout_s
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with subprocess.Popen(
@@ -85,7 +82,7 @@ def _converse(
         stdin=_asked(question),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=dict(environment),
+        env=ENVIRONMENT,
         cwd="/",
         start_new_session=True,
     ) as process:

@@ -11,7 +11,7 @@ from hypervisor.images.errors import (
     NotAnImage,
 )
 from hypervisor.images.identity import ImageIdentity
-from hypervisor.images.opening import OpenImage, open_chain, open_chains
+from hypervisor.images.opening import OpenImage, open_chains
 
 __all__ = (
     "BackingMismatch",
@@ -25,6 +25,5 @@ __all__ = (
     "NotAnImage",
     "OpenImage",
     "chain_of",
-    "open_chain",
     "open_chains",
 )

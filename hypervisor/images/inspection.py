@@ -53,12 +53,8 @@ def _inspect(fd: int, size_bytes: int) -> dict[str, Any]:
         return {_MALFORMED: str(error)}
     name = header.backing_name
     return {
-        "version": header.version,
-        "virtual_size_bytes": header.virtual_size_bytes,
-        "cluster_size_bytes": header.cluster_size_bytes,
         "backing_name": None if name is None else name.hex(),
         "backing_format": header.backing_format,
-        "is_dirty": header.is_dirty,
         "refusals": list(header.refusals),
     }
 
@@ -69,11 +65,7 @@ def _header_from(path: Path, answer: dict[str, Any]) -> Qcow2Header:
         raise HeaderRefused(path, escaped(str(answer[_MALFORMED])))
     name, backing_format = answer["backing_name"], answer["backing_format"]
     return Qcow2Header(
-        version=int(answer["version"]),
-        virtual_size_bytes=int(answer["virtual_size_bytes"]),
-        cluster_size_bytes=int(answer["cluster_size_bytes"]),
         backing_name=None if name is None else bytes.fromhex(name),
         backing_format=None if backing_format is None else escaped(str(backing_format)),
-        is_dirty=bool(answer["is_dirty"]),
         refusals=tuple(escaped(str(refusal)) for refusal in answer["refusals"]),
     )

@@ -50,8 +50,6 @@ class OpenImage:
     format: ImageFormat
     readonly: bool
     identity: ImageIdentity
-    virtual_size_bytes: int
-    """What the guest sees: the header's word for qcow2, the file's or device's size for raw."""
 
     @property
     def kind(self) -> Kind:
@@ -70,16 +68,6 @@ class _Candidate:
     fd: int
     identity: ImageIdentity
     size_bytes: int = field(kw_only=True)
-
-
-def open_chain(
-    chain: Sequence[ImageFile],
-    *,
-    inspector: Credentials,
-    timeout_s: float = INSPECTION_TIMEOUT_S,
-) -> tuple[OpenImage, ...]:
-    """Open one disk and the files behind it; see `open_chains`."""
-    return open_chains([chain], inspector=inspector, timeout_s=timeout_s)[0]
 
 
 def open_chains(
@@ -120,9 +108,7 @@ def _open_checked(
         for chain in chains:
             images = []
             for candidate in chain:
-                header = headers.get(candidate.fd)
-                size = header.virtual_size_bytes if header else candidate.size_bytes
-                images.append(_open_for_qemu(candidate, size))
+                images.append(_open_for_qemu(candidate))
                 undo.callback(images[-1].close)
             opened.append(tuple(images))
         undo.pop_all()
@@ -153,7 +139,7 @@ def _reach(reading: ExitStack, image: ImageFile) -> _Candidate:
     return _Candidate(image, fd, identity, size_bytes=size)
 
 
-def _open_for_qemu(candidate: _Candidate, virtual_size_bytes: int) -> OpenImage:
+def _open_for_qemu(candidate: _Candidate) -> OpenImage:
     image = candidate.image
     mode = os.O_RDONLY if image.readonly else os.O_RDWR
     return OpenImage(
@@ -162,7 +148,6 @@ def _open_for_qemu(candidate: _Candidate, virtual_size_bytes: int) -> OpenImage:
         format=image.format,
         readonly=image.readonly,
         identity=candidate.identity,
-        virtual_size_bytes=virtual_size_bytes,
     )
 
 
@@ -181,7 +166,11 @@ def _require_image(path: Path, status: os.stat_result) -> None:
     kind = stat.S_IFMT(status.st_mode)
     if kind not in (stat.S_IFREG, stat.S_IFBLK):
         what = _KINDS.get(kind, "of an unknown kind")
-        raise NotAnImage(path, f"is {what}, neither a regular file nor a block device")
+        raise NotAnImage(
+            path,
+            f"is {what}, neither a regular file nor a block device",
+            hint="name an image's file or a block device (`lsblk` shows them)",
+        )
 
 
 def _device_size(path: Path, fd: int) -> int:

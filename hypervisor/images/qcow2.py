@@ -57,12 +57,8 @@ class Qcow2Header:
     `refusals` holds what is well formed but not allowed here, every finding of it.
     """
 
-    version: int
-    virtual_size_bytes: int
-    cluster_size_bytes: int
     backing_name: bytes | None
     backing_format: str | None
-    is_dirty: bool
     refusals: tuple[str, ...]
 
 
@@ -125,12 +121,8 @@ def parse(read_at: ReadAt, size_bytes: int) -> Qcow2Header:
     _check_tables(fields, size_bytes)
     extensions = dict(_extensions(source, fields))
     return Qcow2Header(
-        version=fields.version,
-        virtual_size_bytes=fields.virtual_size_bytes,
-        cluster_size_bytes=fields.cluster_size_bytes,
         backing_name=_read_backing_name(source, fields),
         backing_format=_backing_format(extensions.get(_BACKING_FORMAT)),
-        is_dirty=bool(fields.incompatible & _DIRTY),
         refusals=tuple(_refusals(fields, compression, extensions)),
     )
 

@@ -51,8 +51,6 @@ class BoundedClient(QMPClient):
         self.logger = _SILENT
         self.log = EventLog()
         self.failure: MonitorError | None = None
-        self.unmatched = 0
-        """Replies that came for commands which nobody waits for any more."""
         self._busy_s = 0.0
         self._got_line_at: float | None = None
         self._sent = Message()
@@ -91,10 +89,8 @@ class BoundedClient(QMPClient):
     async def _bh_recv_message(self) -> None:
         try:
             await super()._bh_recv_message()
-        except BaseException as error:
-            if isinstance(error, Exception):
-                self.failure = self.explain(error)
-            self.log.end()
+        except Exception as error:
+            self.failure = self.explain(error)
             raise
 
     async def _do_recv(self) -> Message:
@@ -118,10 +114,8 @@ class BoundedClient(QMPClient):
             return
         self._check_reply(msg)
         waiting = self._pending.get(str(msg["id"]))
-        if waiting is not None and waiting.empty():
+        if waiting is not None and waiting.empty():  # Else nobody waits for it any more.
             waiting.put_nowait(msg)
-        else:
-            self.unmatched += 1
 
     async def _bh_flush_writer(self) -> None:
         """Flush nothing: whoever sent a command has waited for its reply, or given up on it."""

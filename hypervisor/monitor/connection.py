@@ -1,11 +1,10 @@
 """A connection to one QEMU's monitor, from its first byte to its end."""
 
 import asyncio
-import errno
 import os
 import socket
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
@@ -14,7 +13,6 @@ from qemu.qmp import (
     ConnectError,
     ExecInterruptedError,
     ExecuteError,
-    QMPError,
     Runstate,
     StateError,
 )
@@ -51,7 +49,6 @@ class Monitor:
 
     def __init__(self, client: BoundedClient) -> None:
         self._client = client
-        self._descriptor_turn = asyncio.Lock()
 
     @classmethod
     async def connect(cls, path: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Self:
@@ -113,66 +110,16 @@ class Monitor:
         reason = reason_against(command, arguments or {})
         if reason is not None:
             raise CommandForbidden(command, reason)
-        async with self._deadline(f"answer {command}", timeout_s):
-            return await self._ask(command, arguments)
-
-    async def execute_with_fd(
-        self,
-        command: str,
-        arguments: Mapping[str, Any],
-        descriptor: int,
-        *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> Any:
-        """Send a command that takes a descriptor (`getfd`, `add-fd`) along with it.
-
-        The caller keeps its own copy. QEMU holds on to the descriptor that came last, so these
-        commands go one at a time, and the connection is ended when one is not answered in time:
-        the next command might be given this one's descriptor. Raises what `execute` raises.
-        """
-        async with self._descriptor_turn:
-            try:
-                async with self._deadline(f"answer {command}", timeout_s):
-                    await self._send_descriptor(descriptor)
-                    return await self._ask(command, arguments)
-            except (MonitorTimedOut, asyncio.CancelledError) as error:
-                if isinstance(error, MonitorTimedOut):
-                    self._client.failure = error
-                await self.close()
-                raise
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._ask(command, arguments)
+        except TimeoutError:
+            raise MonitorTimedOut(f"answer {command}", timeout_s, self._client.evidence) from None
 
     @property
-    def position(self) -> int:
-        """Where the stream of events is now: give it to `wait_event` or `events` later."""
-        return self._client.log.position
-
-    @property
-    def dropped_events(self) -> int:
-        """How many events were dropped to keep memory bounded."""
-        return self._client.log.dropped
-
-    async def wait_event(
-        self, names: Iterable[str], *, timeout_s: float, after: int | None = None
-    ) -> Event:
-        """Wait for the first event with one of `names` from the position `after` on (None: now).
-
-        Take the position before the command that sets the event off. Raises MonitorTimedOut, and
-        what ended the connection.
-        """
-        wanted = (names,) if isinstance(names, str) else tuple(names)
-        start = self.position if after is None else after
-        async with self._deadline(f"send the event {' or '.join(wanted)}", timeout_s):
-            event = await self._client.log.next(wanted, start)
-        if event is None:
-            self._raise_ended()
-        return event
-
-    def events(self, *, after: int = 0) -> AsyncIterator[Event]:
-        """Yield events from the position `after` on until the connection ends (see `ended`).
-
-        A reader that falls behind by more than the events that are kept misses the oldest.
-        """
-        return self._client.log.follow(after)
+    def events(self) -> tuple[Event, ...]:
+        """The last events that came, oldest first, as far as they are kept."""
+        return tuple(self._client.log.kept)
 
     async def powerdown(self) -> None:
         """Press the guest's power button (ACPI); whether it reacts is the guest's affair."""
@@ -185,11 +132,6 @@ class Monitor:
     async def cont(self) -> None:
         """Let the guest's processors run."""
         await self.execute("cont")
-
-    async def quit(self) -> None:
-        """End QEMU at once; one that hangs up instead of answering has done so."""
-        with suppress(MonitorClosed):
-            await self.execute("quit")
 
     async def status(self) -> str:
         """The run state (`running`, `paused`, `prelaunch`, …); see QEMU's qapi/run-state.json."""
@@ -218,7 +160,8 @@ class Monitor:
         await self.close()
 
     async def _ask(self, command: str, arguments: Mapping[str, Any] | None) -> Any:
-        self._require_room()
+        if self._client.unsent_bytes > UNSENT_LIMIT_BYTES:
+            raise MonitorTimedOut("read what it is sent", 0, self._client.evidence)
         try:
             return await self._client.execute(command, arguments)
         except ExecuteError as error:
@@ -226,39 +169,10 @@ class Monitor:
         except (ExecInterruptedError, StateError):
             self._raise_ended()
 
-    async def _send_descriptor(self, descriptor: int) -> None:
-        self._require_room()
-        try:
-            # Behind what asyncio still holds, it would end up in the middle of a command.
-            if self._client.unsent_bytes:
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            self._client.send_fd_scm(descriptor)
-        except BlockingIOError:
-            raise self._not_reading() from None
-        except StateError:
-            self._raise_ended()
-        except (BrokenPipeError, ConnectionError, QMPError) as error:
-            raise self._client.explain(error) from error
-
-    def _require_room(self) -> None:
-        if self._client.unsent_bytes > UNSENT_LIMIT_BYTES:
-            raise self._not_reading()
-
-    def _not_reading(self) -> MonitorTimedOut:
-        return MonitorTimedOut("read what it is sent", 0, self._client.evidence)
-
     def _raise_ended(self) -> NoReturn:
         raise self.ended or MonitorClosed(
             "the connection to QEMU's monitor was lost", self._client.evidence
         )
-
-    @asynccontextmanager
-    async def _deadline(self, what: str, timeout_s: float) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(timeout_s):
-                yield
-        except TimeoutError:
-            raise MonitorTimedOut(what, timeout_s, self._client.evidence) from None
 
 
 async def _greet(connected: socket.socket, deadline: float, timeout_s: float) -> BoundedClient:

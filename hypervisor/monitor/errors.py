@@ -78,6 +78,6 @@ class CommandForbidden(MonitorError):
         super().__init__(
             f"{command} is never sent: {reason}",
             Evidence(),
-            hint="migrate over a descriptor (getfd, then fd:NAME)",
+            hint="migrate over a socket (unix:PATH)",
         )
         self.command = command

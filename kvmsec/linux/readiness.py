@@ -9,6 +9,11 @@ def is_readable(descriptor: int, timeout_s: float) -> bool:
 
     A pidfd is readable once its process, and every thread of it, has ended.
     """
+    return is_ready(descriptor, select.POLLIN, timeout_s)
+
+
+def is_ready(descriptor: int, events: int, timeout_s: float) -> bool:
+    """Wait at most `timeout_s` seconds for one of the events of poll(2), an error or a hang-up."""
     poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
+    poll.register(descriptor, events)
     return bool(poll.poll(max(0, math.ceil(timeout_s * 1000))))

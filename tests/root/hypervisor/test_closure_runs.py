@@ -188,9 +188,7 @@ def new_tap() -> int:
     return tap
 
 
-def grants_for(
-    machine: Machine, features: Features, accelerator: Accelerator, stack: ExitStack, place: Path
-) -> tuple[Grants, list[int]]:
+def grants_for(machine: Machine, stack: ExitStack, place: Path) -> tuple[Grants, list[int]]:
     """Open everything that the machine needs, as root; QEMU gets the same numbers."""
     opened: list[int] = []
 
@@ -205,7 +203,6 @@ def grants_for(
     def in_jail(name: str) -> PurePosixPath | None:
         return None if getattr(machine, name) is None else PurePosixPath("/boot", name)
 
-    takes_kvm = accelerator == "kvm" and features.fdset_kvm
     grants = Grants(
         qmp=keep(listener(place / "qmp").detach()),
         serial=keep(listener(place / "serial").detach()),
@@ -215,7 +212,6 @@ def grants_for(
             for disk in machine.disks
         ),
         nics=tuple(NicGrant(keep(new_tap())) for _ in machine.nics),
-        kvm=keep(os.open("/dev/kvm", os.O_RDWR)) if takes_kvm else None,
         firmware=in_jail("firmware"),
         kernel=in_jail("kernel"),
         initrd=in_jail("initrd"),
@@ -228,7 +224,7 @@ def started(
     machine: Machine, features: Features, closure: Closure, accelerator: Accelerator, place: Path
 ) -> Iterator[Guest]:
     with ExitStack() as stack:
-        grants, opened = grants_for(machine, features, accelerator, stack, place)
+        grants, opened = grants_for(machine, stack, place)
         argv = build(machine, features, grants, accelerator=accelerator)
         pairs = "".join(f"{source} {inside}\n" for source, inside in closure.binds)
         tree, boot = str(place / "tree"), str(place / "boot")

@@ -7,7 +7,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,9 @@ from hypervisor.images import (
     ImageUsedTwice,
     NotAnImage,
     OpenImage,
-    open_chain,
     open_chains,
 )
+from hypervisor.images.opening import INSPECTION_TIMEOUT_S
 from kvmsec.linux import command
 from kvmsec.linux.credentials import Credentials
 
@@ -34,9 +34,15 @@ MIB = 1 << 20
 Make = Callable[..., ImageFile]
 
 
+def open_chain(
+    chain: Sequence[ImageFile], *, timeout_s: float = INSPECTION_TIMEOUT_S
+) -> tuple[OpenImage, ...]:
+    return open_chains([chain], inspector=NOBODY, timeout_s=timeout_s)[0]
+
+
 def opened(*chain: ImageFile) -> list[OpenImage]:
     """What `open_chain` gives, already closed again."""
-    images = open_chain(chain, inspector=NOBODY)
+    images = open_chain(chain)
     for image in images:
         image.close()
     return list(images)
@@ -61,12 +67,12 @@ def block_device(vm: Path, make_raw: Make) -> Iterator[Path]:
 def test_a_raw_disk_is_opened_for_writing_and_stays_roots(vm: Path, make_raw: Make) -> None:
     disk = make_raw("disk.img")
 
-    (image,) = open_chain([disk], inspector=NOBODY)
+    (image,) = open_chain([disk])
     try:
         assert access_mode(image.fd) == os.O_RDWR
         assert os.get_blocking(image.fd)
         assert not os.get_inheritable(image.fd)
-        assert (image.kind, image.virtual_size_bytes) == ("file", MIB)
+        assert image.kind == "file"
         assert image.identity == ImageIdentity.of(disk.path.stat())
     finally:
         image.close()
@@ -77,7 +83,7 @@ def test_a_raw_disk_is_opened_for_writing_and_stays_roots(vm: Path, make_raw: Ma
 def test_a_read_only_disk_is_opened_for_reading(vm: Path, make_raw: Make) -> None:
     disk = make_raw("disk.img")
 
-    (image,) = open_chain([ImageFile(disk.path, readonly=True)], inspector=NOBODY)
+    (image,) = open_chain([ImageFile(disk.path, readonly=True)])
     try:
         assert access_mode(image.fd) == os.O_RDONLY
     finally:
@@ -89,11 +95,10 @@ def test_only_the_top_of_a_chain_can_be_written(vm: Path, make_qcow2: Make) -> N
     middle = make_qcow2("middle.qcow2", backing="base.qcow2")
     top = make_qcow2("top.qcow2", backing=middle.path)
 
-    images = open_chain([top, middle, base], inspector=NOBODY)
+    images = open_chain([top, middle, base])
     try:
         assert [access_mode(image.fd) for image in images] == [os.O_RDWR, *[os.O_RDONLY] * 2]
         assert [image.readonly for image in images] == [False, True, True]
-        assert {image.virtual_size_bytes for image in images} == {16 * MIB}
     finally:
         for image in images:
             image.close()
@@ -112,8 +117,9 @@ def test_what_is_missing_or_no_file_is_said(vm: Path) -> None:
         ("socket", "a socket"),
         ("tty", "a character device"),
     ):
-        with pytest.raises(NotAnImage, match=what):
+        with pytest.raises(NotAnImage, match=what) as caught:
             opened(ImageFile(vm / name))
+        assert "lsblk" in (caught.value.hint or "")
     with pytest.raises(ImageNotOpened, match=r"missing\.img can't be opened: No such file"):
         opened(ImageFile(vm / "missing.img"))
     with pytest.raises(ImageNotOpened, match="not an absolute path"):
@@ -208,7 +214,7 @@ def test_a_block_device_is_known_by_its_number(vm: Path, block_device: Path) -> 
 
     (seen,) = opened(ImageFile(block_device))
 
-    assert (seen.kind, seen.virtual_size_bytes) == ("block", MIB)
+    assert seen.kind == "block"
     assert seen.identity == ImageIdentity("block", number)
     with pytest.raises(ImageUsedTwice):
         open_chains([[ImageFile(block_device)], [ImageFile(vm / "alias")]], inspector=NOBODY)
@@ -217,10 +223,10 @@ def test_a_block_device_is_known_by_its_number(vm: Path, block_device: Path) -> 
 def test_the_descriptor_is_a_file_description_of_its_own(vm: Path, make_raw: Make) -> None:
     """Nobody may be left with a copy: QEMU's image locks live in the description."""
     disk = make_raw("disk.img")
-    (first,) = open_chain([disk], inspector=NOBODY)
+    (first,) = open_chain([disk])
     try:
         os.lseek(first.fd, 512, os.SEEK_SET)
-        (second,) = open_chain([disk], inspector=NOBODY)
+        (second,) = open_chain([disk])
         second_offset = os.lseek(second.fd, 0, os.SEEK_CUR)
         second.close()
         assert second_offset == 0

@@ -29,8 +29,7 @@ def program(tmp_path: Path) -> MakeProgram:
 def answers(
     *,
     version: tuple[int, int, int] = (9, 2, 1),
-    kvm_properties: tuple[str, ...] = ("device",),
-    options: tuple[str, ...] = ("sandbox", "run-with"),
+    options: tuple[str, ...] = ("sandbox",),
     lacking: tuple[str, ...] = (),
 ) -> str:
     """What a QEMU writes, as `cat` and a here-document."""
@@ -47,7 +46,7 @@ def answers(
             name: [] if name in lacking else [{"name": name}]
             for name in (*DEVICES, "kvm-accel", "tcg-accel")
         },
-        "kvm properties": [{"name": name} for name in kvm_properties],
+        "cpus": [{"name": "max"}, {"name": "EPYC"}],
     }
     lines = [{"QMP": {"version": numbers, "capabilities": []}}, {"return": {}}]
     lines += [{"return": reply, "id": name} for name, reply in replies.items()]
@@ -61,18 +60,15 @@ def test_what_qemu_says_is_understood(program: MakeProgram) -> None:
         machines=("pc-q35-9.2", "q35"),
         devices=DEVICES,
         accelerators=("kvm", "tcg"),
-        fdset_kvm=True,
+        cpus=("EPYC", "max"),
         sandbox=True,
-        run_with=True,
     )
 
 
 def test_what_an_older_build_lacks_is_seen(program: MakeProgram) -> None:
-    script = answers(
-        version=(7, 0, 0), kvm_properties=("type",), options=(), lacking=("tcg-accel", "e1000")
-    )
+    script = answers(version=(7, 0, 0), options=(), lacking=("tcg-accel", "e1000"))
     found = probe(program(script), credentials=None)
-    assert not (found.fdset_kvm or found.sandbox or found.run_with)
+    assert not found.sandbox
     assert found.accelerators == ("kvm",)
     assert "e1000" not in found.devices
     assert found.version_text == "7.0.0"

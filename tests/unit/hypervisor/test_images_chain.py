@@ -18,12 +18,8 @@ def header(
     backing: bytes | None = None, *, format_: str | None = None, refusals: tuple[str, ...] = ()
 ) -> Qcow2Header:
     return Qcow2Header(
-        version=3,
-        virtual_size_bytes=1 << 30,
-        cluster_size_bytes=65536,
         backing_name=backing,
         backing_format=format_,
-        is_dirty=False,
         refusals=refusals,
     )
 

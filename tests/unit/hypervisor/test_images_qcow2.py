@@ -83,12 +83,8 @@ def read(data: bytes) -> Qcow2Header:
 
 def test_a_plain_image_is_read() -> None:
     assert read(image()) == Qcow2Header(
-        version=3,
-        virtual_size_bytes=SIZE,
-        cluster_size_bytes=CLUSTER,
         backing_name=None,
         backing_format=None,
-        is_dirty=False,
         refusals=(),
     )
 
@@ -96,7 +92,7 @@ def test_a_plain_image_is_read() -> None:
 def test_version_2_has_no_features() -> None:
     header = read(image(version=2, backing=b"base.img"))
 
-    assert (header.version, header.backing_name) == (2, b"base.img")
+    assert header.backing_name == b"base.img"
     assert header.refusals == ()
 
 
@@ -109,10 +105,7 @@ def test_backing_name_and_format_are_read_past_other_extensions() -> None:
 
 
 def test_what_qemu_repairs_by_itself_is_no_refusal() -> None:
-    header = read(image(incompatible=1))
-
-    assert header.is_dirty
-    assert header.refusals == ()
+    assert read(image(incompatible=1)).refusals == ()
 
 
 @pytest.mark.parametrize("compression", [0, 1])
