@@ -48,12 +48,38 @@ def test_an_error_among_the_checks_is_status_3(run: Any, node: Any, command: lis
 
 
 def test_the_rules_are_shown_in_words_and_as_json(run: Any, node: Any) -> None:
-    node.rules = {"backend": "nftables", "families": ["ipv4", "ipv6"], "drops": [{"uid": 7}]}
+    drop = {
+        **{"at": "2024-05-01T10:00:00+00:00", "uid": 30001, "interface": "eth0\x1b"},
+        **{"source": "192.0.2.1", "destination": "192.0.2.9", "protocol": "UDP"},
+        **{"port": 53, "is_canary": False},
+    }
+    node.rules = {
+        **{"backend": "nftables", "tag": "kvmsec", "uids": "30000-30009"},
+        **{"families": ["ipv4", "ipv6"], "dropped_packets": 4, "dropped": {"ipv4": 3, "ipv6": 1}},
+        "rules": ["table inet kvmsec {", "chain output {", "meta skuid @pool drop", "}", "}"],
+        "log": {"prefix": "kvmsec-drop: ", "group": None},
+        **{"last_drops": [drop], "last_drops_note": None},
+    }
 
-    assert run("firewall", "show").stdout == (
-        "backend:      nftables\nfamilies:     ipv4, ipv6\ndrops[0].uid: 7\n"
-    )
+    assert run("firewall", "show").stdout.splitlines() == [
+        "backend:  nftables",
+        "tag:      kvmsec",
+        "uids:     30000-30009",
+        "families: ipv4, ipv6",
+        "dropped packets: 4 (ipv4 3, ipv6 1)",
+        "last drops:",
+        "  2024-05-01T10:00:00+00:00 uid 30001: UDP to 192.0.2.9 port 53 by eth0\\x1b",
+        "rules:",
+        *("  table inet kvmsec {", "    chain output {", "      meta skuid @pool drop"),
+        *("    }", "  }"),
+    ]
     assert json.loads(run("firewall", "show", "--json").stdout) == node.rules
+
+
+def test_where_no_rules_are_in_force_that_is_all_that_is_said(run: Any, node: Any) -> None:
+    node.rules = {"backend": None}
+
+    assert run("firewall", "show").stdout == "no packet rules of this root are in force\n"
 
 
 @pytest.mark.parametrize(
