@@ -83,6 +83,6 @@ def verify(session: Session, as_json: bool) -> None:
 @click.option("--force", is_flag=True, help="Even while instances run under them.")
 @pass_session
 def remove(session: Session, force: bool) -> None:
-    """Take the rules away."""
+    """Take the rules away; refused while instances run under them."""
     session.run(lambda node: node.remove_rules(force=force))
     say("the packet rules are gone")

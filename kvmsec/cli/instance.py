@@ -118,7 +118,7 @@ def _warn_about(info: InstanceInfo) -> None:
 @click.option("--force", is_flag=True, help="Kill it at once.")
 @pass_session
 def stop(session: Session, name: str, timeout_s: float, force: bool) -> None:
-    """Stop the instance NAME; its uid is clean and released then."""
+    """Stop the instance NAME; its uid is released once it is clean."""
     info = session.run(lambda node: node.stop(name, timeout_s=timeout_s, force=force))
     say(_state_of(info))
 

@@ -92,7 +92,7 @@ def _counted(uids: UidRanges) -> str:
 
 
 @uids.command("list")
-@click.option("--all", "with_free", is_flag=True, help="The free ones as well.")
+@click.option("--all", "with_free", is_flag=True, help="The free ones as well, 10,000 at most.")
 @json_option
 @pass_session
 def list_uids(session: Session, with_free: bool, as_json: bool) -> None:
