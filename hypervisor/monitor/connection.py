@@ -30,12 +30,11 @@ from hypervisor.monitor.errors import (
 )
 from hypervisor.monitor.events import Event
 from hypervisor.monitor.forbidden import reason_against
+from kvmsec.linux import unix_sockets
 
 DEFAULT_TIMEOUT_S: Final = 10.0
 
-_SOCKET_PATH_LIMIT_BYTES: Final = 107  # sun_path of unix(7) without its final zero
 _BACKLOG_RETRY_S: Final = 0.05
-_SO_PASSRIGHTS: Final = 83  # linux/include/uapi/asm-generic/socket.h, Linux 6.16
 _TAKEN_HINT: Final = "QEMU serves one monitor client at a time: another process may be connected"
 
 
@@ -193,44 +192,8 @@ async def _greet(connected: socket.socket, deadline: float, timeout_s: float) ->
 
 async def _connect_unix(path: Path) -> socket.socket:
     """Connect, waiting while the server's backlog is full; raises OSError."""
-    connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connecting.setblocking(False)
-        _refuse_descriptors(connecting)
-        while not _connect_once(connecting, path):
-            # The kernel says EAGAIN and offers nothing to wait on (connect(2), AF_UNIX).
-            await asyncio.sleep(_BACKLOG_RETRY_S)
-    except BaseException:
-        connecting.close()
-        raise
-    return connecting
-
-
-def _refuse_descriptors(connecting: socket.socket) -> None:
-    """Let nobody pass a descriptor to this socket, where the kernel can see to that.
-
-    Nothing here would take one, so the kernel closes it in the midst of our reading; and to close
-    a TCP connection of the sender's can wait for as long as that has set (socket(7), SO_LINGER),
-    which no deadline of ours ends.
-    """
-    with suppress(OSError):
-        connecting.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
-
-
-def _connect_once(connecting: socket.socket, path: Path) -> bool:
-    try:
-        if len(os.fsencode(path)) <= _SOCKET_PATH_LIMIT_BYTES:
-            connecting.connect(str(path))
-        else:
-            _connect_far(connecting, path)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _connect_far(connecting: socket.socket, path: Path) -> None:
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        connecting.connect(f"/proc/self/fd/{directory}/{path.name}")
-    finally:
-        os.close(directory)
+    while True:
+        with suppress(BlockingIOError):
+            return unix_sockets.connect(path)
+        # The kernel says EAGAIN and offers nothing to wait on (connect(2), AF_UNIX).
+        await asyncio.sleep(_BACKLOG_RETRY_S)

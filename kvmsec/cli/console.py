@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvmsec.cli.output import ReaderGone
 from kvmsec.errors import KvmsecError
+from kvmsec.linux import unix_sockets
 from kvmsec.linux.unix_diag import waits_for_accept
 
 if TYPE_CHECKING:
@@ -73,31 +74,16 @@ def _serial_socket(name: str, details: Any) -> Path:
 
 
 def _connect(name: str, path: Path) -> socket.socket:
-    """Connect without waiting: a full queue means that others wait already.
-
-    By way of the directory, since the path may be longer than a socket's address can be.
-    """
-    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    line.setblocking(False)
+    """Connect without waiting: a full queue means that others wait already."""
     try:
-        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            line.connect(f"/proc/self/fd/{directory}/{path.name}")
-        finally:
-            os.close(directory)
+        return unix_sockets.connect(path)
     except BlockingIOError:
-        line.close()
         raise _occupied(name) from None
     except (FileNotFoundError, ConnectionRefusedError):
-        line.close()
         raise NoConsole(
             f"the serial line of {name} is gone",
             hint=f"see with `kvmsec instance info {name}` whether it still runs",
         ) from None
-    except BaseException:
-        line.close()
-        raise
-    return line
 
 
 async def _require_accepted(name: str, line: socket.socket) -> None:

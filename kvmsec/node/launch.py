@@ -23,12 +23,12 @@ from hypervisor.monitor import Monitor, MonitorClosed, MonitorUnreachable
 from hypervisor.process import Newborn
 from kvmsec.agent import InstanceState
 from kvmsec.errors import KvmsecError, StartFailed
-from kvmsec.linux import processes
+from kvmsec.linux import processes, unix_sockets
 from kvmsec.linux.errors import Fault
 from kvmsec.linux.locks import FileLock
 from kvmsec.model.instance import InstanceDefinition
 from kvmsec.model.security import Security, SecurityModel
-from kvmsec.node import boot_files, images_in_use, journal, output, records, sockets, taps
+from kvmsec.node import boot_files, images_in_use, journal, output, records, taps
 from kvmsec.node.dismantle import Remains, dismantle
 from kvmsec.node.engine import Engine
 from kvmsec.node.grants import Lent, place
@@ -211,10 +211,10 @@ class _Start:
         self.lent = evolve(self.lent, taps=tuple(opened))
 
     def bind_sockets(self) -> None:
-        qmp = self.opened.enter_context(sockets.listen(self.files.qmp_socket))
+        qmp = self.opened.enter_context(unix_sockets.listen(self.files.qmp_socket))
         serial = None
         if self.machine.serial:
-            serial = self.opened.enter_context(sockets.listen(self.files.serial_socket))
+            serial = self.opened.enter_context(unix_sockets.listen(self.files.serial_socket))
         self.lent = evolve(self.lent, qmp=qmp, serial=serial)
 
     def mount_output(self) -> None:

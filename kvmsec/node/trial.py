@@ -25,11 +25,11 @@ from hypervisor.jail import BootFile, Jail
 from hypervisor.machine import Machine
 from hypervisor.monitor import Monitor
 from kvmsec.errors import KvmsecError
-from kvmsec.linux import namespaces, syscalls
+from kvmsec.linux import namespaces, syscalls, unix_sockets
 from kvmsec.linux.children import Child, adopt, close_all_but, fork
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.errors import ChildFailed, ChildTimedOut, Fault
-from kvmsec.node import output, sockets
+from kvmsec.node import output
 from kvmsec.node.waiting import readable
 
 NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
@@ -152,8 +152,8 @@ def _make_jail(
         (_PLACE / name).mkdir(mode=0o700)
     log = output.mount(_PLACE / "output", NOBODY, size_kib=64)
     opened.callback(os.close, log)
-    qmp = opened.enter_context(sockets.listen(_PLACE / "qmp"))
-    serial = opened.enter_context(sockets.listen(_PLACE / "serial"))
+    qmp = opened.enter_context(unix_sockets.listen(_PLACE / "qmp"))
+    serial = opened.enter_context(unix_sockets.listen(_PLACE / "serial"))
     jail = Jail(
         name="doctor",
         credentials=NOBODY,
@@ -173,8 +173,7 @@ async def _hear(newborn: process.Newborn) -> str | None:
     async with await Monitor.connect(_PLACE / "qmp") as monitor:
         if problems := process.confinement_problems(newborn):
             return f"QEMU is not confined: {'; '.join(problems)}"
-        with sockets.connect(_PLACE / "serial") as line:
-            line.setblocking(False)
+        with unix_sockets.connect(_PLACE / "serial") as line:
             await monitor.cont()
             return await _read_banner(line)
 

@@ -16,9 +16,8 @@ from attrs import define
 
 from hypervisor import process, tiny
 from hypervisor.jail import BootFile, Jail
-from kvmsec.linux import namespaces, processes
+from kvmsec.linux import namespaces, processes, unix_sockets
 from kvmsec.linux.credentials import Credentials
-from kvmsec.node import sockets
 
 pytestmark = pytest.mark.kvm
 
@@ -112,7 +111,7 @@ def qemu(accelerator: str, who: Credentials, tmp_path: Path) -> Iterator[Running
             return descriptor
 
         listeners = [
-            stack.enter_context(sockets.listen(tmp_path / name)) for name in ("qmp", "line")
+            stack.enter_context(unix_sockets.listen(tmp_path / name)) for name in ("qmp", "line")
         ]
         firmware = opened(Path(tiny.rom_path()), os.O_RDONLY)
         # What must not arrive: inheritable on purpose, as a careless library's would be.
@@ -146,7 +145,7 @@ def qemu(accelerator: str, who: Credentials, tmp_path: Path) -> Iterator[Running
         child.executed()
         for listener in listeners:
             listener.close()
-        clients = [stack.enter_context(sockets.connect(tmp_path / n)) for n in ("qmp", "line")]
+        clients = [stack.enter_context(unix_sockets.connect(tmp_path / n)) for n in ("qmp", "line")]
         for client in clients:
             client.settimeout(DEADLINE_S)
         running = Running(child, jail, *clients)

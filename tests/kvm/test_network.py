@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from attrs import frozen
 
+from kvmsec.linux import unix_sockets
 from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.namespaces import CLONE_NEWNET, setns, unshare
-from kvmsec.node import sockets
+from kvmsec.node.tap_errors import BridgeUnusable, TapError, TapUnusable
 
 pytestmark = pytest.mark.kvm
 
@@ -137,7 +138,7 @@ class Line:
     """The serial line of the Linux guest: see vm-images/linux/README.md."""
 
     def __init__(self, path: Path) -> None:
-        self._socket = sockets.connect(path)
+        self._socket = unix_sockets.connect(path)
         self._heard = b""
         while not self.hear().startswith("KVMSEC-LINUX up"):
             continue
@@ -219,7 +220,7 @@ def test_a_borrowed_tap_is_put_back_as_it_was(tap: str, make_lab: Callable[..., 
 def test_two_instances_never_share_a_tap(tap: str, make_lab: Callable[..., Any]) -> None:
     lab = make_lab()
     lab.start(nics=[{"tap": tap}])
-    with pytest.raises(Exception, match="is in use by another process"):
+    with pytest.raises(TapUnusable, match="is in use by another process"):
         lab.start("other", nics=[{"tap": tap}])
     assert not has_ipv6(tap)
     lab.stop()
@@ -243,11 +244,18 @@ def test_taps_outlive_no_qemu_that_was_killed(
     assert settings(tap) == before
 
 
-@pytest.mark.parametrize("nic", [{"bridge": "nobridge"}, {"tap": "notap"}, {"bridge": "lo"}])
+@pytest.mark.parametrize(
+    ("nic", "error"),
+    [
+        ({"bridge": "nobridge"}, BridgeUnusable),
+        ({"tap": "notap"}, TapUnusable),
+        ({"bridge": "lo"}, BridgeUnusable),
+    ],
+)
 def test_a_network_that_is_none_is_told_and_nothing_left(
-    nic: dict[str, str], wire: Wire, make_lab: Callable[..., Any]
+    nic: dict[str, str], error: type[TapError], wire: Wire, make_lab: Callable[..., Any]
 ) -> None:
     lab = make_lab()
-    with pytest.raises(Exception, match=next(iter(nic.values()))):
+    with pytest.raises(error, match=next(iter(nic.values()))):
         lab.start(nics=[{"bridge": BRIDGE}, nic])
     assert lab.leftovers() == {}
