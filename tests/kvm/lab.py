@@ -1,0 +1,204 @@
+"""A root of its own with a cluster in it, and what a test does to it."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from hypervisor import tiny
+from hypervisor.cgroup_mounts import mounted
+from kvmsec import InstanceDefinition, Node, definition_from
+from kvmsec.cluster import operations
+from kvmsec.linux import namespaces
+from tests.kvm.census import descriptors, ends_by, running
+from tests.kvm.rival import Rival
+from tests.kvm.serial_line import Line
+from uidpool.ranges import UidRanges
+
+POOL = UidRanges.parse("245000-245029")
+DOMAIN = "guestkeeper"
+DOMAIN_UID = 245900
+DEADLINE_S = 30.0
+ENDING_S = 5.0
+
+
+class Lab:
+    """A root of its own with a cluster in it, and what a test does to it and looks at it with."""
+
+    pool = POOL
+    domain = DOMAIN
+    domain_uid = DOMAIN_UID
+
+    def __init__(self, root: Path, accelerator: str) -> None:
+        self.root = root
+        self.accelerator = accelerator
+        self.note_what_is_there()
+
+    def note_what_is_there(self) -> None:
+        """Take what is there now for nobody's leftovers."""
+        self._before = running()
+        self._interfaces = sorted(name for _, name in socket.if_nameindex())
+        self._descriptors = descriptors()
+
+    @property
+    def paths(self) -> Any:
+        return Node(self.root).host.paths
+
+    @property
+    def claims(self) -> Any:
+        return Node(self.root).host.claims
+
+    def definition(self, name: str = "web", **keys: Any) -> InstanceDefinition:
+        """A tiny guest of 1 MiB."""
+        document = {
+            "memory_mib": 1,
+            "firmware": str(tiny.rom_path()),
+            "accelerator": self.accelerator,
+            **keys,
+        }
+        return definition_from(document, name, source="the test")
+
+    def run(self, work: Callable[[Node], Awaitable[Any]], **options: Any) -> Any:
+        """Run a coroutine on a node of its own."""
+
+        async def whole() -> Any:
+            node = Node(self.root, **options)
+            try:
+                async with asyncio.timeout(3 * DEADLINE_S):
+                    return await work(node)
+            finally:
+                await node.close()
+
+        return asyncio.run(whole())
+
+    def start(self, name: str = "web", **keys: Any) -> Any:
+        return self.run(lambda node: node.start(self.definition(name, **keys)))
+
+    def stop(self, name: str = "web", *, force: bool = True, **options: Any) -> Any:
+        return self.run(lambda node: node.stop(name, force=force, **options))
+
+    def instances(self) -> dict[str, Any]:
+        return {one.name: one for one in self.run(lambda node: node.list())}
+
+    def reconcile(self) -> tuple[str, ...]:
+        """Reconcile, as if a minute had passed since anything was written."""
+        for path in self._half_written():
+            os.utime(path, (0, 0))
+        done = self.run(lambda node: node.reconcile())
+        return tuple(line for line in done if "half written" not in line)
+
+    def _half_written(self) -> list[str]:
+        return [str(path) for path in self.root.rglob(".*.*")]
+
+    def rival(self, work: Callable[[Node], Awaitable[Any]], **options: Any) -> Rival:
+        """Run a coroutine on a node in another process."""
+        return Rival(lambda: self.run(work, **options))
+
+    def line(self, name: str = "web") -> Line:
+        return Line(self.paths.instance(name).serial_socket)
+
+    def disk(self, name: str = "disk.raw") -> Path:
+        """A raw image that only root may open."""
+        path = self.root / name
+        path.touch(mode=0o600)
+        os.truncate(path, 1 << 20)
+        return path
+
+    def configure(self, text: str) -> None:
+        """Write kvmsec.toml."""
+        self.paths.config.write_text(text)
+
+    def init(self, **options: Any) -> None:
+        pool = options.pop("uid_pool", self.pool)
+        self.run(lambda node: operations.init(node.host.store, node, "lab", uid_pool=pool))
+
+    def modify(self, **change: Any) -> Any:
+        from kvmsec.cluster.changes import Change
+
+        return self.run(lambda node: operations.modify(node.host.store, [node], Change(**change)))
+
+    def destroy(self) -> None:
+        self.run(lambda node: operations.destroy(node.host.store, [node]))
+
+    def leases(self) -> list[Any]:
+        """The uids that this root's instances hold."""
+        return [one for one in self.claims.leases() if one.root == str(self.root)]
+
+    def groups(self) -> list[str]:
+        """The control groups of this root, in every hierarchy."""
+        ours = (f"{mount.path}/kvmsec/{self.paths.tag}" for mount in mounted())
+        return [directory for top in ours for directory, _, _ in os.walk(top)]
+
+    def leftovers(self) -> dict[str, object]:
+        """What is still there of this root's instances: nothing, once they have all ended.
+
+        Processes that are ending get ENDING_S for it, all together.
+        """
+        paths = self.paths
+        found = {
+            "files": [*map(str, paths.instances.rglob("*")), *map(str, paths.locks.iterdir())],
+            "half-written files": self._half_written(),
+            "mounts": self._mounts(),
+            "leases": self.leases(),
+            "quarantine": self.claims.quarantined(),
+            "interfaces": [
+                name for _, name in socket.if_nameindex() if name not in self._interfaces
+            ],
+            "control groups": self.groups(),
+            "descriptors": [one for one in descriptors() if one not in self._descriptors],
+            "processes": self._processes_left(),
+        }  # fmt: skip
+        return {what: left for what, left in found.items() if left}
+
+    def _mounts(self) -> list[str]:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+        return [line for line in lines if line.split()[1].startswith(f"{self.root}/")]
+
+    def _processes_left(self) -> list[str]:
+        with contextlib.suppress(ChildProcessError):
+            # A node that is closed collects nobody whose end it did not see to.
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+        end = time.monotonic() + ENDING_S
+        new = [(pid, what) for pid, what in running().items() if pid not in self._before]
+        return [f"{pid} {what}" for pid, what in new if not ends_by(pid, end)]
+
+    def rules(self) -> str:
+        """The uids that this root's packet rules hold now."""
+        return str(self.run(lambda node: node.show_rules())["uids"])
+
+    def close(self) -> None:
+        """End what a failed test has left, so that it is no other test's."""
+        trying = contextlib.suppress(Exception)
+        with trying:
+            for one in self.instances():
+                with trying:
+                    self.stop(one)
+        for pid in running().keys() - self._before.keys():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with trying:
+            for lease in self.leases():
+                self.claims.release(lease.key)
+            for quarantine in self.claims.quarantined():
+                self.claims.retry(quarantine.uid)
+        for line in self._mounts():
+            with trying:
+                namespaces.umount(line.split()[1], namespaces.MNT_DETACH)
+        # Control groups are the host's: they do not end with the sandbox.
+        for group in reversed(self.groups()):
+            with contextlib.suppress(OSError):
+                os.rmdir(group)
+
+    def remove(self) -> None:
+        """Have the cluster no more, and then the root."""
+        with contextlib.ExitStack() as afterwards:
+            afterwards.callback(shutil.rmtree, self.root)
+            if self.paths.cluster.exists():
+                self.destroy()
