@@ -75,7 +75,8 @@ async def dismantle(host: Host, record: InstanceRecord) -> Remains:
         oom_kills = _end_cgroup(record)
     words = _keep_words(host, record)
     try:
-        await taps.remove_taps(record.taps)
+        for lost in await taps.remove_taps(record.taps):
+            journal.note(host.paths.instance_log(record.name), f"not put back: {lost}")
     finally:  # A tap that can't be put back keeps the record, but nobody's uid.
         quarantined = _release_uid(host, record)
     remove_files(host, record.name)
