@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hypervisor.errors import SpecError
@@ -219,6 +219,7 @@ def test_any_path_with_doubled_commas_comes_back_as_it_was(path: str) -> None:
     }
 
 
+@settings(max_examples=50)
 @given(
     st.dictionaries(
         st.sampled_from(["name", "memory_mib", "disks", "nics", "firmware", "append", "x"]),
