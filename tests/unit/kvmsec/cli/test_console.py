@@ -233,7 +233,8 @@ def test_an_interrupted_console_puts_the_terminal_back(
 
     async def attach_and_cancel() -> None:
         task = asyncio.create_task(run_console(node, "web"))
-        line, _ = await asyncio.get_running_loop().sock_accept(listener)
+        async with asyncio.timeout(DEADLINE_S):
+            line, _ = await asyncio.get_running_loop().sock_accept(listener)
         with line:
             await terminal.until_raw()
             task.cancel()
