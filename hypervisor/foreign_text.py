@@ -10,8 +10,11 @@ def escaped(text: str | bytes, *, limit_chars: int = 200) -> str:
     cut = text[:limit_chars]
     rest = len(text) - len(cut)
     words = cut.decode(errors="backslashreplace") if isinstance(cut, bytes) else cut
-    shown = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in words
-    )
+    if words.isprintable():
+        shown = words
+    else:
+        shown = "".join(
+            character if character.isprintable() else character.encode("unicode_escape").decode()
+            for character in words
+        )
     return f"{shown}… (and {rest} more)" if rest else shown

@@ -22,6 +22,13 @@ class Host:
     def __init__(self, paths: Paths) -> None:
         self.paths = paths
         self.store = FileStore(paths.cluster)
+        self._is_prepared = False
+
+    def prepare(self) -> None:
+        """Make the directories, once. Raises UntrustedPath and OSError."""
+        if not self._is_prepared:
+            self.paths.make_directories()
+            self._is_prepared = True
 
     @cached_property
     def config(self) -> Config:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from hypervisor.foreign_text import escaped
 from kvmsec.linux.files import read_bounded
 
 _LIMIT_BYTES: Final = 1 << 20
@@ -18,10 +19,10 @@ def note(path: Path, text: str) -> None:
     What does not print is escaped, so that foreign words can't forge a line. A full disk loses
     lines, and nothing else: a stop or an undo goes on.
     """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = escaped(text, limit_chars=_LINE_LIMIT)
     stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
     with contextlib.suppress(OSError):
-        _append(path, f"{stamp} {shown[:_LINE_LIMIT]}\n".encode())
+        _append(path, f"{stamp} {shown}\n".encode())
 
 
 def _append(path: Path, line: bytes) -> None:

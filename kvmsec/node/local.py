@@ -192,7 +192,7 @@ class LocalNode:
         from kvmsec.node.reconcile import reconcile
 
         self._require_root()
-        self.host.paths.make_directories()
+        self.host.prepare()
         done = await reconcile(self.host)
         try:
             cluster, _ = self.host.store.load()
@@ -244,7 +244,7 @@ class LocalNode:
 
     async def sync_rules(self) -> None:
         """Make the packet rules hold what the cluster's state and the records say, and no more."""
-        self.host.paths.make_directories()
+        self.host.prepare()
         self.host.rules.sync()
 
     async def forget_resting(self) -> None:

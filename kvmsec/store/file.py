@@ -1,6 +1,7 @@
 """The embedded store: one JSON file, written whole under a lock."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ LIMIT_BYTES: Final = 16 << 20
 _LOCK_TIMEOUT_S: Final = 10.0
 
 
+_Version = tuple[int, int, int, int]
+
+
 class FileStore:
     """A `Store` in the file `path`; its directory must be there and root's alone.
 
@@ -25,10 +29,11 @@ class FileStore:
         self._path = path
         # Beside the file, which is another one after each change.
         self._lock = path.with_suffix(".lock")
+        self._read: tuple[_Version, tuple[Cluster, int]] | None = None
 
     def load(self) -> tuple[Cluster | None, int]:
         try:
-            content = read_bounded(self._path, LIMIT_BYTES)
+            return self._load()
         except FileNotFoundError:
             return None, 0
         except PermissionError as error:
@@ -37,7 +42,18 @@ class FileStore:
             raise StoreUnreadable(self._path, error.strerror or str(error)) from error
         except ValueError as error:
             raise StoreUnreadable(self._path, str(error)) from error
-        return self._decode(content)
+
+    def _load(self) -> tuple[Cluster, int]:
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            # Every change is another file: what was read of the one that stands is still so.
+            version = _version_of(os.fstat(descriptor))
+            if self._read is None or self._read[0] != version:
+                content = read_bounded(descriptor, LIMIT_BYTES)
+                self._read = version, self._decode(content)
+        finally:
+            os.close(descriptor)
+        return self._read[1]
 
     def save(self, cluster: Cluster, expected_revision: int) -> int:
         with self._locked():
@@ -106,3 +122,8 @@ class FileStore:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise StoreUnreadable(self._path, f"it has no {key}")
         return value
+
+
+def _version_of(status: os.stat_result) -> _Version:
+    """What tells a file from the one before and the one after it in the same place."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
