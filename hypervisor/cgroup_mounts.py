@@ -1,13 +1,12 @@
 """Which control group hierarchies this host has mounted, and what each has to give."""
 
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Final
 
 from attrs import frozen
 
-_OCTAL: Final = re.compile(r"\\([0-7]{3})")
+from kvmsec.linux.mounts import Mount as AnyMount
+from kvmsec.linux.mounts import read_mounts
 
 
 @frozen
@@ -30,27 +29,25 @@ def lines_of(path: str) -> list[str]:
 def mounted() -> list[Mount]:
     """The hierarchies that can be written to, each once however often it is mounted."""
     known = {line.split("\t")[0] for line in lines_of("/proc/cgroups")}
-    return parse(lines_of("/proc/self/mountinfo"), known)
+    try:
+        return choose(read_mounts(), known)
+    except OSError:
+        return []
 
 
-def parse(mountinfo: Collection[str], known: Collection[str]) -> list[Mount]:
-    """Read the lines of a mountinfo (proc_pid_mountinfo(5)); `known` names all controllers.
+def choose(mounts: Iterable[AnyMount], known: Collection[str]) -> list[Mount]:
+    """The hierarchies among all mounts; `known` names every controller.
 
     A version 1 mount names its controllers among its options, version 2 in a file at its root.
     """
     found: dict[str, Mount] = {}
-    for line in mountinfo:
-        mount, _, filesystem = line.partition(" - ")
-        _, _, device, _, raw_path, options = mount.split(" ")[:6]
-        kind, _, super_options = filesystem.split(" ")[:3]
-        is_writable = "rw" in options.split(",") and "rw" in super_options.split(",")
-        if kind not in ("cgroup", "cgroup2") or not is_writable or device in found:
+    for mount in mounts:
+        is_writable = "rw" in mount.options and "rw" in mount.super_options
+        if not is_writable or mount.device in found:
             continue
-        path = _OCTAL.sub(lambda match: chr(int(match[1], 8)), raw_path)
-        if kind == "cgroup2":
-            offered = " ".join(lines_of(f"{path}/cgroup.controllers")).split()
-            found[device] = Mount(path, 2, frozenset(offered))
-        else:
-            offered = super_options.split(",")
-            found[device] = Mount(path, 1, frozenset(offered) & frozenset(known))
+        if mount.kind == "cgroup2":
+            offered = " ".join(lines_of(f"{mount.path}/cgroup.controllers")).split()
+            found[mount.device] = Mount(mount.path, 2, frozenset(offered))
+        elif mount.kind == "cgroup":
+            found[mount.device] = Mount(mount.path, 1, mount.super_options & frozenset(known))
     return list(found.values())

@@ -19,8 +19,8 @@ from hypervisor.errors import ClosureError
 from hypervisor.identity import FileIdentity, Memory
 from hypervisor.inquiry import Answer, inquire
 from kvmsec.linux.credentials import Credentials
-from kvmsec.linux.errors import ChildFailed, UntrustedPath
-from kvmsec.linux.files import require_trusted
+from kvmsec.linux.errors import ChildFailed
+from kvmsec.linux.files import require_trusted, require_trusted_entry
 
 LOADER_CACHE: Final = Path("/etc/ld.so.cache")
 DEADLINE_S: Final = 10.0
@@ -63,13 +63,8 @@ def find_closure(
     known = memory.recall(key, Closure) if memory is not None else None
     found = known or _Search(binary, credentials).closure(accelerator)
     if credentials is not None:
-        _require_trusted_folders(found)
-    if known is not None:
-        return known
-    if credentials is not None:
-        for source, _ in found.binds:
-            _require_trusted_tree(Path(source))
-    if memory is not None:
+        _require_trusted_parts(found)
+    if memory is not None and known is None:
         # The paths inside lead to the sources on the host too, through whatever links there are.
         paths = {str(binary), *(inside for _, inside in found.binds)}
         memory.keep(key, tuple(FileIdentity.of(path) for path in sorted(paths)), found)
@@ -196,23 +191,24 @@ def _binds(inside: Iterable[Path]) -> Iterator[tuple[str, str]]:
             yield os.path.realpath(path), str(path)
 
 
-def _require_trusted_folders(closure: Closure) -> None:
-    """Hold what every part lies in to the rule: a change there shows in no file's identity."""
+def _require_trusted_parts(closure: Closure) -> None:
+    """Hold each part, and what it lies in, to the rule: this shows in no file's identity.
+
+    About 0.7 ms for fifty libraries and a hundred files of data.
+    """
     for folder in sorted({os.path.dirname(source) for source, _ in closure.binds}):
         require_trusted(Path(folder))
+    for source, _ in closure.binds:
+        status = os.lstat(source)
+        require_trusted_entry(source, status)
+        if stat.S_ISDIR(status.st_mode):
+            _require_trusted_inside(source)
 
 
-def _require_trusted_tree(source: Path) -> None:
-    _require_trusted_entry(source)
-    for folder, folders, files in os.walk(source):
-        for name in (*folders, *files):
-            _require_trusted_entry(Path(folder, name))
-
-
-def _require_trusted_entry(path: Path) -> None:
-    status = path.lstat()
-    if status.st_uid != 0:
-        raise UntrustedPath(path, f"belongs to uid {status.st_uid}, not to root")
-    # Where a link in a data directory leads to is a part of its own.
-    if not stat.S_ISLNK(status.st_mode) and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UntrustedPath(path, "can be written by others than root")
+def _require_trusted_inside(folder: str) -> None:
+    """Where a link in a data directory leads to is a part of its own."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            require_trusted_entry(entry.path, entry.stat(follow_symlinks=False))
+            if entry.is_dir(follow_symlinks=False):
+                _require_trusted_inside(entry.path)

@@ -7,13 +7,11 @@ of each root go by a name of their own (`tag`), so that two roots never touch ea
 
 import hashlib
 import os
-import stat
 from pathlib import Path
 
 from attrs import field, frozen
 
-from kvmsec.linux.errors import UntrustedPath
-from kvmsec.linux.files import make_private_directory
+from kvmsec.linux.files import make_private_directory, require_steady
 from kvmsec.model.names import require_name
 
 _HOST_RUN = Path("/run/kvmsec")
@@ -166,7 +164,7 @@ class Paths:
 
         Raises UntrustedPath when somebody else could move one of them away, and OSError.
         """
-        _require_steady(self.root)
+        require_steady(self.root)
         # Parents first: what is missing above a private directory would be made readable to all.
         for directory in (
             self.etc,
@@ -185,22 +183,3 @@ class Paths:
             self.uid_state,
         ):
             make_private_directory(directory)
-
-
-def _require_steady(path: Path) -> None:
-    """Refuse a directory that somebody else than root or the caller could rename or replace.
-
-    A sticky directory such as /tmp may stand above it: in one, others can't touch our entry
-    (inode(7)). Whatever is missing will be made by us.
-    """
-    for step in (path, *path.parents):
-        try:
-            status = step.lstat()
-        except FileNotFoundError:
-            continue
-        if status.st_uid not in (0, os.geteuid()):
-            raise UntrustedPath(step, f"belongs to uid {status.st_uid}")
-        open_to_others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if open_to_others and not status.st_mode & stat.S_ISVTX:
-            mode = stat.S_IMODE(status.st_mode)
-            raise UntrustedPath(step, f"can be written by others (mode {mode:04o})")

@@ -7,7 +7,6 @@ or a neighbour, may have made them to keep a scan busy.
 import contextlib
 import errno
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,11 +16,11 @@ from attrs import define, frozen
 
 from kvmsec.linux import syscalls
 from kvmsec.linux.ipc import message_queues
+from kvmsec.linux.mounts import read_mount_points
 
 PLACES: Final = ("/dev/shm", "/tmp", "/var/tmp", "/run/lock")
 QUEUES: Final = "/dev/mqueue"
 _SHOWN_FILES: Final = 20
-_ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 _FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _STAY: Final = syscalls.RESOLVE_NO_XDEV | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_BENEATH
 
@@ -130,7 +129,7 @@ def _noting_why_incomplete(found: Found) -> Iterator[None]:
 
 def _entries(uid: int, bounds: Bounds) -> Iterator[_Entry]:
     budget = _Budget(bounds, time.monotonic() + bounds.seconds, bounds.entries)
-    mounts = _mount_points()
+    mounts = read_mount_points()
     for place in dict.fromkeys(os.path.realpath(place) for place in PLACES):
         try:
             directory = os.open(place, _FLAGS)
@@ -188,14 +187,3 @@ def _owner(entry: os.DirEntry[str]) -> int | None:
         return entry.stat(follow_symlinks=False).st_uid
     except FileNotFoundError:
         return None
-
-
-def _mount_points() -> frozenset[str]:
-    """Where something is mounted (proc_pid_mountinfo(5)), its octal escapes undone."""
-    with open("/proc/self/mountinfo", "rb") as file:
-        fields = [line.split(b" ", 5)[4] for line in file]
-    return frozenset(os.fsdecode(_ESCAPE.sub(_unescape, field)) for field in fields)
-
-
-def _unescape(match: re.Match[bytes]) -> bytes:
-    return bytes([int(match[1], 8)])

@@ -65,8 +65,8 @@ def find_processes(uid: int) -> list[Process]:
 def _scan(uid: int) -> list[Process]:
     word = str(uid).encode()
     found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit() and (one := _read(int(name), word)):
+    for pid in linux_processes.pids():
+        if one := _read(pid, word):
             found.append(one)
     return found
 

@@ -28,7 +28,6 @@ def run(
     input: bytes = b"",  # noqa: A002  (the name that subprocess gave it)
     timeout_s: float,
     ok: Container[int] = (0,),
-    pass_fds: Sequence[int] = (),
 ) -> Output:
     """Run a program to its end and return what it said.
 
@@ -44,7 +43,6 @@ def run(
                 env=ENVIRONMENT,
                 cwd="/",
                 timeout=timeout_s,
-                pass_fds=tuple(pass_fds),
                 check=False,
             )
     except subprocess.TimeoutExpired as error:

@@ -7,7 +7,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -182,21 +182,42 @@ def require_trusted(path: Path) -> None:
     """
     last = Path("/")
     for last, status in _steps_of(path):
-        if status.st_uid != 0:
-            raise UntrustedPath(last, f"belongs to uid {status.st_uid}, not to root")
-        if not (stat.S_ISLNK(status.st_mode) or _is_sticky_directory(status)):
-            _require_closed(last, status)
+        _require_steady_step(last, status, (0,))
     _require_closed(last, last.lstat())
 
 
-def _is_sticky_directory(status: os.stat_result) -> bool:
-    return stat.S_ISDIR(status.st_mode) and bool(status.st_mode & stat.S_ISVTX)
+def require_steady(path: Path) -> None:
+    """Refuse a directory that somebody else than root or the caller could rename or replace.
+
+    What is missing may be made by whoever is trusted with the rest. Raises UntrustedPath, OSError.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for step, status in _steps_of(path):
+            _require_steady_step(step, status, (0, os.geteuid()))
 
 
-def _require_closed(path: Path, status: os.stat_result) -> None:
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+def require_trusted_entry(path: str, status: os.stat_result) -> None:
+    """Hold one entry alone to the rule of `require_trusted`; `status` is that of lstat(2)."""
+    _require_owner(path, status, (0,))
+    _require_closed(path, status)
+
+
+def _require_steady_step(path: Path | str, status: os.stat_result, owners: Collection[int]) -> None:
+    _require_owner(path, status, owners)
+    if not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
+        _require_closed(path, status)
+
+
+def _require_owner(path: Path | str, status: os.stat_result, owners: Collection[int]) -> None:
+    if status.st_uid not in owners:
+        raise UntrustedPath(Path(path), f"belongs to uid {status.st_uid}, not to root")
+
+
+def _require_closed(path: Path | str, status: os.stat_result) -> None:
+    """What a link leads to is another entry, and its own mode means nothing."""
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):
         mode = stat.S_IMODE(status.st_mode)
-        raise UntrustedPath(path, f"can be written by others than root (mode {mode:04o})")
+        raise UntrustedPath(Path(path), f"can be written by others (mode {mode:04o})")
 
 
 def _steps_of(path: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -4,7 +4,6 @@ Both outlive their processes. Those of an instance's own namespace end with it (
 """
 
 import contextlib
-import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -12,18 +11,10 @@ from typing import Final
 
 from attrs import frozen
 
-_IPC_RMID: Final = 0
+from kvmsec.linux import syscalls
+
 _PROC_LIMIT_BYTES: Final = 16 << 20
 
-# These three have the same number on every architecture (linux/scripts/syscall.tbl).
-_NR_FSOPEN: Final = 430
-_NR_FSCONFIG: Final = 431
-_NR_FSMOUNT: Final = 432
-_FSOPEN_CLOEXEC: Final = 1
-_FSCONFIG_CMD_CREATE: Final = 6
-_FSMOUNT_CLOEXEC: Final = 1
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
 _ID_COLUMNS: Final = {"shm": "shmid", "msg": "msqid", "sem": "semid"}
 
 
@@ -70,16 +61,13 @@ def _read_table(path: str, kind: str, id_column: str) -> Iterator[SysvObject]:
 def remove_sysv_object(one: SysvObject) -> None:
     """Remove it; one that has gone is fine. A segment goes once nobody has it attached.
 
-    Raises OSError. See shmctl(2), msgctl(2) and semctl(2).
+    Raises OSError.
     """
-    if one.kind == "shm":
-        result = _libc.shmctl(ctypes.c_int(one.id), _IPC_RMID, None)
-    elif one.kind == "msg":
-        result = _libc.msgctl(ctypes.c_int(one.id), _IPC_RMID, None)
-    else:
-        result = _libc.semctl(ctypes.c_int(one.id), 0, _IPC_RMID)
-    if result < 0 and ctypes.get_errno() not in (errno.EINVAL, errno.EIDRM):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    try:
+        syscalls.remove_sysv_object(one.kind, one.id)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EIDRM):
+            raise
 
 
 @contextlib.contextmanager
@@ -90,17 +78,12 @@ def message_queues() -> Iterator[int | None]:
     (which may be another namespace's). None where the kernel has no such queues. Raises OSError.
     """
     try:
-        context = _syscall(_NR_FSOPEN, b"mqueue", _FSOPEN_CLOEXEC)
+        mount = syscalls.mount_detached("mqueue")
     except OSError as error:
         if error.errno != errno.ENODEV:
             raise
         yield None
         return
-    try:
-        _syscall(_NR_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        mount = _syscall(_NR_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
-    finally:
-        os.close(context)
     try:
         directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
     finally:
@@ -109,13 +92,3 @@ def message_queues() -> Iterator[int | None]:
         yield directory
     finally:
         os.close(directory)
-
-
-def _syscall(number: int, *arguments: int | bytes | None) -> int:
-    words = [
-        ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments
-    ]
-    result: int = _libc.syscall(ctypes.c_long(number), *words)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result

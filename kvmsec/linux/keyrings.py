@@ -4,12 +4,12 @@ A key in a uid's user keyring or persistent keyring is found by whoever has that
 """
 
 import contextlib
-import ctypes
 import os
 from typing import Final
 
+from kvmsec.linux.syscalls import keyctl
+
 _PROC_LIMIT_BYTES: Final = 16 << 20
-_NR_KEYCTL: Final = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "s390x": 280, "ppc64le": 271}
 
 # linux/include/uapi/linux/keyctl.h
 _GET_KEYRING_ID: Final = 0
@@ -22,8 +22,6 @@ _PROCESS_KEYRING: Final = -2
 _USER_KEYRING: Final = -4
 _USER_SESSION_KEYRING: Final = -5
 _EVERY_RIGHT: Final = 0x3F3F0000  # of the possessor and the owner
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def key_count(uid: int) -> int:
@@ -57,11 +55,11 @@ def invalidate_own_keys() -> int:
     # Looked up before any is dropped: while a user's keyring is invalid none of them is found.
     for key in dict.fromkeys([*_well_known_keyrings(), *_visible_keys(os.getuid())]):
         with contextlib.suppress(OSError):
-            _keyctl(_SETPERM, key, _EVERY_RIGHT)
+            keyctl(_SETPERM, key, _EVERY_RIGHT)
         with contextlib.suppress(OSError):
-            _keyctl(_CLEAR, key)
+            keyctl(_CLEAR, key)
         with contextlib.suppress(OSError):
-            _keyctl(_INVALIDATE, key)
+            keyctl(_INVALIDATE, key)
             dropped += 1
     return dropped
 
@@ -72,7 +70,7 @@ def join_new_session() -> None:
     Without it a process possesses the session keyring that it inherited: what an administrator's
     login put there can be read by whatever uid the process becomes. Raises OSError.
     """
-    _keyctl(_JOIN_SESSION_KEYRING, None)
+    keyctl(_JOIN_SESSION_KEYRING, None)
 
 
 def _well_known_keyrings() -> list[int]:
@@ -84,7 +82,7 @@ def _well_known_keyrings() -> list[int]:
         (_GET_PERSISTENT, -1, _PROCESS_KEYRING),
     ):
         with contextlib.suppress(OSError):
-            found.append(_keyctl(operation, *arguments))
+            found.append(keyctl(operation, *arguments))
     return found
 
 
@@ -94,12 +92,3 @@ def _visible_keys(uid: int) -> list[int]:
         lines = file.read(_PROC_LIMIT_BYTES).splitlines()
     owner = str(uid).encode()
     return [int(words[0], 16) for line in lines if (words := line.split())[5] == owner]
-
-
-def _keyctl(operation: int, *arguments: int | None) -> int:
-    words = [None if argument is None else ctypes.c_long(argument) for argument in arguments]
-    number = _NR_KEYCTL[os.uname().machine]
-    result: int = _libc.syscall(ctypes.c_long(number), ctypes.c_long(operation), *words)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result

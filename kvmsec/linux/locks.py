@@ -25,10 +25,6 @@ class FileLock:
         self._descriptor: int | None = None
         self._handed_over: int | None = None
 
-    @property
-    def is_held(self) -> bool:
-        return self._descriptor is not None
-
     def try_acquire(self) -> bool:
         """Take the lock if it is free. Raises OSError when the file can't be made."""
         if self._descriptor is not None:

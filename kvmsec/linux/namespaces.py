@@ -7,12 +7,10 @@ from typing import Final
 
 from kvmsec.linux.syscalls import mount, pivot_root, setns, umount, unshare
 
-CLONE_NEWTIME: Final = 0x00000080
 CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWCGROUP: Final = 0x02000000
 CLONE_NEWUTS: Final = 0x04000000
 CLONE_NEWIPC: Final = 0x08000000
-CLONE_NEWUSER: Final = 0x10000000
 CLONE_NEWPID: Final = 0x20000000
 CLONE_NEWNET: Final = 0x40000000
 
@@ -22,10 +20,8 @@ MS_NODEV: Final = 4
 MS_NOEXEC: Final = 8
 MS_REMOUNT: Final = 32
 MS_BIND: Final = 4096
-MS_MOVE: Final = 8192
 MS_REC: Final = 16384
 MS_PRIVATE: Final = 1 << 18
-MS_SLAVE: Final = 1 << 19
 
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
@@ -36,12 +32,9 @@ __all__ = [
     "CLONE_NEWNET",
     "CLONE_NEWNS",
     "CLONE_NEWPID",
-    "CLONE_NEWTIME",
-    "CLONE_NEWUSER",
     "CLONE_NEWUTS",
     "MNT_DETACH",
     "MS_BIND",
-    "MS_MOVE",
     "MS_NODEV",
     "MS_NOEXEC",
     "MS_NOSUID",
@@ -49,7 +42,6 @@ __all__ = [
     "MS_RDONLY",
     "MS_REC",
     "MS_REMOUNT",
-    "MS_SLAVE",
     "UMOUNT_NOFOLLOW",
     "children_in_new_pid_namespace",
     "mount",

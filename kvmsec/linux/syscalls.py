@@ -11,9 +11,18 @@ from typing import Any, Final
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
+_NR_FSOPEN: Final = 430
+_NR_FSCONFIG: Final = 431
+_NR_FSMOUNT: Final = 432
 _NR_CLOSE_RANGE: Final = 436
 _NR_OPENAT2: Final = 437
 _NR_MOUNT_SETATTR: Final = 442
+_NR_KEYCTL: Final = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "s390x": 280, "ppc64le": 271}
+
+_IPC_RMID: Final = 0
+_FSOPEN_CLOEXEC: Final = 1
+_FSCONFIG_CMD_CREATE: Final = 6
+_FSMOUNT_CLOEXEC: Final = 1
 
 _FALLOC_FL_KEEP_SIZE: Final = 1
 AT_FDCWD: Final = -100
@@ -78,6 +87,16 @@ def pivot_root(new: str, old: str) -> None:
     _checked(_libc.pivot_root(os.fsencode(new), os.fsencode(old)), new)
 
 
+def mount_detached(kind: str) -> int:
+    """Mount a filesystem nowhere; returns a descriptor of its root (`fsmount(2)`, Linux 5.2)."""
+    context = _syscall(_NR_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
+    try:
+        _syscall(_NR_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return _syscall(_NR_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
+    finally:
+        os.close(context)
+
+
 class _MountAttributes(ctypes.Structure):
     _fields_ = (
         ("attr_set", ctypes.c_uint64),
@@ -101,6 +120,20 @@ def reserve_space(descriptor: int, size_bytes: int) -> None:
     """Set room aside for a file without changing its size (`fallocate(2)`, KEEP_SIZE)."""
     offset, length = ctypes.c_longlong(0), ctypes.c_longlong(size_bytes)
     _checked(_libc.fallocate(ctypes.c_int(descriptor), _FALLOC_FL_KEEP_SIZE, offset, length))
+
+
+def remove_sysv_object(kind: str, number: int) -> None:
+    """Remove a `shm`, `msg` or `sem` object (`shmctl(2)`, `msgctl(2)`, `semctl(2)`)."""
+    if kind == "sem":
+        _checked(_libc.semctl(ctypes.c_int(number), 0, _IPC_RMID))
+    else:
+        control = _libc.shmctl if kind == "shm" else _libc.msgctl
+        _checked(control(ctypes.c_int(number), _IPC_RMID, None))
+
+
+def keyctl(operation: int, *arguments: int | None) -> int:
+    """Operate on the kernel's keys (`keyctl(2)`)."""
+    return _syscall(_NR_KEYCTL[os.uname().machine], operation, *arguments)
 
 
 def prctl(option: int, argument: int = 0) -> int:

@@ -366,7 +366,7 @@ def acting_in_a_user_namespace(uid: int, function: Callable[[], object]) -> Iter
     if pid == 0:
         try:
             parent.close()
-            namespaces.unshare(namespaces.CLONE_NEWUSER)
+            namespaces.unshare(0x10000000)  # CLONE_NEWUSER
             child.send(b"unshared")
             child.recv(9)
             inner = os.fork()

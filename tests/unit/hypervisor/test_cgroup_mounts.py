@@ -1,13 +1,18 @@
 """Which control group hierarchies are found, and which of them an instance gets."""
 
-from hypervisor.cgroup_mounts import Mount, parse
+from hypervisor.cgroup_mounts import Mount, choose
 from hypervisor.cgroups import Hierarchy, InstanceCgroup
+from kvmsec.linux.mounts import parse_mounts
 
 _KNOWN = ("cpu", "cpuacct", "memory", "pids", "devices")
 
 
 def _line(device: str, path: str, kind: str, super_options: str, options: str = "rw,nosuid") -> str:
     return f"32 31 0:{device} / {path} {options} shared:9 - {kind} {kind} {super_options}"
+
+
+def parse(lines: list[str]) -> list[Mount]:
+    return choose(parse_mounts("\n".join(lines).encode()), _KNOWN)
 
 
 def test_version_one_mounts_are_known_by_their_options() -> None:
@@ -17,7 +22,7 @@ def test_version_one_mounts_are_known_by_their_options() -> None:
         _line("31", "/sys/fs/cgroup/systemd", "cgroup", "rw,xattr,name=systemd"),
         "23 1 8:1 / / rw - ext4 /dev/sda1 rw",
     ]
-    assert [mount.controllers for mount in parse(lines, _KNOWN)] == [
+    assert [mount.controllers for mount in parse(lines)] == [
         {"cpu", "cpuacct"},
         {"memory"},
         frozenset(),
@@ -31,11 +36,11 @@ def test_a_hierarchy_mounted_twice_counts_once_and_a_read_only_one_not_at_all() 
         _line("32", "/sys/fs/cgroup/memory", "cgroup", "rw,memory"),
         _line("32", "/srv/again", "cgroup", "rw,memory"),
     ]
-    assert parse(lines, _KNOWN) == [Mount("/sys/fs/cgroup/memory", 1, frozenset({"memory"}))]
+    assert parse(lines) == [Mount("/sys/fs/cgroup/memory", 1, frozenset({"memory"}))]
 
 
 def test_a_blank_in_a_mount_point_is_read_as_one() -> None:
-    (mount,) = parse([_line("30", r"/srv/my\040groups", "cgroup", "rw,memory")], _KNOWN)
+    (mount,) = parse([_line("30", r"/srv/my\040groups", "cgroup", "rw,memory")])
     assert mount.path == "/srv/my groups"
 
 

@@ -59,17 +59,6 @@ def test_a_program_gets_no_input_environment_directory_or_descriptor_of_ours(
     assert told.stdout == b"['LC_ALL', 'PATH'] / True ['0', '1', '2']\n"
 
 
-def test_a_descriptor_is_passed_when_it_is_named() -> None:
-    reader, writer = os.pipe()
-    os.write(writer, b"x")
-    try:
-        told = command.run(["head", "-c1", f"/dev/fd/{reader}"], timeout_s=10, pass_fds=[reader])
-    finally:
-        os.close(reader)
-        os.close(writer)
-    assert told.stdout == b"x"
-
-
 def test_a_failure_is_one_even_where_the_caller_ignores_its_children() -> None:
     """The kernel throws the status away then, and Python takes that for 0."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -1,0 +1,55 @@
+"""What is mounted where, in the caller's mount namespace (proc_pid_mountinfo(5))."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+_MOUNTINFO: Final = "/proc/self/mountinfo"
+_ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
+
+
+@frozen
+class Mount:
+    """One mount: `device` is its filesystem's number, `kind` what sort of filesystem that is."""
+
+    device: str
+    path: str
+    options: frozenset[str]
+    kind: str
+    super_options: frozenset[str]
+
+
+def read_mount_points() -> frozenset[str]:
+    """Where something is mounted: no more of each line is read, for a draw asks on its way."""
+    with open(_MOUNTINFO, "rb") as file:
+        return frozenset(_decoded(line.split(b" ", 5)[4]) for line in file)
+
+
+def read_mounts() -> list[Mount]:
+    """Every mount that the caller can see, in the kernel's order. Raises OSError."""
+    return list(parse_mounts(Path(_MOUNTINFO).read_bytes()))
+
+
+def parse_mounts(mountinfo: bytes) -> Iterator[Mount]:
+    """The mounts in the text of a mountinfo; blanks and newlines in a path are octal there."""
+    for line in mountinfo.splitlines():
+        mount, _, filesystem = line.partition(b" - ")
+        device, _, path, options = mount.split(b" ", 6)[2:6]
+        kind, _, super_options = filesystem.split(b" ", 2)
+        yield Mount(
+            os.fsdecode(device),
+            _decoded(path),
+            frozenset(os.fsdecode(options).split(",")),
+            os.fsdecode(kind),
+            frozenset(os.fsdecode(super_options).split(",")),
+        )
+
+
+def _decoded(path: bytes) -> str:
+    if b"\\" in path:
+        path = _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), path)
+    return os.fsdecode(path)
