@@ -114,7 +114,10 @@ def _require_sense(cluster: Cluster, change: Change) -> None:
             hint="either give the whole pool, or what to add and to remove",
         )
     if both := change.add & change.remove:
-        raise ChangeRefused(f"the uids {both} can't be both added and removed")
+        raise ChangeRefused(
+            f"the uids {both} can't be both added and removed",
+            hint="take them out of either what is added or what is removed",
+        )
     if unknown := change.remove - cluster.guarded_uids:
         raise ChangeRefused(
             f"the uids {unknown} are not in the pool", hint=f"the pool is {cluster.uid_pool}"

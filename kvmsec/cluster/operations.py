@@ -8,7 +8,7 @@ start and change comes later sees the other.
 """
 
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final, TypeVar
 from uuid import uuid4
@@ -74,8 +74,8 @@ async def init(
     try:
         await node.sync_rules()
     except BaseException as error:
-        with contextlib.suppress(Conflict):  # somebody changed it since: it is theirs now
-            store.delete(cluster, revision)
+        with _taking_back(error), contextlib.suppress(Conflict):
+            store.delete(cluster, revision)  # if somebody changed it since, it is theirs now
         await _sync_rules_again([node], error)
         raise
     return cluster
@@ -108,7 +108,8 @@ async def _modify_once(store: Store, nodes: Nodes, change: Change) -> Cluster:
         await _require_free(nodes, undrained)
         return await settle(store, nodes)
     except BaseException as error:
-        await _update(store, lambda current: taken_back(current, before, plan))
+        with _taking_back(error):
+            await _update(store, lambda current: taken_back(current, before, plan))
         await _sync_rules_again(nodes, error)
         raise
 
@@ -169,8 +170,8 @@ async def destroy(store: Store, nodes: Nodes) -> None:
                 await node.sync_rules()
                 await node.forget_resting()
         except BaseException as error:
-            with contextlib.suppress(Conflict):  # there is a new cluster already
-                store.save(cluster, 0)
+            with _taking_back(error), contextlib.suppress(Conflict):
+                store.save(cluster, 0)  # unless there is a new cluster already
             await _sync_rules_again(nodes, error)
             raise
 
@@ -259,12 +260,19 @@ async def _require_idle(nodes: Nodes) -> None:
 
 
 async def _sync_rules_again(nodes: Nodes, error: BaseException) -> None:
-    """After a change was taken back; what fails now does not hide why it was."""
+    """After a change was taken back."""
     for node in nodes:
-        try:
+        with _taking_back(error):
             await node.sync_rules()
-        except Fault as another:
-            error.add_note(f"the packet rules could not be put back either: {another.message}")
+
+
+@contextlib.contextmanager
+def _taking_back(error: BaseException) -> Iterator[None]:
+    """Within it a change is taken back for `error`; what fails does not hide why, but is noted."""
+    try:
+        yield
+    except (Fault, OSError) as another:
+        error.add_note(f"the change could not be taken back wholly either: {another}")
 
 
 def _on(node: ClusterNode, text: str, nodes: Nodes) -> str:

@@ -1,9 +1,11 @@
 """modify, over a real store and nodes that answer as they are told."""
 
 import asyncio
+import errno
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -101,6 +103,25 @@ def test_a_start_that_slipped_in_between_is_seen_and_the_change_taken_back(
         modify(node, remove=ranges("1003"), add=ranges("1020"))
     assert node.store.load()[0] == before
     assert node.rules == POOL
+
+
+def test_what_fails_while_a_change_is_taken_back_does_not_hide_why_it_was(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init(node)
+    save, saved = node.store.save, []
+
+    def save_once(*arguments: Any) -> int:
+        if saved:
+            raise OSError(errno.EIO, "Input/output error")
+        saved.append(arguments)
+        return save(*arguments)
+
+    node.refuse_rules = True
+    monkeypatch.setattr(node.store, "save", save_once)
+    with pytest.raises(Fault, match="no packet filter") as caught:
+        modify(node, add=ranges("2000"))
+    assert "Input/output error" in caught.value.__notes__[0]
 
 
 def test_a_change_whose_rules_are_refused_is_taken_back(node: FakeNode) -> None:

@@ -13,6 +13,7 @@ from kvmsec.errors import (
     InstancesRun,
     NoCluster,
     PoolRefused,
+    StoreNotWritten,
     StoreUnreadable,
     UidsInUse,
 )
@@ -71,6 +72,19 @@ def test_an_init_whose_rules_are_refused_leaves_no_cluster(node: FakeNode) -> No
         init(node)
     assert node.store.load() == (None, 0)
     assert not node.rules
+
+
+def test_what_fails_while_an_init_is_taken_back_does_not_hide_why_it_was(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StoreNotWritten("cluster.json", "no space left")
+
+    node.refuse_rules = True
+    monkeypatch.setattr(node.store, "delete", refuse)
+    with pytest.raises(Fault, match="no packet filter") as caught:
+        init(node)
+    assert "cluster.json can't be written: no space left" in caught.value.__notes__[0]
 
 
 def test_init_over_an_unreadable_store_is_refused(node: FakeNode, tmp_path: Path) -> None:
