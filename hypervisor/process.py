@@ -96,8 +96,8 @@ def _require_executed(report: int) -> None:
 def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
     """Fork the process that will be QEMU, as the caller's own child.
 
-    The calling process must have one thread. Raises OSError when it can't fork; no process and no
-    descriptor is left then.
+    Raises ManyThreads when the calling process has more than one, and OSError when it can't fork;
+    no process and no descriptor is left then.
     """
     with contextlib.ExitStack() as childs, contextlib.ExitStack() as undo:
         go_reader, go = os.pipe2(os.O_CLOEXEC)

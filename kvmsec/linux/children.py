@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn, Self
 
 from kvmsec.linux import syscalls
 from kvmsec.linux.credentials import Credentials, become
-from kvmsec.linux.errors import ChildFailed, ChildTimedOut
+from kvmsec.linux.errors import ChildFailed, ChildTimedOut, ManyThreads
 from kvmsec.linux.readiness import is_readable
 
 RESULT_LIMIT_BYTES: Final = 1 << 20
@@ -189,7 +189,13 @@ def fork() -> int:
     raise there, and unwind the parent's code (its undoing of files and locks) a second time. The
     parent's garbage stays the parent's: its finalizers would close descriptors by number. The
     child has every signal at the kernel's default and none blocked.
+
+    Raises ManyThreads: what another thread holds (a lock of the allocator's) is held for ever in
+    the child. OSError when the kernel refuses.
     """
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        raise ManyThreads(threads)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_DFL]
     collects = gc.isenabled()

@@ -70,6 +70,17 @@ class ChildTimedOut(LinuxError):
         self.timeout_s = timeout_s
 
 
+class ManyThreads(LinuxError):
+    """A process with several threads was about to fork: the child would have one of them only."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(
+            f"this process has {count} threads, and a fork takes only one of them along",
+            hint="call kvmsec from a process with one thread; start its threads in another",
+        )
+        self.count = count
+
+
 class UntrustedPath(LinuxError):
     """A path that root is about to rely on could be changed by somebody else."""
 

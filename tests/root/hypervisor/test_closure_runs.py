@@ -354,5 +354,11 @@ def test_a_library_that_others_may_change_is_refused(qemu: Path, tmp_path: Path)
         (data / "bios.bin").chmod(0o666)
         with pytest.raises(UntrustedPath, match=r"bios\.bin"):
             find_closure(qemu, accelerator="tcg", credentials=NOBODY)
+        (data / "bios.bin").chmod(0o644)
+        cache = tmp_path / "cache"
+        find_closure(qemu, accelerator="tcg", credentials=NOBODY, cache=cache)
+        (data / "bios.bin").chmod(0o660)  # Which changes nothing about the directory.
+        with pytest.raises(UntrustedPath, match=r"bios\.bin"):
+            find_closure(qemu, accelerator="tcg", credentials=NOBODY, cache=cache)
     finally:
         command.run(["umount", str(data)], timeout_s=10)

@@ -5,7 +5,6 @@ import fcntl
 import os
 import socket
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from hypervisor.images import (
 )
 from hypervisor.images.opening import INSPECTION_TIMEOUT_S
 from kvmsec.linux import command
+from kvmsec.linux.children import start_child
 from kvmsec.linux.credentials import Credentials
 
 pytestmark = pytest.mark.root
@@ -148,17 +148,15 @@ def test_a_link_that_is_swapped_in_never_gets_through(vm: Path, make_raw: Make) 
     identity = ImageIdentity.of(disk.path.stat())
     (vm / "link").symlink_to(victim.path)
     os.link(disk.path, vm / "kept")
-    stop = threading.Event()
 
     def swap() -> None:
-        while not stop.is_set():
+        while True:
             os.link(vm / "kept", vm / "fresh")
             os.symlink(victim.path, vm / "evil")
             os.rename(vm / "evil", disk.path)
             os.rename(vm / "fresh", disk.path)
 
-    swapping = threading.Thread(target=swap)
-    swapping.start()
+    swapping = start_child(swap, what="swapping")
     try:
         refused, taken, deadline = 0, 0, time.monotonic() + 1
         while time.monotonic() < deadline:
@@ -171,8 +169,7 @@ def test_a_link_that_is_swapped_in_never_gets_through(vm: Path, make_raw: Make) 
                 assert image.identity == identity
                 taken += 1
     finally:
-        stop.set()
-        swapping.join()
+        swapping.close()
     assert refused
     assert taken
 

@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from attrs import evolve
 from hypervisor import process
 from hypervisor.jail import BootFile, JailFailed
 from kvmsec.linux import processes, syscalls
+from kvmsec.linux.errors import ManyThreads
 from tests.root.hypervisor.jailed import (
     DEADLINE_S,
     PROGRAMS,
@@ -173,6 +175,23 @@ def test_a_launcher_that_ignores_its_children_is_told_what_failed(build: Build) 
                     os.close(child.pidfd)
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_launcher_with_several_threads_starts_nothing(build: Build) -> None:
+    jail = build()
+    before = set(os.listdir("/proc/self/fd"))
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        with pytest.raises(ManyThreads, match="2 threads"):
+            process.spawn(jail, "/bin/true", ["true"])
+    finally:
+        done.set()
+        other.join()
+    assert set(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_a_later_child_of_the_launchers_is_born_outside(build: Build) -> None:

@@ -3,13 +3,14 @@
 import asyncio
 import os
 import signal
+import threading
 import time
 from typing import Any
 
 import pytest
 
 from kvmsec.linux import children
-from kvmsec.linux.errors import ChildFailed, ChildTimedOut
+from kvmsec.linux.errors import ChildFailed, ChildTimedOut, ManyThreads
 from tests.unit.kvmsec.linux.working import (
     DEADLINE_S,
     fail_with,
@@ -171,3 +172,17 @@ def test_a_child_that_was_closed_twice_or_after_its_result_is_fine() -> None:
     assert child.collect(DEADLINE_S) == 1
     child.close()
     child.kill()
+
+
+def test_a_process_with_several_threads_is_not_forked() -> None:
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        with pytest.raises(ManyThreads, match="2 threads") as caught:
+            run(lambda: 1)
+        assert "one thread" in (caught.value.hint or "")
+    finally:
+        done.set()
+        other.join()
+    assert run(lambda: 1) == 1
