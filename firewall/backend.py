@@ -119,15 +119,3 @@ def open_backend(setting: Setting, tag: str) -> Backend:
         return backend
     reasons = "; ".join(f"{refusal.backend}: {refusal.reason}" for refusal in refusals)
     raise BackendUnavailable("packet filter", reasons, hint=refusals[0].hint or "")
-
-
-def available_backends(tag: str) -> tuple[BackendName, ...]:
-    """The backends that this host can serve, the preferred one first."""
-    served = []
-    for name in BACKENDS:
-        try:
-            make_backend(name, tag).require_available()
-        except BackendUnavailable:
-            continue
-        served.append(name)
-    return tuple(served)

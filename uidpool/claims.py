@@ -49,9 +49,8 @@ _ATTEMPTS: Final = 8
 
 
 class State(StrEnum):
-    """What a uid of the pool is at."""
+    """What a uid is at that isn't free."""
 
-    FREE = "free"
     LEASED = "leased"
     RESTING = "resting"
     DRAINING = "draining"

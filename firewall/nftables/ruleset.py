@@ -18,7 +18,6 @@ from typing import Any, Final
 
 from firewall.policy import COOKIE_MARK, LOG_BURST, MARK, Family, LogSettings, Policy, UidPairs
 
-FAMILY: Final = "inet"
 POOL: Final = "pool"
 COUNTERS: Final[dict[Family, str]] = {"ipv4": "dropped_ipv4", "ipv6": "dropped_ipv6"}
 
