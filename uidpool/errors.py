@@ -104,8 +104,8 @@ class PoolExhausted(ClaimsError):
 
     def __init__(self, *, size: int, leased: int, quarantined: int) -> None:
         super().__init__(
-            f"no uid of the pool is free, not even a resting one: of {size}, {leased} leased, "
-            f"0 resting, {quarantined} quarantined",
+            f"no uid of the pool is free: of {size}, {leased} leased, 0 resting, {quarantined} "
+            "quarantined (one that rests would have been drawn)",
             hint="stop an instance, add uids to the pool (kvmsec cluster modify --add-uids), or "
             "see what is quarantined and why (kvmsec uids list)",
         )

@@ -23,6 +23,7 @@ from kvmsec.linux.readiness import is_readable
 RESULT_LIMIT_BYTES: Final = 1 << 20
 _DETAIL_LIMIT_CHARS: Final = 4096
 _MAX_DESCRIPTOR: Final = 2**31 - 1
+_THREAD_ENDS_WITHIN_S: Final = 0.1
 _STANDARD: Final = (0, 1, 2)
 _SIGNALS: Final = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
@@ -193,9 +194,7 @@ def fork() -> int:
     Raises ManyThreads: what another thread holds (a lock of the allocator's) is held for ever in
     the child. OSError when the kernel refuses.
     """
-    threads = len(os.listdir("/proc/self/task"))
-    if threads > 1:
-        raise ManyThreads(threads)
+    _require_one_thread()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_DFL]
     collects = gc.isenabled()
@@ -211,6 +210,18 @@ def fork() -> int:
         if collects:
             gc.enable()
         signal.pthread_sigmask(signal.SIG_SETMASK, () if pid == 0 else blocked)
+
+
+def _require_one_thread() -> None:
+    """Refuse when there are more; one that was joined just now is seen a moment longer.
+
+    The kernel tells nobody when it is gone, so this looks again every millisecond.
+    """
+    deadline = time.monotonic() + _THREAD_ENDS_WITHIN_S
+    while (threads := len(os.listdir("/proc/self/task"))) > 1:
+        if time.monotonic() >= deadline:
+            raise ManyThreads(threads)
+        time.sleep(0.001)
 
 
 def _forget_signals(taken: Collection[int]) -> None:

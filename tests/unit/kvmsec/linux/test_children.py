@@ -185,4 +185,8 @@ def test_a_process_with_several_threads_is_not_forked() -> None:
     finally:
         done.set()
         other.join()
-    assert run(lambda: 1) == 1
+    for turn in range(20):
+        other = threading.Thread(target=int)
+        other.start()
+        other.join()
+        assert run(lambda turn=turn: turn) == turn
