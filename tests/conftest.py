@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 _INSIDE = "KVMSEC_TEST_SANDBOX"
+_CHECKOUT = Path(__file__).resolve().parents[1]
 _PRIVATE = ("/run", "/var/lib", "/var/log", "/tmp", "/var/tmp", "/dev/shm")
 
 
@@ -53,6 +54,7 @@ def _furnish() -> None:
     def run(*argv: str) -> None:
         command.run(argv, timeout_s=30)
 
+    kept = {path: os.open(path, os.O_PATH) for path in (_CHECKOUT, Path(sys.prefix))}
     copy = Path("/mnt")
     run("mount", "-t", "tmpfs", "-o", "mode=755", "etc", str(copy))
     shutil.copytree("/etc", copy, symlinks=True, dirs_exist_ok=True)
@@ -64,6 +66,20 @@ def _furnish() -> None:
     Path("/run/lock").mkdir(mode=0o1777)
     Path("/run/lock").chmod(0o1777)
     run("ip", "link", "set", "lo", "up")
+    for path, descriptor in kept.items():
+        _show_again(path, descriptor)
+
+
+def _show_again(path: Path, descriptor: int) -> None:
+    """Bring back a directory that one of the private places has hidden, as in a clone below /tmp."""
+    from kvmsec.linux import namespaces
+
+    if not path.exists():
+        path.mkdir(parents=True)
+        namespaces.mount(f"/proc/self/fd/{descriptor}", str(path), None, namespaces.MS_BIND)
+    os.close(descriptor)
+    if path == _CHECKOUT:
+        os.chdir(path)
 
 
 _NETFILTER = ("nft", "iptables-legacy", "ip6tables-legacy", "ip")
