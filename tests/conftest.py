@@ -71,7 +71,7 @@ def _furnish() -> None:
 
 
 def _show_again(path: Path, descriptor: int) -> None:
-    """Bring back a directory that one of the private places has hidden, as in a clone below /tmp."""
+    """Bring back a directory that a private place has hidden, as in a clone below /tmp."""
     from kvmsec.linux import namespaces
 
     if not path.exists():
