@@ -9,7 +9,7 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,11 @@ def _execute_inside(config: pytest.Config) -> None:
 
 def _furnish() -> None:
     """Make the changeable parts of the host private: a copy of /etc, empty places for the rest."""
-    from kvmsec.linux import command
+    # Imported before anything is hidden.
+    from kvmsec.linux import command, namespaces
+
+    def bind(source: str, target: str) -> None:
+        namespaces.mount(source, target, None, namespaces.MS_BIND)
 
     def run(*argv: str) -> None:
         command.run(argv, timeout_s=30)
@@ -67,16 +71,14 @@ def _furnish() -> None:
     Path("/run/lock").chmod(0o1777)
     run("ip", "link", "set", "lo", "up")
     for path, descriptor in kept.items():
-        _show_again(path, descriptor)
+        _show_again(path, descriptor, bind)
 
 
-def _show_again(path: Path, descriptor: int) -> None:
+def _show_again(path: Path, descriptor: int, bind: Callable[[str, str], None]) -> None:
     """Bring back a directory that a private place has hidden, as in a clone below /tmp."""
-    from kvmsec.linux import namespaces
-
     if not path.exists():
         path.mkdir(parents=True)
-        namespaces.mount(f"/proc/self/fd/{descriptor}", str(path), None, namespaces.MS_BIND)
+        bind(f"/proc/self/fd/{descriptor}", str(path))
     os.close(descriptor)
     if path == _CHECKOUT:
         os.chdir(path)
