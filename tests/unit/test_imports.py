@@ -231,7 +231,8 @@ current = None
 
 
 def watched(modules: Iterable[str], path: Path = ROOT) -> str:
-    argv = [sys.executable, "-c", WATCH, *modules]
+    # -B: in a fresh checkout Python would write its bytecode.
+    argv = [sys.executable, "-B", "-c", WATCH, *modules]
     done = subprocess.run(argv, cwd=path, capture_output=True, text=True, check=True, timeout=60)
     return done.stdout
 
