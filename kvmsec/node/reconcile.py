@@ -1,6 +1,8 @@
 """Putting right what killed processes, a reboot or a dying QEMU left on this node."""
 
 import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -8,16 +10,19 @@ from typing import Final
 from hypervisor.cgroups import InstanceCgroup
 from kvmsec.agent import InstanceState
 from kvmsec.linux import processes
-from kvmsec.linux.errors import Fault
+from kvmsec.linux.errors import Fault, LockBusy
 from kvmsec.linux.files import remove_unfinished
+from kvmsec.linux.locks import FileLock
 from kvmsec.node import journal, records, taps
 from kvmsec.node.dismantle import KILL_TIMEOUT_S, Remains, dismantle, remove_files
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord, LastState, RecordUnreadable, names_in
-from kvmsec.node.turns import try_turn
+from kvmsec.node.turns import give_back, try_turn
+from kvmsec.node.waiting import acquire
 from uidpool.claims import Lease
 
 _UNFINISHED_S: Final = 60.0
+_ORPHAN_TIMEOUT_S: Final = 2.0
 
 
 async def reconcile(host: Host) -> tuple[str, ...]:
@@ -28,7 +33,7 @@ async def reconcile(host: Host) -> tuple[str, ...]:
     """
     done: list[str] = []
     for name in _worked_on(host):
-        with try_turn(host.paths, name) as is_ours:
+        async with _turn_if_left(host, name) as is_ours:
             if is_ours:
                 done += await _settle(host, name)
     done += _release_orphaned_uids(host)
@@ -55,6 +60,35 @@ def _remove_unfinished(host: Host) -> list[str]:
         with contextlib.suppress(OSError):
             left += remove_unfinished(place, older_than_s=_UNFINISHED_S)
     return [f"{path}: removed, it was half written" for path in left]
+
+
+@asynccontextmanager
+async def _turn_if_left(host: Host, name: str) -> AsyncIterator[bool]:
+    """Whether nobody acts on an instance; if so, nobody will meanwhile.
+
+    A child that a killed launcher had just forked holds its lock for some milliseconds more.
+    """
+    lock = FileLock(host.paths.instance_lock(name))
+    is_ours = lock.try_acquire()
+    if not is_ours and _is_orphaned(host, name):
+        with contextlib.suppress(LockBusy):
+            await acquire(lock, _ORPHAN_TIMEOUT_S)
+            is_ours = True
+    try:
+        yield is_ours
+    finally:
+        give_back(host.paths, name, lock)
+
+
+def _is_orphaned(host: Host, name: str) -> bool:
+    """Whether an instance's start was left by a launcher that has ended."""
+    try:
+        record = records.load(host.paths, name)
+    except RecordUnreadable:
+        return False
+    if record is None or record.state is not InstanceState.STARTING:
+        return False
+    return not processes.is_alive(record.launcher)
 
 
 def _worked_on(host: Host) -> list[str]:
