@@ -8,6 +8,7 @@ and end with it, even when the test run is killed.
 import functools
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -44,6 +45,8 @@ def _execute_inside(config: pytest.Config) -> None:
     as_init = ["sh", "-c", '"$@"; exit $?', "sh"]
     os.environ[_INSIDE] = "1"
     sys.stdout.flush()
+    # Ignored, as in a background job, it would stay so for every program that a test interrupts.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.execvp("unshare", ["unshare", *namespaces, "--kill-child", "--", *as_init, *python])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -71,4 +72,17 @@ def entry_point() -> None:
     for stream in (sys.stdout, sys.stderr):
         # What the terminal's encoding lacks is escaped rather than an error.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    kvmsec.main()
+    try:
+        kvmsec.main()
+    finally:
+        _let_go_of_stdout()
+
+
+def _let_go_of_stdout() -> None:
+    """Drop what could not be printed: Python would fail over it once more at its own end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
