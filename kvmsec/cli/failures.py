@@ -60,7 +60,7 @@ def report(error: BaseException, *, is_debug: bool) -> int:
         _print_traceback(error)
     match error:
         case ReaderGone():
-            _silence_stdout()
+            silence_stdout()
             return FAILED
         case click.ClickException():
             return _report_usage(error)
@@ -113,7 +113,7 @@ def _print_traceback(error: BaseException) -> None:
         click.echo(shown_text(line), err=True)
 
 
-def _silence_stdout() -> None:
+def silence_stdout() -> None:
     """Let the interpreter's last flush go nowhere, instead of failing aloud."""
     nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     os.dup2(nowhere, sys.stdout.fileno())
