@@ -171,7 +171,7 @@ def test_rival_processes_with_real_cleaning_never_share_a_uid(tmp_path: Path) ->
     for process in rivals:
         process.join(30)
     assert [collisions for collisions, _ in told] == [0] * 8
-    assert sum(draws for _, draws in told) > 40
+    assert all(draws > 0 for _, draws in told)
     assert claims_at(tmp_path, "/").states() == ()
 
 
