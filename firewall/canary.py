@@ -92,21 +92,32 @@ class Report:
         return not (self.failures or self.absent or self.uncounted)
 
 
-def probe(uid: int, gid: int, read_dropped: Callable[[], Dropped]) -> Report:
-    """Send the canary as `uid` and `gid`, within a second.
+Carrier = Callable[[Callable[[], Any]], Any]
+"""Runs a function as the uid that is to be proved, and returns its answer as JSON has it."""
 
-    Raises ChildFailed and ChildTimedOut (kvmsec.linux.errors), and what `read_dropped` raises.
+
+def probe(
+    uid: int, gid: int, read_dropped: Callable[[], Dropped], carrier: Carrier | None = None
+) -> Report:
+    """Send the canary as `uid` and `gid`, within a second: by a child, or by the `carrier`.
+
+    Raises ChildFailed and ChildTimedOut (kvmsec.linux.errors), and what `read_dropped` and the
+    carrier raise.
     """
     before = read_dropped()
-    answers = run_in_child(
+    answers = carrier(_send_all) if carrier is not None else _send_by_child(uid, gid)
+    after = read_dropped()
+    risen = Dropped(*(max(0, after.of(family) - before.of(family)) for family in FAMILIES))
+    return Report(uid, tuple(_parse(answer) for answer in answers), risen)
+
+
+def _send_by_child(uid: int, gid: int) -> Any:
+    return run_in_child(
         _send_all,
         what=f"sending a packet as uid {uid}",
         credentials=Credentials(uid, gid),
         timeout_s=DEADLINE_S,
     )
-    after = read_dropped()
-    risen = Dropped(*(max(0, after.of(family) - before.of(family)) for family in FAMILIES))
-    return Report(uid, tuple(_parse(answer) for answer in answers), risen)
 
 
 def _parse(answer: Any) -> Attempt:
@@ -121,7 +132,7 @@ def _parse(answer: Any) -> Attempt:
 
 
 def _send_all() -> list[tuple[str, str, int | None, bool]]:
-    """The child's part. Nothing is sent beyond the host unless all of loopback is closed."""
+    """The sender's part. Nothing is sent beyond the host unless all of loopback is closed."""
     answers: list[tuple[str, str, int | None, bool]] = []
     for target in LOOPBACK:
         answers.append((target.family, target.address, _send(target), True))

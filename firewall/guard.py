@@ -17,7 +17,7 @@ from firewall.backend import (
     make_backend,
     open_backend,
 )
-from firewall.canary import Report, probe
+from firewall.canary import Carrier, Report, probe
 from firewall.drops import read_last_drops
 from firewall.errors import BackendUnavailable, NotProved, PolicyError, RulesUnreadable
 from firewall.policy import DEFAULT_TAG, FAMILIES, Policy, format_uids
@@ -71,16 +71,19 @@ class Firewall:
             changed = other.remove() or changed
         return changed
 
-    def prove(self, uid: int, gid: int, policy: Policy) -> Report:
+    def prove(
+        self, uid: int, gid: int, policy: Policy, *, carrier: Carrier | None = None
+    ) -> Report:
         """Return once the kernel has shown that the uid can send nothing; else raise NotProved.
 
-        The rules are read, and mended, only when the first packet doesn't prove it.
+        The first packet is the `carrier`'s to send, where there is one. The rules are read, and
+        mended, only when it doesn't prove it; then a child sends another.
         """
         self._require_ours(policy)
         if not policy.covers(uid):
             reason = "the policy in force does not name it"
             raise NotProved(uid, reason, report=None, hint=_VERIFY_HINT)
-        report = self._probe(uid, gid)
+        report = self._probe(uid, gid, carrier)
         if report.is_proof:
             return report
         self.apply(policy)
@@ -97,9 +100,12 @@ class Firewall:
         reason = "; ".join(finding.message for finding in findings)
         return NotProved(report.uid, reason, report=report, hint=_VERIFY_HINT)
 
-    def _probe(self, uid: int, gid: int, *, of_all_tags: bool = False) -> Report:
+    def _probe(
+        self, uid: int, gid: int, carrier: Carrier | None = None, *, of_all_tags: bool = False
+    ) -> Report:
+        read_dropped = self._dropped_by_all if of_all_tags else self.backend.dropped
         try:
-            return probe(uid, gid, self._dropped_by_all if of_all_tags else self.backend.dropped)
+            return probe(uid, gid, read_dropped, carrier)
         except (ChildFailed, ChildTimedOut) as error:
             hint = "the canary could not be sent: is the host out of processes or memory?"
             raise NotProved(uid, error.message, report=None, hint=hint) from error

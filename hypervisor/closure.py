@@ -52,9 +52,10 @@ def find_closure(
     """Work out what `binary` needs for our command lines, or recall it while no file changed.
 
     The loader and QEMU are run as `credentials` (None: as the caller, who isn't root then). With
-    credentials every part must be root's and writable by nobody else.
+    credentials the program must be root's and writable by nobody else. The parts are for
+    `require_trusted_parts` to look at, before any of them is executed in a jail.
 
-    Raises ClosureError, and UntrustedPath for a part that others may change.
+    Raises ClosureError, and UntrustedPath for a program that others may change.
     """
     if credentials is not None:
         require_trusted(binary)  # before it is run, even as somebody else
@@ -62,8 +63,6 @@ def find_closure(
     key = f"closure 1 {accelerator} {binary}"
     known = memory.recall(key, Closure) if memory is not None else None
     found = known or _Search(binary, credentials).closure(accelerator)
-    if credentials is not None:
-        _require_trusted_parts(found)
     if memory is not None and known is None:
         # The paths inside lead to the sources on the host too, through whatever links there are.
         paths = {str(binary), *(inside for _, inside in found.binds)}
@@ -191,10 +190,11 @@ def _binds(inside: Iterable[Path]) -> Iterator[tuple[str, str]]:
             yield os.path.realpath(path), str(path)
 
 
-def _require_trusted_parts(closure: Closure) -> None:
-    """Hold each part, and what it lies in, to the rule: this shows in no file's identity.
+def require_trusted_parts(closure: Closure) -> None:
+    """Raise UntrustedPath unless each part, and what it lies in, is root's alone to change.
 
-    About 0.7 ms for fifty libraries and a hundred files of data.
+    Looked at for each start, since this shows in no file's identity: about 0.7 ms for fifty
+    libraries and a hundred files of data.
     """
     for folder in sorted({os.path.dirname(source) for source, _ in closure.binds}):
         require_trusted(Path(folder))

@@ -4,8 +4,9 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Sequence
-from typing import Final, NoReturn
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn
 
 import psutil
 from attrs import frozen
@@ -13,7 +14,9 @@ from attrs import frozen
 from hypervisor.descriptors import foreign_descriptors, identity_of
 from hypervisor.errors import HypervisorError
 from hypervisor.jail import Jail, JailFailed, close_foreign, duplicate_above, enter
-from kvmsec.linux import children, namespaces, processes
+from kvmsec.linux import forking, processes
+from kvmsec.linux.credentials import acting_as
+from kvmsec.linux.errors import ChildTimedOut
 from kvmsec.linux.processes import ProcessId
 from kvmsec.linux.readiness import is_readable
 
@@ -21,6 +24,8 @@ _ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
 _GO: Final = b"g"
 _EXECUTING: Final = b"x"
 _KILLED: Final = "the process was killed before it could start QEMU"
+Witness = Callable[[], Any]
+"""A few system calls of ours, made in the child as the instance's uid; answers as JSON has it."""
 
 
 class NotConfined(HypervisorError):
@@ -49,6 +54,23 @@ class Newborn:
         self.pidfd = pidfd
         self._go = go
         self._report = report
+        self._heard = b""
+
+    def testimony(self, timeout_s: float) -> Any:
+        """What the witness answered, within `timeout_s` seconds.
+
+        Raises JailFailed with what kept the child from that, and ChildTimedOut.
+        """
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._heard:
+            if not is_readable(self._report, deadline - time.monotonic()):
+                raise ChildTimedOut("what is asked of the new process", timeout_s)
+            chunk = os.read(self._report, 1 << 16)
+            if not chunk:
+                raise _failure(self._heard)
+            self._heard += chunk
+        answer, _, self._heard = self._heard.partition(b"\n")
+        return json.loads(answer)
 
     def release(self) -> None:
         """Let the child execute QEMU once its jail stands."""
@@ -69,7 +91,7 @@ class Newborn:
 
         What QEMU does from then on, its end included, is another question.
         """
-        _require_executed(self._report)
+        _require_executed(self._report, self._heard)
 
     def close(self) -> None:
         """Free the pipes (the process is not touched, the pidfd stays the caller's)."""
@@ -79,22 +101,29 @@ class Newborn:
         self._go = self._report = -1
 
 
-def _require_executed(report: int) -> None:
-    words = b""
+def _require_executed(report: int, words: bytes = b"") -> None:
     while chunk := os.read(report, 4096):
         words += chunk
-    if words == _EXECUTING:
-        return
+    if words != _EXECUTING:
+        raise _failure(words)
+
+
+def _failure(words: bytes) -> JailFailed:
     try:
         failure = json.loads(words.removeprefix(_EXECUTING))
         step, number, detail = failure["step"], failure["errno"], failure["detail"]
     except (ValueError, TypeError, KeyError):
-        raise JailFailed("exec", 0, _KILLED) from None
-    raise JailFailed(str(step), int(number), str(detail))
+        return JailFailed("exec", 0, _KILLED)
+    return JailFailed(str(step), int(number), str(detail))
 
 
-def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
+def spawn(
+    jail: Jail, program: str, argv: Sequence[str], *, witness: Witness | None = None
+) -> Newborn:
     """Fork the process that will be QEMU, as the caller's own child.
+
+    The first thing that it does is to call the `witness`, as the instance's uid with no effective
+    capability, where the launcher is: before it leaves the node's namespaces.
 
     Raises ManyThreads when the calling process has more than one, and OSError when it can't fork;
     no process and no descriptor is left then.
@@ -106,13 +135,11 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
         report, report_writer = os.pipe2(os.O_CLOEXEC)
         childs.callback(os.close, report_writer)
         undo.callback(os.close, report)
-        with namespaces.children_in_new_pid_namespace():
-            pid = children.fork()
-            if pid == 0:
-                _become_qemu(jail, program, argv, go_reader, report_writer)
-            pidfd = children.adopt(pid)
-            undo.callback(_end, pidfd)
-        process = processes.identify(pid) if pidfd >= 0 else None
+        pid, pidfd = forking.fork_init()
+        if pid == 0:
+            _become_qemu(jail, program, argv, go_reader, report_writer, witness)
+        undo.callback(_end, pidfd)
+        process = processes.identify(pid)
         if process is None:
             # Ended already, and not kept for us: SIGCHLD is ignored.
             childs.close()
@@ -123,14 +150,15 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
 
 
 def _end(pidfd: int) -> None:
-    if pidfd >= 0:
-        processes.kill(pidfd)
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        os.close(pidfd)
+    processes.kill(pidfd)
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
 
 
-def _become_qemu(jail: Jail, program: str, argv: Sequence[str], go: int, report: int) -> NoReturn:
+def _become_qemu(
+    jail: Jail, program: str, argv: Sequence[str], go: int, report: int, witness: Witness | None
+) -> NoReturn:
     """The child's whole life as Python; it must never return into the launcher's code."""
     try:
         try:
@@ -138,6 +166,8 @@ def _become_qemu(jail: Jail, program: str, argv: Sequence[str], go: int, report:
             # Above every number that the jail hands out, so that neither is overwritten.
             lowest = max(jail.descriptors, default=2) + 1
             go, report = (duplicate_above(descriptor, lowest) for descriptor in (go, report))
+            if witness is not None:
+                _testify(jail, report, witness)
             enter(jail)
             if os.read(go, 1) != _GO:
                 os._exit(125)
@@ -151,6 +181,12 @@ def _become_qemu(jail: Jail, program: str, argv: Sequence[str], go: int, report:
             _report(report, "jail", 0, repr(error))
     finally:
         os._exit(126)
+
+
+def _testify(jail: Jail, report: int, witness: Witness) -> None:
+    with acting_as(jail.credentials):
+        answer = witness()
+    os.write(report, json.dumps(answer).encode() + b"\n")
 
 
 def _report(pipe: int, step: str, number: int, detail: str) -> None:

@@ -6,7 +6,6 @@ no objects. The calling process must have one thread (a fork copies only the cal
 
 import contextlib
 import fcntl
-import gc
 import json
 import os
 import signal
@@ -17,15 +16,14 @@ from typing import Any, Final, NoReturn, Self
 
 from kvmsec.linux import syscalls
 from kvmsec.linux.credentials import Credentials, become
-from kvmsec.linux.errors import ChildFailed, ChildTimedOut, ManyThreads
+from kvmsec.linux.errors import ChildFailed, ChildTimedOut
+from kvmsec.linux.forking import fork
 from kvmsec.linux.readiness import is_readable
 
 RESULT_LIMIT_BYTES: Final = 1 << 20
 _DETAIL_LIMIT_CHARS: Final = 4096
 _MAX_DESCRIPTOR: Final = 2**31 - 1
-_THREAD_ENDS_WITHIN_S: Final = 0.1
 _STANDARD: Final = (0, 1, 2)
-_SIGNALS: Final = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 class Child:
@@ -181,56 +179,6 @@ def run_in_child(
     """
     child = start_child(function, what=what, credentials=credentials, keep=keep)
     return child.collect(timeout_s)
-
-
-def fork() -> int:
-    """`os.fork`, after which only what the child does next runs in the child.
-
-    Signals wait until the child has dropped the parent's handlers: an interrupt in between would
-    raise there, and unwind the parent's code (its undoing of files and locks) a second time. The
-    parent's garbage stays the parent's: its finalizers would close descriptors by number. The
-    child has every signal at the kernel's default and none blocked.
-
-    Raises ManyThreads: what another thread holds (a lock of the allocator's) is held for ever in
-    the child. OSError when the kernel refuses.
-    """
-    _require_one_thread()
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_DFL]
-    collects = gc.isenabled()
-    gc.disable()
-    pid = -1
-    try:
-        pid = os.fork()
-        if pid == 0:
-            gc.freeze()
-            _forget_signals(taken)
-        return pid
-    finally:
-        if collects:
-            gc.enable()
-        signal.pthread_sigmask(signal.SIG_SETMASK, () if pid == 0 else blocked)
-
-
-def _require_one_thread() -> None:
-    """Refuse when there are more; one that was joined just now is seen a moment longer.
-
-    The kernel tells nobody when it is gone, so this looks again every millisecond.
-    """
-    deadline = time.monotonic() + _THREAD_ENDS_WITHIN_S
-    while (threads := len(os.listdir("/proc/self/task"))) > 1:
-        if time.monotonic() >= deadline:
-            raise ManyThreads(threads)
-        time.sleep(0.001)
-
-
-def _forget_signals(taken: Collection[int]) -> None:
-    try:
-        signal.set_wakeup_fd(-1)
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-    except BaseException:
-        os._exit(1)  # Anything else would let it into the parent's code.
 
 
 def _work(

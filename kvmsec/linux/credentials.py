@@ -1,5 +1,6 @@
 """Becoming somebody who can do nothing, for good, and proving that nothing is left."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -43,6 +44,24 @@ def _of_each_capability(operation: int) -> Iterator[tuple[int, int]]:
             if error.errno != errno.EINVAL:
                 raise
             return
+
+
+@contextlib.contextmanager
+def acting_as(credentials: Credentials) -> Iterator[None]:
+    """Within it root acts as somebody else: effective and filesystem ids, no effective capability.
+
+    For a few system calls of our own: the real ids stay root's, so that nobody may signal the
+    caller and all can be taken back (seteuid(2)). The groups don't come back. Raises OSError.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    os.setgroups([])
+    os.setegid(credentials.gid)
+    os.seteuid(credentials.uid)
+    try:
+        yield
+    finally:
+        os.seteuid(uid)
+        os.setegid(gid)
 
 
 def become(credentials: Credentials) -> None:

@@ -1,8 +1,5 @@
 """Namespaces and mounts under their kernel names (namespaces(7), mount(2))."""
 
-import contextlib
-import os
-from collections.abc import Iterator
 from typing import Final
 
 from kvmsec.linux.syscalls import mount, pivot_root, setns, umount, unshare
@@ -43,28 +40,9 @@ __all__ = [
     "MS_REC",
     "MS_REMOUNT",
     "UMOUNT_NOFOLLOW",
-    "children_in_new_pid_namespace",
     "mount",
     "pivot_root",
     "setns",
     "umount",
     "unshare",
 ]
-
-
-@contextlib.contextmanager
-def children_in_new_pid_namespace() -> Iterator[None]:
-    """Within it, the first child that the caller forks is PID 1 of a new PID namespace.
-
-    The caller itself stays where it is (pid_namespaces(7)) and its later children are born there
-    again, so that the new process is the caller's own child, with no process in between.
-    """
-    own = os.open("/proc/self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        unshare(CLONE_NEWPID)
-        try:
-            yield
-        finally:
-            setns(own, CLONE_NEWPID)
-    finally:
-        os.close(own)

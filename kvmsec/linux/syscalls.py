@@ -14,6 +14,7 @@ _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 _NR_FSOPEN: Final = 430
 _NR_FSCONFIG: Final = 431
 _NR_FSMOUNT: Final = 432
+_NR_CLONE3: Final = 435
 _NR_CLOSE_RANGE: Final = 436
 _NR_OPENAT2: Final = 437
 _NR_MOUNT_SETATTR: Final = 442
@@ -35,6 +36,9 @@ RESOLVE_NO_XDEV: Final = 0x01
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
+
+_CLONE_PIDFD: Final = 0x1000
+_CLONE_INTO_CGROUP: Final = 0x200000000
 
 _PR_SET_PDEATHSIG: Final = 1
 _CLOSE_RANGE_CLOEXEC: Final = 4
@@ -63,6 +67,36 @@ def unshare(flags: int) -> None:
 def setns(descriptor: int, kind: int) -> None:
     """Enter the namespace that a descriptor stands for (`setns(2)`); `kind` 0 takes any."""
     _checked(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)))
+
+
+class _CloneArguments(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            *("flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size"),
+            *("tls", "set_tid", "set_tid_size", "cgroup"),
+        )
+    )
+
+
+def clone3(flags: int, cgroup: int) -> tuple[int, int]:
+    """Fork (`clone3(2)`, Linux 5.7); returns the child's pid and pidfd, in the child (0, -1).
+
+    `cgroup` is a descriptor of a version 2 control group to be born in, or -1. The interpreter's
+    own preparation for a fork is the caller's affair.
+    """
+    pidfd = ctypes.c_int(-1)
+    arguments = _CloneArguments(
+        flags=flags | _CLONE_PIDFD | (_CLONE_INTO_CGROUP if cgroup >= 0 else 0),
+        pidfd=ctypes.addressof(pidfd),
+        exit_signal=signal.SIGCHLD,
+        cgroup=max(cgroup, 0),
+    )
+    size = ctypes.c_size_t(ctypes.sizeof(arguments))
+    # Not `_libc`: a call that returns twice must not give the interpreter's lock back meanwhile.
+    libc = ctypes.PyDLL(None, use_errno=True)
+    pid = _checked(libc.syscall(ctypes.c_long(_NR_CLONE3), ctypes.byref(arguments), size))
+    return pid, pidfd.value if pid else -1
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:

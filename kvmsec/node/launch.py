@@ -17,7 +17,9 @@ from typing import Any, Final
 
 from attrs import evolve, frozen
 
+from firewall import canary
 from hypervisor import cgroups, process
+from hypervisor.closure import require_trusted_parts
 from hypervisor.jail import Jail
 from hypervisor.monitor import Monitor, MonitorClosed, MonitorUnreachable
 from hypervisor.process import Newborn
@@ -232,7 +234,18 @@ class _Start:
         self.note(cgroups=group.paths)
 
     def fork(self) -> None:
-        """The child waits in its jail until its record is written: see `Newborn`."""
+        """Have the rules proved by the child that will be QEMU: it is forked in the proof."""
+        if self.security.model is SecurityModel.NONE:
+            self._spawn(None)
+        else:
+            uid, gid = self.identity.uid, self.identity.credentials.gid
+            self.host.rules.prove(uid, gid, carrier=self._testify)
+
+    def _testify(self, send: process.Witness) -> Any:
+        return self._spawn(send).testimony(canary.DEADLINE_S)
+
+    def _spawn(self, witness: process.Witness | None) -> Newborn:
+        """The child waits in its jail until it is released: see `Newborn`."""
         extra = self.host.config.qemu.extra_arguments
         placed = place(self.engine, self.machine, self.lent, extra)
         jail = Jail(
@@ -247,14 +260,14 @@ class _Start:
             cgroups=self.cgroup.procs_files,
             descriptors=placed.descriptors,
         )
-        self.newborn = process.spawn(jail, placed.argv[0], placed.argv)
+        self.newborn = process.spawn(jail, placed.argv[0], placed.argv, witness=witness)
         self.opened.callback(self.newborn.close)
         self.opened.callback(os.close, self.newborn.pidfd)
         self.note(process=self.newborn.process, argv=placed.argv)
+        return self.newborn
 
-    def prove_rules(self) -> None:
-        if self.security.model is not SecurityModel.NONE:
-            self.host.rules.prove(self.identity.uid, self.identity.credentials.gid)
+    def check_programs(self) -> None:
+        require_trusted_parts(self.engine.closure)
 
     def release(self) -> None:
         assert self.newborn is not None
@@ -304,8 +317,8 @@ STEPS: Final = (
     Step("sockets", _Start.bind_sockets, "root's alone; QEMU gets them listening"),
     Step("output", _Start.mount_output, "the only place that the instance may fill"),
     Step("cgroup", _Start.make_cgroup, "the child joins it before anything else"),
-    Step("fork", _Start.fork, "the child builds its jail and waits: no QEMU without a record"),
-    Step("rules", _Start.prove_rules, "the last before QEMU: a packet of that uid is refused now"),
+    Step("fork", _Start.fork, "its packet is refused, then it builds its jail and waits"),
+    Step("programs", _Start.check_programs, "nobody else's to change, while the jail is built"),
     Step("release", _Start.release, "from here on the record leads to the process"),
     Step("exec", _Start.become_qemu, "QEMU has its final uid before its first instruction"),
     Step("ready", _Start.become_ready, "the reply to qmp_capabilities, not the greeting"),

@@ -26,9 +26,10 @@ from hypervisor.machine import Machine
 from hypervisor.monitor import Monitor
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import namespaces, syscalls, unix_sockets
-from kvmsec.linux.children import Child, adopt, close_all_but, fork
+from kvmsec.linux.children import Child, close_all_but
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.errors import ChildFailed, ChildTimedOut, Fault
+from kvmsec.linux.forking import fork_init
 from kvmsec.node import output
 from kvmsec.node.waiting import readable
 
@@ -73,16 +74,15 @@ def _start_init(function: Callable[[], object], *, what: str) -> Child:
     """Fork the first process of a PID namespace; all others in it end when that does."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        with namespaces.children_in_new_pid_namespace():
-            pid = fork()
-            if pid == 0:
-                _be_init(function, writer)
+        pid, pidfd = fork_init()
+        if pid == 0:
+            _be_init(function, writer)
     except BaseException:
         os.close(reader)
         raise
     finally:
         os.close(writer)
-    return Child(pid, adopt(pid), reader, what)
+    return Child(pid, pidfd, reader, what)
 
 
 def _be_init(function: Callable[[], object], writer: int) -> NoReturn:

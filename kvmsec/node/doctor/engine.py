@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from attrs import frozen
 
-from hypervisor.closure import find_closure
+from hypervisor.closure import Closure, find_closure, require_trusted_parts
 from hypervisor.errors import HypervisorError
 from hypervisor.features import Features, find_qemu, probe
 from kvmsec.errors import KvmsecError
@@ -53,7 +53,7 @@ def check_qemu_files(subject: Subject) -> Iterator[Answer]:
         yield _NO_QEMU
         return
     for accelerator in _built_in(qemu.features):
-        closure = find_closure(qemu.binary, accelerator=accelerator, credentials=NOBODY)
+        closure = _trusted_closure(qemu, accelerator)
         yield ok(f"{len(closure.binds)} files and directories in a jail for {accelerator}")
 
 
@@ -113,8 +113,14 @@ def check_tcg(subject: Subject) -> Iterator[Answer]:
 
 def _boot(qemu: _Qemu, accelerator: Literal["kvm", "tcg"]) -> float:
     """Seconds until it spoke. Raises TrialFailed, and HypervisorError for QEMU's files."""
-    closure = find_closure(qemu.binary, accelerator=accelerator, credentials=NOBODY)
+    closure = _trusted_closure(qemu, accelerator)
     return boot_tiny_guest(closure, qemu.features, accelerator, timeout_s=_DEADLINE_S)
+
+
+def _trusted_closure(qemu: _Qemu, accelerator: Literal["kvm", "tcg"]) -> Closure:
+    closure = find_closure(qemu.binary, accelerator=accelerator, credentials=NOBODY)
+    require_trusted_parts(closure)
+    return closure
 
 
 def _without_kvm(subject: Subject, found: str, hint: str) -> Answer:

@@ -10,6 +10,7 @@ import pytest
 from hypervisor.errors import NotQemu, QemuNotFound, QemuTooOld
 from hypervisor.features import probe
 from kvmsec.errors import StartFailed
+from kvmsec.linux import namespaces
 from kvmsec.linux.errors import UntrustedPath
 
 pytestmark = pytest.mark.kvm
@@ -65,6 +66,19 @@ def test_a_program_that_others_may_change_is_not_even_run(place: Any, stand_ins:
     file.write_bytes((stand_ins / "qemu").read_bytes())
     file.chmod(0o757)
     assert str(file) in place.refused(UntrustedPath, qemu=str(file)).message
+
+
+def test_a_qemu_whose_data_others_may_change_is_not_started(place: Any) -> None:
+    data = "/usr/share/qemu"
+    namespaces.mount("data", data, "tmpfs", 0, "mode=755")
+    try:
+        Path(data, "bios.bin").touch()
+        Path(data, "bios.bin").chmod(0o666)
+        error = place.refused(StartFailed)
+    finally:
+        namespaces.umount(data)
+    assert "bios.bin can be written by others" in error.message
+    assert "root's, writable by nobody else" in error.hint
 
 
 @pytest.mark.parametrize("path", ["/var/lib/missing", "/usr/bin", "/etc/passwd"])

@@ -78,8 +78,10 @@ def the_launcher_is_as_before() -> Iterator[None]:
 
 
 @contextmanager
-def newborn(jail: Jail, *argv: str) -> Iterator[process.Newborn]:
-    child = process.spawn(jail, argv[0], argv)
+def newborn(
+    jail: Jail, *argv: str, witness: process.Witness | None = None
+) -> Iterator[process.Newborn]:
+    child = process.spawn(jail, argv[0], argv, witness=witness)
     try:
         yield child
     finally:

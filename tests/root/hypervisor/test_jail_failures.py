@@ -19,7 +19,7 @@ from attrs import evolve
 from hypervisor import process
 from hypervisor.jail import BootFile, JailFailed
 from kvmsec.linux import processes, syscalls
-from kvmsec.linux.errors import ManyThreads
+from kvmsec.linux.errors import ChildTimedOut, ManyThreads
 from tests.root.hypervisor.jailed import (
     DEADLINE_S,
     PROGRAMS,
@@ -228,3 +228,34 @@ def _processes_in(namespace: str) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
+
+
+# What is asked of the child before it is shut in -------------------------------------------------
+
+
+def test_a_witness_is_the_instances_uid_in_the_launchers_namespaces(build: Build) -> None:
+    def look() -> object:
+        return [os.getresuid(), os.getgroups(), os.readlink("/proc/self/ns/net"), os.listdir("/")]
+
+    with newborn(build(), "/bin/true", witness=look) as child:
+        uids, groups, network, top = child.testimony(DEADLINE_S)
+        assert uids == [0, child.jail.credentials.uid, 0]
+        assert groups == []
+        assert network == os.readlink("/proc/self/ns/net")
+        assert top == os.listdir("/")
+        child.release()
+        child.executed()
+
+
+def test_a_witness_that_fails_is_told_and_nothing_is_executed(build: Build) -> None:
+    def fail() -> object:
+        raise OSError(errno.ENOBUFS, "no room for a packet")
+
+    refused = pytest.raises(JailFailed, match="no room for a packet")
+    with newborn(build(), "/bin/true", witness=fail) as child, refused:
+        child.testimony(DEADLINE_S)
+
+
+def test_a_witness_that_does_not_answer_is_not_waited_for(build: Build) -> None:
+    with newborn(build(), "/bin/true", witness=signal.pause) as child, pytest.raises(ChildTimedOut):
+        child.testimony(0.1)

@@ -118,3 +118,19 @@ def test_a_drop_that_silently_did_nothing_is_found(left_undone: str, told: str) 
     with pytest.raises(ChildFailed, match=told) as raised:
         run_in_child(become_badly, what="becoming", timeout_s=10)
     assert raised.value.kind == "PermissionError"
+
+
+def test_acting_as_somebody_lasts_as_long_as_its_block() -> None:
+    def act() -> Any:
+        with credentials.acting_as(SOMEBODY):
+            inside = look()
+        return [inside, look()]
+
+    inside, after = run_in_child(act, what="acting", timeout_s=10)
+    assert inside[0] == [0, SOMEBODY.uid, 0, SOMEBODY.uid]
+    assert inside[1] == [0, SOMEBODY.gid, 0, SOMEBODY.gid]
+    assert inside[2] == []
+    effective = 2  # proc(5): inheritable, permitted, effective
+    assert inside[3][effective] == 0
+    assert (after[0], after[1]) == ([0] * 4, [0] * 4)
+    assert after[3][effective] != 0

@@ -17,6 +17,7 @@ from kvmsec.linux import namespaces
 from kvmsec.linux.children import Child, run_in_child, start_child
 from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.errors import ChildFailed
+from kvmsec.linux.forking import fork_init
 from kvmsec.linux.syscalls import mount, umount
 from uidpool.errors import NotSweepable
 from uidpool.files import Bounds
@@ -81,15 +82,15 @@ def test_a_root_process_that_acts_as_the_uid_is_reported_and_not_killed(
 def forked_into_a_new_pid_namespace(function: Callable[[], object]) -> Iterator[int]:
     """A child that is PID 1 of a namespace of its own, once its function has returned."""
     reader, writer = os.pipe()
-    with namespaces.children_in_new_pid_namespace():
-        pid = os.fork()
-        if pid == 0:
-            try:
-                function()
-                os.write(writer, b"!")
-                signal.pause()
-            finally:
-                os._exit(1)
+    pid, pidfd = fork_init()
+    if pid == 0:
+        try:
+            function()
+            os.write(writer, b"!")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(pidfd)
     os.close(writer)
     try:
         assert os.read(reader, 1) == b"!"

@@ -103,7 +103,7 @@ def test_a_kvm_that_runs_no_guest_is_an_error_that_says_what_was_seen(
     qemu = SimpleNamespace(binary=Path("/usr/bin/qemu"), features=with_accelerators("kvm", "tcg"))
     monkeypatch.setattr(engine, "_KVM", tmp_path)
     monkeypatch.setattr(engine, "_find", lambda subject: qemu)
-    monkeypatch.setattr(engine, "find_closure", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "_trusted_closure", lambda *_: None)
     monkeypatch.setattr(engine, "boot_tiny_guest", fail)
 
     (kvm,), (tcg,) = engine.check_kvm(subject), engine.check_tcg(subject)
