@@ -180,10 +180,10 @@ def require_trusted(path: Path) -> None:
     an entry of root's (inode(7)). Symbolic links are resolved, and each directory on the way is
     held to the rule. Raises UntrustedPath, and OSError when it is missing.
     """
-    last = Path("/")
+    last = "/"
     for last, status in _steps_of(path):
         _require_steady_step(last, status, (0,))
-    _require_closed(last, last.lstat())
+    _require_closed(last, os.lstat(last))
 
 
 def require_steady(path: Path) -> None:
@@ -202,42 +202,42 @@ def require_trusted_entry(path: str, status: os.stat_result) -> None:
     _require_closed(path, status)
 
 
-def _require_steady_step(path: Path | str, status: os.stat_result, owners: Collection[int]) -> None:
+def _require_steady_step(path: str, status: os.stat_result, owners: Collection[int]) -> None:
     _require_owner(path, status, owners)
     if not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
         _require_closed(path, status)
 
 
-def _require_owner(path: Path | str, status: os.stat_result, owners: Collection[int]) -> None:
+def _require_owner(path: str, status: os.stat_result, owners: Collection[int]) -> None:
     if status.st_uid not in owners:
         raise UntrustedPath(Path(path), f"belongs to uid {status.st_uid}, not to root")
 
 
-def _require_closed(path: Path | str, status: os.stat_result) -> None:
+def _require_closed(path: str, status: os.stat_result) -> None:
     """What a link leads to is another entry, and its own mode means nothing."""
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):
         mode = stat.S_IMODE(status.st_mode)
         raise UntrustedPath(Path(path), f"can be written by others (mode {mode:04o})")
 
 
-def _steps_of(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+def _steps_of(path: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Every directory and link that decides what a path names, in the kernel's own order.
 
     Walked as path_resolution(7) says, `..` after the links before it: to tidy the text up first
     would look at other directories than the kernel does. The last one is no link.
     """
-    here = Path("/")
-    yield here, here.lstat()
-    ahead = [*reversed(Path.cwd().joinpath(path).parts[1:])]
+    here = "/"
+    yield here, os.lstat(here)
+    ahead = _parts_ahead(os.path.join(os.getcwd(), path))
     links = 0
     while ahead:
         part = ahead.pop()
         if part == "..":
-            here = here.parent
-            yield here, here.lstat()
+            here = os.path.dirname(here)
+            yield here, os.lstat(here)
             continue
-        step = here / part
-        status = step.lstat()
+        step = os.path.join(here, part)
+        status = os.lstat(step)
         yield step, status
         if not stat.S_ISLNK(status.st_mode):
             here = step
@@ -245,8 +245,13 @@ def _steps_of(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
         links += 1
         if links > _MAX_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-        target = step.readlink()
-        if target.is_absolute():
-            here = Path("/")
-        ahead.extend(reversed([part for part in target.parts if part != "/"]))
-    yield here, here.lstat()
+        target = os.readlink(step)
+        if target.startswith("/"):
+            here = "/"
+        ahead.extend(_parts_ahead(target))
+    yield here, os.lstat(here)
+
+
+def _parts_ahead(path: str) -> list[str]:
+    """The names in a path, the next one last."""
+    return [part for part in reversed(path.split("/")) if part not in ("", ".")]

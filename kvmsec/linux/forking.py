@@ -17,6 +17,8 @@ from kvmsec.linux.namespaces import CLONE_NEWPID
 
 _THREAD_ENDS_WITHIN_S: Final = 0.1
 _SIGNALS: Final = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+_ALL_SIGNALS: Final = b"\xff" * 128  # a sigset_t of glibc's and musl's
+_NO_SIGNAL: Final = b"\x00" * 128
 
 
 def fork() -> int:
@@ -68,7 +70,7 @@ def fork_init(cgroup: str | None = None) -> tuple[int, int]:
 
 def _fork_by(clone: Callable[[], int]) -> int:
     _require_one_thread()
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    blocked = syscalls.set_signal_mask(_ALL_SIGNALS)
     taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_DFL]
     collects = gc.isenabled()
     gc.disable()
@@ -82,7 +84,7 @@ def _fork_by(clone: Callable[[], int]) -> int:
     finally:
         if collects:
             gc.enable()
-        signal.pthread_sigmask(signal.SIG_SETMASK, () if pid == 0 else blocked)
+        syscalls.set_signal_mask(_NO_SIGNAL if pid == 0 else blocked)
 
 
 def _require_one_thread() -> None:
