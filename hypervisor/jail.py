@@ -3,7 +3,7 @@
 The steps run in a freshly forked child of a launcher with one thread; the child is already PID 1
 of a PID namespace of its own. Each does one thing to the calling process, in an order that later
 steps rely on, and a failure of any of them ends the child before QEMU's first instruction. No
-step can be left out by a setting.
+step can be left out by a setting, but the last one on a host that lacks the library for it.
 """
 
 import errno
@@ -12,12 +12,14 @@ import os
 import resource
 import socket
 import stat
-from collections.abc import Callable, Collection, Mapping
+import struct
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from attrs import field, frozen
 
 from hypervisor.errors import HypervisorError
+from hypervisor.seccomp import TICKET_BYTES, Filter
 from kvmsec.linux import children, credentials, namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
 
@@ -58,6 +60,8 @@ class Jail:
     log: a descriptor for stdout and stderr.
     cgroups: the cgroup.procs files to join.
     descriptors: descriptor number inside -> the launcher's; the only ones that reach QEMU.
+    system_calls: kvmsec's own filter; None where the node's configuration lets it be missing.
+    ticket: what lets one program be executed under that filter, a new one for each jail.
     """
 
     name: str
@@ -66,10 +70,12 @@ class Jail:
     output: str
     log: int
     binds: tuple[tuple[str, str], ...]
+    system_calls: Filter | None
     boot_files: tuple[BootFile, ...] = ()
     has_kvm: bool = False
     cgroups: tuple[str, ...] = ()
     descriptors: Mapping[int, int] = {}
+    ticket: bytes = field(factory=lambda: os.urandom(TICKET_BYTES), repr=False)
 
 
 class JailFailed(HypervisorError):
@@ -259,6 +265,19 @@ def _drop_privileges(jail: Jail) -> None:
     credentials.become(jail.credentials)
 
 
+def _filter_system_calls(jail: Jail) -> None:
+    if jail.system_calls is None:
+        return
+    syscalls.filter_system_calls(jail.system_calls.with_gate(jail.ticket))
+    if syscalls.seccomp_mode() != syscalls.SECCOMP_MODE_FILTER:
+        raise PermissionError("the kernel shows no filter")
+    try:
+        syscalls.unshare(0)  # Nothing at all, and nobody needs a privilege for it.
+    except PermissionError:
+        return
+    raise PermissionError("the filter is there, and lets a denied call pass")
+
+
 @frozen
 class Step:
     """One thing that is done to the child, and why."""
@@ -284,7 +303,8 @@ STEPS: Final = (
     Step("change root", _change_root, "the node's tree is detached: no path leads to it"),
     Step("descriptors", _place_descriptors, "what was granted, on the numbers that were named"),
     Step("umask", _narrow_umask, "what QEMU creates is nobody else's to read"),
-    Step("privileges", _drop_privileges, "the last thing: uid, groups, capabilities, for good"),
+    Step("privileges", _drop_privileges, "uid, groups, capabilities, for good"),
+    Step("system calls", _filter_system_calls, "the last: it denies what the others are made of"),
 )
 
 
@@ -292,6 +312,11 @@ def close_foreign(jail: Jail, keep: Collection[int]) -> None:
     """Close every descriptor of the calling process but what the jail needs, and `keep`."""
     files = [file.descriptor for file in jail.boot_files]
     children.close_all_but({0, 1, 2, jail.log, *jail.descriptors.values(), *files, *keep})
+
+
+def execute(jail: Jail, program: str, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Become the one program that a jail's filter lets be executed. Raises OSError, or is gone."""
+    syscalls.execute(program, argv, environment, struct.unpack("<3Q", jail.ticket))
 
 
 def enter(jail: Jail) -> None:

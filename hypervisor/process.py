@@ -13,7 +13,7 @@ from attrs import frozen
 
 from hypervisor.descriptors import foreign_descriptors, identity_of
 from hypervisor.errors import HypervisorError
-from hypervisor.jail import Jail, JailFailed, close_foreign, duplicate_above, enter
+from hypervisor.jail import Jail, JailFailed, close_foreign, duplicate_above, enter, execute
 from kvmsec.linux import forking, processes
 from kvmsec.linux.credentials import acting_as
 from kvmsec.linux.errors import ChildTimedOut
@@ -172,7 +172,7 @@ def _become_qemu(
             if os.read(go, 1) != _GO:
                 os._exit(125)
             os.write(report, _EXECUTING)
-            os.execve(program, list(argv), _ENVIRONMENT)
+            execute(jail, program, argv, _ENVIRONMENT)
         except JailFailed as error:
             _report(report, error.step, error.errno, error.detail)
         except OSError as error:
@@ -211,6 +211,10 @@ def confinement_problems(newborn: Newborn) -> list[str]:
     problems = [
         f"{what} {found}, wanted {want}" for what, (found, want) in wanted.items() if found != want
     ]
+    # QEMU's own, and ours under it.
+    filters = 1 if jail.system_calls is None else 2
+    if status.seccomp_filters is not None and 0 < status.seccomp_filters < filters:
+        problems.append(f"seccomp filters {status.seccomp_filters}, wanted at least {filters}")
     try:
         problems += _shared_namespaces(process.pid)
         problems += foreign_descriptors(process.pid, newborn.granted)

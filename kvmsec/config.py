@@ -26,7 +26,7 @@ from kvmsec.model.rules import Rule, kind_of, shown_key, unknown_key
 from kvmsec.model.security import SecurityModel
 from uidpool.ranges import EMPTY, UidRanges
 
-TOLERABLE: Final = ("cgroup",)
+TOLERABLE: Final = ("cgroup", "seccomp")
 """Pieces of confinement that `confinement.may_be_missing` may name."""
 
 

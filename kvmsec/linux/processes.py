@@ -30,7 +30,10 @@ class ProcessId:
 
 @frozen
 class ProcessStatus:
-    """What /proc/PID/status says (proc(5)); ids are real, effective, saved and filesystem's."""
+    """What /proc/PID/status says (proc(5)); ids are real, effective, saved and filesystem's.
+
+    seccomp_filters: how many are in force; None where the kernel does not tell (before 5.9).
+    """
 
     name: str
     state: str
@@ -40,6 +43,7 @@ class ProcessStatus:
     capabilities: tuple[int, ...]
     no_new_privs: bool
     seccomp: int
+    seccomp_filters: int | None
     threads: int
 
     @property
@@ -139,6 +143,7 @@ def read_status(pid: int) -> ProcessStatus | None:
         capabilities=tuple(int(fields[name], 16) for name in CAPABILITY_SETS),
         no_new_privs=fields.get("NoNewPrivs") == "1",
         seccomp=int(fields.get("Seccomp", "0")),
+        seccomp_filters=int(filters) if (filters := fields.get("Seccomp_filters")) else None,
         threads=int(fields["Threads"]),
     )
 

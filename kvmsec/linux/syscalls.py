@@ -6,11 +6,13 @@ The calls above 423 have the same number on every architecture; the others go by
 import ctypes
 import os
 import signal
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
+_NR_EXECVE: Final = {"x86_64": 59, "aarch64": 221, "riscv64": 221, "s390x": 11, "ppc64le": 11}
 _NR_FSOPEN: Final = 430
 _NR_FSCONFIG: Final = 431
 _NR_FSMOUNT: Final = 432
@@ -41,6 +43,9 @@ _CLONE_PIDFD: Final = 0x1000
 _CLONE_INTO_CGROUP: Final = 0x200000000
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_GET_SECCOMP: Final = 21
+_PR_SET_SECCOMP: Final = 22
+SECCOMP_MODE_FILTER: Final = 2
 _CLOSE_RANGE_CLOEXEC: Final = 4
 _CAPABILITY_VERSION_3: Final = 0x20080522
 
@@ -189,6 +194,48 @@ def prctl(option: int, argument: int = 0) -> int:
 def end_with_parent() -> None:
     """Be sent SIGKILL when the parent ends (`PR_SET_PDEATHSIG(2const)`)."""
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _FilterProgram(ctypes.Structure):
+    """linux/filter.h, struct sock_fprog."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def filter_system_calls(program: bytes) -> None:
+    """Have the kernel hold every later call against a program (`seccomp(2)`, SET_MODE_FILTER).
+
+    `program` is struct sock_filter, 8 bytes each. It stays for good, over an exec too, and takes
+    no_new_privs.
+    """
+    given = _FilterProgram(len(program) // 8, program)
+    address = ctypes.addressof(given)
+    _checked(_libc.prctl(_PR_SET_SECCOMP, SECCOMP_MODE_FILTER, address, 0, 0))
+
+
+def seccomp_mode() -> int:
+    """0, or SECCOMP_MODE_FILTER once there is a filter (`PR_GET_SECCOMP(2const)`)."""
+    return prctl(_PR_GET_SECCOMP)
+
+
+def execute(
+    program: str, argv: Sequence[str], environment: Mapping[str, str], extra: Sequence[int]
+) -> None:
+    """Become another program (`execve(2)`), with three words in the registers that it ignores.
+
+    Only a filter of system calls sees those. Returns never, or raises.
+    """
+    arguments = [os.fsencode(word) for word in argv]
+    variables = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
+    first, second, third = extra
+    _syscall(
+        _NR_EXECVE[os.uname().machine],
+        os.fsencode(program),
+        (ctypes.c_char_p * (len(arguments) + 1))(*arguments),
+        (ctypes.c_char_p * (len(variables) + 1))(*variables),
+        *(ctypes.c_ulong(word) for word in (first, second, third)),
+        path=program,
+    )
 
 
 def close_on_exec(first: int) -> None:

@@ -1,4 +1,4 @@
-"""Which QEMU an instance gets, what it can do, and what its jail must hold for it."""
+"""Which QEMU an instance gets, what it can do, what its jail must hold for it and deny it."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,7 @@ from attrs import frozen
 from hypervisor.closure import Closure, find_closure
 from hypervisor.features import Features, find_qemu, probe
 from hypervisor.machine import Machine
+from hypervisor.seccomp import Filter, NoFilter, find_filter
 from kvmsec.errors import KvmsecError
 from kvmsec.linux.credentials import Credentials
 from kvmsec.node.host import Host
@@ -30,18 +31,22 @@ class NoKvm(KvmsecError):
 
 @frozen
 class Engine:
-    """A QEMU that was looked at: its features, its files, and the accelerator that is used."""
+    """A QEMU that was looked at: its features, its files, and the accelerator that is used.
+
+    system_calls: kvmsec's own filter for it; None where this node may do without.
+    """
 
     binary: Path
     features: Features
     closure: Closure
     accelerator: Literal["kvm", "tcg"]
+    system_calls: Filter | None
 
 
 def engine_for(host: Host, machine: Machine) -> Engine:
     """Find the QEMU for a machine, and ask it what it can do and what it needs.
 
-    Raises NoKvm, and what `hypervisor.features` and `hypervisor.closure` raise.
+    Raises NoKvm, NoFilter, and what `hypervisor.features` and `hypervisor.closure` raise.
     """
     binary = find_qemu(machine.qemu, host.config.qemu.path)
     cache = host.paths.features
@@ -51,7 +56,17 @@ def engine_for(host: Host, machine: Machine) -> Engine:
         probe(binary, credentials=_NOBODY, cache=cache),
         find_closure(binary, accelerator=accelerator, credentials=_NOBODY, cache=cache),
         accelerator,
+        _filter_for(host),
     )
+
+
+def _filter_for(host: Host) -> Filter | None:
+    try:
+        return find_filter(host.paths.features)
+    except NoFilter:
+        if "seccomp" in host.config.confinement.may_be_missing:
+            return None
+        raise
 
 
 def _accelerator(machine: Machine) -> Literal["kvm", "tcg"]:

@@ -255,6 +255,7 @@ class _Start:
             output=str(self.files.output),
             log=self.log,
             binds=self.engine.closure.binds,
+            system_calls=self.engine.system_calls,
             boot_files=self.lent.boot_files,
             has_kvm=self.engine.accelerator == "kvm",
             cgroups=self.cgroup.procs_files,
@@ -273,6 +274,8 @@ class _Start:
         assert self.newborn is not None
         log = self.host.paths.instance_log(self.record.name)
         journal.note(log, f"start {self.record.generation}: {shlex.join(self.record.argv)}")
+        if self.engine.system_calls is None:
+            journal.note(log, "warning: it runs without kvmsec's filter of system calls")
         self.newborn.release()
 
     async def become_qemu(self) -> None:

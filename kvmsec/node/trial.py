@@ -24,6 +24,7 @@ from hypervisor.foreign_text import escaped
 from hypervisor.jail import BootFile, Jail
 from hypervisor.machine import Machine
 from hypervisor.monitor import Monitor
+from hypervisor.seccomp import Filter, NoFilter, find_filter
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import namespaces, syscalls, unix_sockets
 from kvmsec.linux.children import Child, close_all_but
@@ -161,11 +162,20 @@ def _make_jail(
         output=str(_PLACE / "output"),
         log=log,
         binds=closure.binds,
+        system_calls=_filter(),
         boot_files=(BootFile(rom, os.fstat(rom).st_size, _FIRMWARE.name),),
         has_kvm=accelerator == "kvm",
         descriptors={_QMP: qmp.fileno(), _SERIAL: serial.fileno()},
     )
     return jail, (qmp, serial)
+
+
+def _filter() -> Filter | None:
+    """As an instance's, where there can be one: a check of its own says where there can't."""
+    try:
+        return find_filter()
+    except NoFilter:
+        return None
 
 
 async def _hear(newborn: process.Newborn) -> str | None:

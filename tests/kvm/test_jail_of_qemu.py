@@ -16,6 +16,7 @@ from attrs import define
 
 from hypervisor import process, tiny
 from hypervisor.jail import BootFile, Jail
+from hypervisor.seccomp import find_filter
 from kvmsec.linux import namespaces, processes, unix_sockets
 from kvmsec.linux.credentials import Credentials
 
@@ -128,6 +129,7 @@ def qemu(accelerator: str, who: Credentials, tmp_path: Path) -> Iterator[Running
             output=str(tmp_path / "output"),
             log=opened(tmp_path / "output" / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND),
             binds=binds(accelerator),
+            system_calls=find_filter(),
             boot_files=(BootFile(firmware, os.fstat(firmware).st_size, "firmware"),),
             has_kvm=accelerator == "kvm",
             descriptors={
@@ -180,6 +182,7 @@ def _is_who_it_should_be(qemu: Running, who: Credentials) -> None:
         assert set(fields["Gid"].split()) == {str(who.gid)}
         assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0
         assert (fields["NoNewPrivs"].strip(), fields["Seccomp"].strip()) == ("1", "2")
+        assert fields.get("Seccomp_filters", "2").strip() == "2", "QEMU's and ours"
 
 
 def _leads_a_life_of_its_own(qemu: Running) -> None:

@@ -29,6 +29,7 @@ CHECKS: Final = (
     Check("system-calls", "system calls", kernel.check_system_calls),
     Check("namespaces", "namespaces", kernel.check_namespaces),
     Check("privileges", "privileges", kernel.check_privileges),
+    Check("filter", "system call filter", kernel.check_filter),
     Check("ptrace", "ptrace", kernel.check_ptrace),
     Check("cgroups", "control groups", kernel.check_cgroups),
     Check("directories", "directories", places.check_directories),

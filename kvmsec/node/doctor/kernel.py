@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from hypervisor.cgroups import Hierarchy
+from hypervisor.seccomp import TICKET_BYTES, NoFilter, find_filter
 from kvmsec.linux import namespaces, processes, syscalls
 from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.files import open_without_links
@@ -125,6 +126,22 @@ def check_privileges(subject: Subject) -> Iterator[Answer]:
         yield error("the kernel still shows capabilities once root is given up", _CONTAINER_HINT)
 
 
+def check_filter(subject: Subject) -> Iterator[Answer]:
+    """kvmsec's own filter is made, and a process of our own takes it; it ends right after."""
+    try:
+        made = find_filter()
+    except NoFilter as failure:
+        if _may_be_missing(subject, "seccomp"):
+            found = f"{failure.message} (kvmsec.toml says that it may be missing)"
+            yield warning(found, "install it: apt-get install libseccomp2")
+        else:
+            yield error(f"{failure.message}: no instance can start", failure.hint)
+        return
+    become(_NOBODY)
+    syscalls.filter_system_calls(made.with_gate(os.urandom(TICKET_BYTES)))
+    yield ok(f"libseccomp {made.library}, {made.length} instructions, which the kernel takes")
+
+
 def check_ptrace(subject: Subject) -> Iterator[Answer]:
     """For information: under `pool` no two instances share a uid, so none may trace another."""
     try:
@@ -145,9 +162,13 @@ def check_cgroups(subject: Subject) -> Iterator[Answer]:
         yield ok(hierarchy.layout)
         return
     found = f"{hierarchy.layout}: {hierarchy.problem}" if hierarchy.mounts else hierarchy.problem
-    if subject.config and "cgroup" in subject.config.confinement.may_be_missing:
+    if _may_be_missing(subject, "cgroup"):
         yield ok(f"{found} (kvmsec.toml says that it may be missing)")
     elif hierarchy.mounts:
         yield warning(found, "mount it: mount -t cgroup2 none /sys/fs/cgroup")
     else:
         yield error(f"{found}: no instance can start", _CGROUP_HINT)
+
+
+def _may_be_missing(subject: Subject, piece: str) -> bool:
+    return subject.config is not None and piece in subject.config.confinement.may_be_missing

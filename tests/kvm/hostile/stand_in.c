@@ -21,6 +21,7 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define GREETING \
@@ -167,6 +168,33 @@ static void try_open(const char *path, int flags)
     close(opened);
 }
 
+static int try_mount(void) { return mount("tmpfs", "/output", "tmpfs", 0, 0); }
+static int try_chroot(void) { return chroot("/output"); }
+static int try_root(void) { return setuid(0); }
+
+/* A second program: what it would be is no matter, for none may be executed. */
+static int try_program(void)
+{
+    char *argv[] = {"made", 0};
+    return execv("/output/made", argv);
+}
+
+/* What may end its caller, by a child. */
+static void try_apart(const char *act, int (*attempt)(void))
+{
+    int ended;
+    pid_t child = fork();
+    if (child == 0) {
+        report(act, attempt());
+        _exit(0);
+    }
+    waitpid(child, &ended, 0);
+    if (WIFSIGNALED(ended)) {
+        printf("%s: %s\n", act, strsignal(WTERMSIG(ended)));
+        fflush(stdout);
+    }
+}
+
 static void explore(void)
 {
     const char *there[] = {"/etc/passwd", "/etc/shadow", "/proc/self/status", "/proc/1/root",
@@ -179,12 +207,14 @@ static void explore(void)
     for (const char **path = made; *path; path++)
         try_open(*path, O_CREAT | O_WRONLY);
     report("device /output/mem", mknod("/output/mem", S_IFCHR | 0600, makedev(1, 1)));
-    report("mount", mount("tmpfs", "/output", "tmpfs", 0, 0));
-    report("chroot", chroot("/output"));
-    report("become root", setuid(0));
+    try_apart("mount", try_mount);
+    try_apart("chroot", try_chroot);
+    try_apart("become root", try_root);
+    try_apart("a second program", try_program);
     report("own bytes as a program", chmod("/output/made", 04755));
     report("kill of another", kill(2, 0));
     report("packet socket", socket(AF_PACKET, SOCK_RAW, 0));
+    report("vsock socket", socket(AF_VSOCK, SOCK_STREAM, 0));
     int sender = socket(AF_INET, SOCK_DGRAM, 0);
     struct sockaddr to = {AF_INET, {0, 9, 127, 0, 0, 1}};
     report("send to loopback", sendto(sender, "x", 1, 0, &to, sizeof to));

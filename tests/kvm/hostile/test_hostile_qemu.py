@@ -98,7 +98,7 @@ def test_no_program_at_all_is_refused(place: Any, path: str) -> None:
         ("dies-midway", "hung up in the middle of a message", "about to die"),
         ("refuses", r"no \x1b[31mluck", ""),
         ("another-id", "something else in reply to qmp_capabilities", ""),
-        ("unfiltered", "seccomp mode 0, wanted 2", ""),
+        ("unfiltered", "seccomp filters 1, wanted at least 2", ""),
     ],
 )
 def test_a_qemu_that_breaks_down_is_told_and_taken_back(

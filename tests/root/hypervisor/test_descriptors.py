@@ -115,6 +115,7 @@ def holding(place: Path, grants: dict[int, int]) -> Iterator[process.Newborn]:
         output=str(place / "output"),
         log=log,
         binds=tuple((os.path.realpath(file), file) for file in files),
+        system_calls=None,
         descriptors=grants,
     )
     child = process.spawn(jail, "/bin/sleep", ["sleep", "60"])

@@ -84,6 +84,7 @@ def test_descriptors_come_to_their_numbers_however_these_overlap(
             output="",
             log=log,
             binds=(),
+            system_calls=None,
             descriptors=wanted,
         )
         jails._place_descriptors(jail)
