@@ -34,7 +34,7 @@ max_vcpus = 8
 [cgroup]
 parent = "/machine.slice/kvmsec/"
 [confinement]
-may_be_missing = ["cgroup"]
+may_be_missing = ["cgroup", "seccomp"]
 [security]
 weakest_model = "pool"
 """
@@ -85,7 +85,7 @@ def test_every_setting_is_read(place: Path) -> None:
     assert (config.limits.log_kib, config.limits.max_memory_mib) == (64, 4096)
     assert config.limits.max_vcpus == 8
     assert config.cgroup.parent == "machine.slice/kvmsec"
-    assert config.confinement.may_be_missing == ("cgroup",)
+    assert config.confinement.may_be_missing == ("cgroup", "seccomp")
     assert config.security.weakest_model is SecurityModel.POOL
 
 

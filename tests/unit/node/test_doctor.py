@@ -18,6 +18,7 @@ from attrs import evolve
 
 from hypervisor.cgroup_mounts import Mount
 from hypervisor.cgroups import Hierarchy
+from hypervisor.seccomp import Filter, NoFilter
 from kvmsec.agent import Finding, InstanceInfo, InstanceState
 from kvmsec.config import Config
 from kvmsec.errors import NoCluster
@@ -206,6 +207,28 @@ def test_control_groups_that_count_no_kills_are_a_warning(
 
     assert answer.severity == "warning"
     assert "out-of-memory" in answer.message
+
+
+@pytest.mark.parametrize(("tolerated", "severity"), [((), "error"), (("seccomp",), "warning")])
+def test_a_missing_filter_is_an_error_and_a_warning_where_it_is_tolerated(
+    subject: Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    tolerated: tuple[str, ...],
+    severity: str,
+) -> None:
+    def missing() -> Filter:
+        raise NoFilter("libseccomp.so.2: cannot open shared object file")
+
+    monkeypatch.setattr(kernel, "find_filter", missing)
+    assert subject.config is not None
+    confinement = evolve(subject.config.confinement, may_be_missing=tolerated)
+    configured = evolve(subject, config=evolve(subject.config, confinement=confinement))
+
+    (answer,) = kernel.check_filter(configured)
+
+    assert answer.severity == severity
+    assert "libseccomp.so.2" in answer.message
+    assert answer.hint and "apt-get install libseccomp2" in answer.hint
 
 
 # Places
