@@ -257,15 +257,10 @@ RULES: Final = (
         "personality(2)",
     ),
     Rule(
-        (
-            *("modify_ldt", "remap_file_pages", "lookup_dcookie", "uselib", "ustat", "sysfs"),
-            *("_sysctl", "create_module", "query_module", "get_kernel_syms", "nfsservctl"),
-            *("afs_syscall", "getpmsg", "putpmsg", "security", "tuxcall", "vserver"),
-            *("epoll_ctl_old", "epoll_wait_old"),
-        ),
+        ("modify_ldt", "remap_file_pages", "lookup_dcookie", "ustat", "sysfs"),
         Answer.NO_SUCH_CALL,
-        "nothing of today calls them; most are gone from the kernel, or can be left out of it",
-        "syscalls(2), modify_ldt(2)",
+        "nothing of today calls them, and a kernel may have left them out",
+        "modify_ldt(2), remap_file_pages(2), lookup_dcookie(2), ustat(2), sysfs(2)",
     ),
     # Sockets
     Rule(

@@ -7,6 +7,7 @@ start. Every step takes "it isn't there" for done: they can be repeated after an
 import contextlib
 import os
 import shutil
+import signal
 from typing import Final
 
 from attrs import frozen
@@ -56,6 +57,11 @@ class Remains:
             return "killed by the kernel: out of memory"
         if self.ended is None:
             return "unknown: nothing was there to see it end"
+        if self.ended.signal is signal.SIGSYS:
+            return (
+                "killed by SIGSYS: it made a system call that only a QEMU which somebody has taken "
+                "over makes; the kernel's log names it (audit type 1326)"
+            )
         if self.ended.signal is not None:
             return f"killed by {self.ended.signal.name}"
         if self.ended.status == 0:

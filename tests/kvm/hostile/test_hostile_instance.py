@@ -108,8 +108,9 @@ def test_one_that_does_not_is_killed_in_time(
     assert reason in place.lab.stop(behaviour, force=False, timeout_s=0.3).reason
 
 
-def test_a_crash_is_told_with_the_last_words(place: Any, stand_ins: Path) -> None:
-    definition = place.lab.definition("crashes", qemu=str(stand_ins / "qemu"))
+def crash_of(place: Any, stand_ins: Path, name: str) -> str:
+    """Start one that crashes; gives the reason that whoever listens is told."""
+    definition = place.lab.definition(name, qemu=str(stand_ins / "qemu"))
 
     async def see_it(node: Any) -> str:
         events = node.events()
@@ -121,7 +122,17 @@ def test_a_crash_is_told_with_the_last_words(place: Any, stand_ins: Path) -> Non
         await events.aclose()
         return str(event.reason)
 
-    assert "killed by SIGSEGV" in place.lab.run(see_it)
+    return str(place.lab.run(see_it))
+
+
+def test_a_forbidden_call_is_the_end_and_told_as_what_it_is(place: Any, stand_ins: Path) -> None:
+    reason = crash_of(place, stand_ins, "mounts")
+    assert "killed by SIGSYS: it made a system call that only a QEMU which somebody" in reason
+    place.lab.stop("mounts")
+
+
+def test_a_crash_is_told_with_the_last_words(place: Any, stand_ins: Path) -> None:
+    assert "killed by SIGSEGV" in crash_of(place, stand_ins, "crashes")
     found = place.lab.instances()["crashes"]
     assert found.state is InstanceState.CRASHED
     assert "the guest won" in found.details["last_words"]
