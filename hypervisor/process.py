@@ -17,7 +17,7 @@ from hypervisor.jail import Jail, JailFailed, close_foreign, duplicate_above, en
 from kvmsec.linux import forking, processes
 from kvmsec.linux.credentials import acting_as
 from kvmsec.linux.errors import ChildTimedOut
-from kvmsec.linux.processes import ProcessId
+from kvmsec.linux.processes import ProcessId, ProcessStatus
 from kvmsec.linux.readiness import is_readable
 
 _ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
@@ -211,16 +211,27 @@ def confinement_problems(newborn: Newborn) -> list[str]:
     problems = [
         f"{what} {found}, wanted {want}" for what, (found, want) in wanted.items() if found != want
     ]
-    # QEMU's own, and ours under it.
-    filters = 1 if jail.system_calls is None else 2
-    if status.seccomp_filters is not None and 0 < status.seccomp_filters < filters:
-        problems.append(f"seccomp filters {status.seccomp_filters}, wanted at least {filters}")
+    problems += _missing_filters(status, jail)
     try:
         problems += _shared_namespaces(process.pid)
         problems += foreign_descriptors(process.pid, newborn.granted)
     except (FileNotFoundError, ProcessLookupError):
         return ["the process is gone"]
     return problems
+
+
+def _missing_filters(status: ProcessStatus, jail: Jail) -> list[str]:
+    """QEMU's own filter and ours under it must be there, beside those that the launcher is under.
+
+    None at all is the seccomp mode's to tell.
+    """
+    mine = processes.read_status(os.getpid())
+    if not status.seccomp_filters or mine is None:
+        return []
+    wanted = (mine.seccomp_filters or 0) + (1 if jail.system_calls is None else 2)
+    if status.seccomp_filters >= wanted:
+        return []
+    return [f"seccomp filters {status.seccomp_filters}, wanted at least {wanted}"]
 
 
 def _shared_namespaces(pid: int) -> list[str]:

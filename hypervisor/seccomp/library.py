@@ -59,12 +59,12 @@ class Library:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Where the library was loaded from, and the name that the loader looked for there."""
+        """Where the library was loaded from, and the name that the loader looked for there.
+
+        Empty where a newer one has taken its place since: then no file is the one in use.
+        """
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-            mapped = [line.split(maxsplit=5) for line in maps if "/libseccomp.so" in line]
-        paths = {fields[-1].strip() for fields in mapped}
-        names = {str(Path(path).with_name(_LIBRARY)) for path in paths}
-        return tuple(sorted(path for path in paths | names if os.path.exists(path)))
+            return files_in(maps)
 
     def compile(self, rules: Iterable[Rule]) -> bytes:
         """The rules as a program of the kernel's (struct sock_filter, 8 bytes each).
@@ -115,6 +115,15 @@ class Library:
             return os.pread(descriptor, _SIZE_LIMIT_BYTES, 0)
         finally:
             os.close(descriptor)
+
+
+def files_in(maps: Iterable[str]) -> tuple[str, ...]:
+    """`Library.files`, from the lines of /proc/self/maps (proc_pid_maps(5))."""
+    mapped = [line.split(maxsplit=5)[-1].strip() for line in maps if "/libseccomp.so" in line]
+    if any(path.endswith(" (deleted)") for path in mapped):
+        return ()
+    names = {str(Path(path).with_name(_LIBRARY)) for path in mapped}
+    return tuple(sorted({*mapped, *(name for name in names if os.path.exists(name))}))
 
 
 def _compared(comparison: Comparison) -> _Comparison:

@@ -395,3 +395,20 @@ def test_it_can_not_be_read_back_from_outside_without_the_nodes_root() -> None:
         attempt, what="reading a filter", timeout_s=20, credentials=Credentials(239001, 239002)
     )
     assert asked == errno.EACCES
+
+
+def test_filters_that_the_launcher_is_under_do_not_count(build: Build) -> None:
+    """A daemon whose unit filters its calls hands that down: it is neither QEMU's nor ours."""
+    jail = build(system_calls=find_filter())
+
+    def verify_one() -> list[str]:
+        syscalls.filter_system_calls(b"\x06\0\0\0\0\0\xff\x7f")  # allows everything
+        with newborn(jail, "/bin/sleep", "60") as child:
+            child.release()
+            child.executed()
+            return process.confinement_problems(child)
+
+    told = children.run_in_child(verify_one, what="starting", timeout_s=20, keep=[jail.log])
+    if told == []:
+        pytest.skip("this kernel does not count filters")
+    assert told == ["seccomp filters 2, wanted at least 3"]

@@ -12,7 +12,7 @@ import pytest
 from hypervisor import seccomp
 from hypervisor.seccomp import Filter, NoFilter, find_filter
 from hypervisor.seccomp.gate import FIRST_OF_RULES
-from hypervisor.seccomp.library import Library, load_library
+from hypervisor.seccomp.library import Library, files_in, load_library
 from hypervisor.seccomp.rules import RULES
 
 LIMIT = 4096
@@ -61,6 +61,25 @@ def test_it_stands_on_the_librarys_file_and_on_the_name_that_leads_to_it() -> No
     files = load_library().files
     assert any(file.endswith("/libseccomp.so.2") for file in files)
     assert {os.path.realpath(file) for file in files} == {os.path.realpath(files[0])}
+
+
+@pytest.mark.parametrize(
+    ("place", "files"),
+    [
+        ("/opt/lib/libseccomp.so.2.5.4", ("/opt/lib/libseccomp.so.2.5.4",)),
+        ("/opt/a b/libseccomp.so.2.5.4", ("/opt/a b/libseccomp.so.2.5.4",)),
+        ("/usr/lib/libseccomp.so.2.5.4 (deleted)", ()),
+        ("/usr/lib/libc.so.6", ()),
+    ],
+)
+def test_a_library_that_was_replaced_while_in_use_is_no_file(
+    place: str, files: tuple[str, ...]
+) -> None:
+    lines = (f"7f{n}-7f{n}9 r-xp 0000{n} 103:01 1234567      {place}\n" for n in range(4))
+    assert (
+        files_in(["7ffc0-7ffc1 rw-p 0 00:00 0 [stack]\n", "7f0-7f1 rw-p 0 00:00 0\n", *lines])
+        == files
+    )
 
 
 def test_another_library_compiles_anew(
