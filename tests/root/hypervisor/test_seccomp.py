@@ -8,7 +8,6 @@ import errno
 import mmap
 import os
 import resource
-import select
 import signal
 import socket
 import subprocess
@@ -19,27 +18,12 @@ from typing import Any, Final
 import pytest
 from attrs import frozen
 
-from hypervisor import process
-from hypervisor.seccomp import TICKET_BYTES, Filter, find_filter
-from hypervisor.seccomp.gate import FIRST_OF_RULES, X32_BIT
+from hypervisor.seccomp import TICKET_BYTES, find_filter
+from hypervisor.seccomp.gate import X32_BIT
 from hypervisor.seccomp.library import load_library
 from hypervisor.seccomp.rules import NEWEST, RULES, Answer
-from kvmsec.linux import children, processes, syscalls
+from kvmsec.linux import children, syscalls
 from kvmsec.linux.credentials import Credentials
-from tests.root.hypervisor.jailed import (
-    DEADLINE_S,
-    PROGRAMS,
-    Build,
-    binds_of,
-    build,
-    failure_of,
-    field,
-    newborn,
-    running,
-    said,
-)
-
-__all__ = ["build"]
 
 pytestmark = pytest.mark.root
 
@@ -314,67 +298,6 @@ def test_what_qemu_lives_on_works() -> None:
     assert apart(live, filtered=True) == Outcome(0, 0)
 
 
-# In the jail
-
-
-def test_a_jailed_program_starts_and_starts_no_other(build: Build) -> None:
-    jail = build(system_calls=find_filter())
-    assert said(jail, "/bin/sh", "-c", "echo here; /bin/true; echo $?") == (
-        0,
-        "here\nBad system call\n159\n",  # a shell's 128, and SIGSYS
-    )
-
-
-def test_the_end_of_the_first_process_by_the_filter_is_told_as_such(build: Build) -> None:
-    jail = build(system_calls=find_filter())
-    with newborn(jail, "/bin/sh", "-c", "exec /bin/true") as child:
-        child.release()
-        child.executed()
-        assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
-        assert process.reap(child.pidfd) == process.Ended(None, SIGSYS)
-
-
-def test_the_kernel_shows_it_and_that_qemus_own_is_missing(build: Build) -> None:
-    with newborn(build(system_calls=find_filter()), "/bin/sleep", "60") as child:
-        child.release()
-        child.executed()
-        pid = child.process.pid
-        assert field(pid, "Seccomp") == "2"
-        status = processes.read_status(pid)
-        if status is None or status.seccomp_filters is None:
-            pytest.skip("this kernel does not count filters")
-        assert process.confinement_problems(child) == ["seccomp filters 1, wanted at least 2"]
-
-
-def test_a_jail_that_may_do_without_has_none(build: Build) -> None:
-    with running(build(), "/bin/sleep", "60") as pid:
-        assert field(pid, "Seccomp") == "0"
-
-
-@pytest.mark.parametrize(
-    ("program", "number", "words"),
-    [
-        # ret ALLOW
-        (FIRST_OF_RULES + b"\x06\0\0\0\0\0\xff\x7f", 0, "lets a denied call pass"),
-        # Ends nowhere: the kernel takes no such program.
-        (FIRST_OF_RULES, errno.EINVAL, "Invalid argument"),
-    ],
-)
-def test_a_filter_that_filters_nothing_starts_nothing(
-    build: Build, program: bytes, number: int, words: str
-) -> None:
-    error = failure_of(build(system_calls=Filter(program, "odd")), "/bin/true")
-    assert (error.step, error.errno) == ("system calls", number)
-    assert words in error.message
-
-
-def test_each_jail_has_a_ticket_of_its_own(build: Build) -> None:
-    one, other = build(binds=binds_of(*PROGRAMS)), build(binds=binds_of(*PROGRAMS))
-    assert one.ticket != other.ticket
-    assert len(one.ticket) == TICKET_BYTES
-    assert repr(one.ticket) not in repr(one), "it must not be in a log"
-
-
 def test_it_can_not_be_read_back_from_outside_without_the_nodes_root() -> None:
     """What reads a filter (PTRACE_SECCOMP_GET_FILTER) asks for CAP_SYS_ADMIN first."""
 
@@ -395,20 +318,3 @@ def test_it_can_not_be_read_back_from_outside_without_the_nodes_root() -> None:
         attempt, what="reading a filter", timeout_s=20, credentials=Credentials(239001, 239002)
     )
     assert asked == errno.EACCES
-
-
-def test_filters_that_the_launcher_is_under_do_not_count(build: Build) -> None:
-    """A daemon whose unit filters its calls hands that down: it is neither QEMU's nor ours."""
-    jail = build(system_calls=find_filter())
-
-    def verify_one() -> list[str]:
-        syscalls.filter_system_calls(b"\x06\0\0\0\0\0\xff\x7f")  # allows everything
-        with newborn(jail, "/bin/sleep", "60") as child:
-            child.release()
-            child.executed()
-            return process.confinement_problems(child)
-
-    told = children.run_in_child(verify_one, what="starting", timeout_s=20, keep=[jail.log])
-    if told == []:
-        pytest.skip("this kernel does not count filters")
-    assert told == ["seccomp filters 2, wanted at least 3"]
