@@ -184,6 +184,18 @@ class UnknownInstance(KvmsecError):
         self.name = name
 
 
+class NotRunning(KvmsecError):
+    """Something that only a running instance can be asked for."""
+
+    def __init__(self, name: str, state: str) -> None:
+        super().__init__(
+            f"the instance {name} does not run: it is {state}",
+            hint=f"start it first with `kvmsec instance start {name}`",
+        )
+        self.name = name
+        self.state = state
+
+
 class AlreadyRunning(KvmsecError):
     """A start of an instance that runs already."""
 

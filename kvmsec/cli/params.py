@@ -17,7 +17,7 @@ _WHOLE: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
 _SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 
 
-class _Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
     """A parameter that a plain function parses; a Fault of it is wrong usage."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -90,14 +90,14 @@ def _short(text: str) -> str:
     return ascii(text) if len(text) <= 40 else f"{text[:40]!a}…"
 
 
-POOL: Final = _Parsed("pool", _pool)
-WHOLE_NUMBER: Final = _Parsed("number", _whole_number)
-SECONDS: Final = _Parsed("seconds", _seconds)
-PATH: Final = _Parsed("path", _path)
-INSTANCE_NAME: Final = _Parsed("name", _instance_name)
-CLUSTER_NAME: Final = _Parsed("name", _cluster_name)
-DISK: Final = _Parsed("disk", _disk)
-NIC: Final = _Parsed("nic", _nic)
+POOL: Final = Parsed("pool", _pool)
+WHOLE_NUMBER: Final = Parsed("number", _whole_number)
+SECONDS: Final = Parsed("seconds", _seconds)
+PATH: Final = Parsed("path", _path)
+INSTANCE_NAME: Final = Parsed("name", _instance_name)
+CLUSTER_NAME: Final = Parsed("name", _cluster_name)
+DISK: Final = Parsed("disk", _disk)
+NIC: Final = Parsed("nic", _nic)
 
 SECURITY_MODEL: Final = click.Choice(["none", "user", "pool"])
 

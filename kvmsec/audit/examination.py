@@ -1,0 +1,88 @@
+"""The whole audit of one process, or of every QEMU: read, judge, sum up."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from attrs import asdict, evolve, frozen
+
+from kvmsec.audit.discovery import find_qemus
+from kvmsec.audit.facts import Facts
+from kvmsec.audit.points import judge
+from kvmsec.audit.process_files import ProcessGone
+from kvmsec.audit.reading import ProcessChanges, read_facts
+from kvmsec.audit.score import Finding, rating, score
+
+
+@frozen(kw_only=True)
+class Report:
+    """What an audit of one process came to; `score` is 0.0 (sealed) to 10.0.
+
+    `uid` is None when it could not be read; `unread` names the parts that could not be.
+    """
+
+    pid: int
+    name: str
+    instance: str | None
+    uid: int | None
+    user: str | None
+    executable: str | None
+    score: float
+    rating: str
+    unread: Mapping[str, str]
+    findings: tuple[Finding, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """The report as JSON has it."""
+        return asdict(self)
+
+
+@frozen
+class Subject:
+    """A process to audit, and which instance of the node's it is, if any."""
+
+    pid: int
+    instance: str | None = None
+    tolerated: tuple[str, ...] = ()
+
+
+def examine(subject: Subject, *, with_canary: bool = False) -> Report:
+    """Audit one process; the caller has one thread.
+
+    Raises ProcessGone, ProcessChanges and ManyThreads.
+    """
+    facts = read_facts(subject.pid, with_canary=with_canary)
+    return report_on(evolve(facts, instance=subject.instance, tolerated=subject.tolerated))
+
+
+def report_on(facts: Facts) -> Report:
+    """Judge what was read (pure)."""
+    findings = judge(facts)
+    total = score(findings)
+    who = facts.credentials
+    return Report(
+        pid=facts.pid,
+        name=facts.name,
+        instance=facts.instance,
+        uid=who.uid if who else None,
+        user=who.user if who else None,
+        executable=facts.executable,
+        score=total,
+        rating=rating(total),
+        unread=facts.unread,
+        findings=findings,
+    )
+
+
+def examine_all(
+    instances: Iterable[Subject] = (), *, with_canary: bool = False
+) -> Iterator[Report]:
+    """Audit every QEMU of this host, one after the other; one that ends meanwhile is passed over.
+
+    `instances` are those of the node's, by their pid. Raises ManyThreads.
+    """
+    known = {subject.pid: subject for subject in instances}
+    for pid in sorted({*find_qemus(), *known}):
+        try:
+            yield examine(known.get(pid, Subject(pid)), with_canary=with_canary)
+        except (ProcessGone, ProcessChanges):
+            continue

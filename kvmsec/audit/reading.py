@@ -1,0 +1,334 @@
+"""One bounded snapshot of a process, whoever's it is.
+
+A hostile process may make a reader wait (a page of its arguments that a filesystem of its own
+never delivers) and show it any text. So everything is read in children with a deadline, sizes are
+bounded, and each part that fails leaves the others whole: `Facts.unread` says why.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from hypervisor.foreign_text import escaped
+from kvmsec.audit.arguments import parse_cmdline, read_arguments
+from kvmsec.audit.control_groups import read_control_group
+from kvmsec.audit.discovery import executable_of, is_qemu
+from kvmsec.audit.facts import (
+    NAMESPACES,
+    Arguments,
+    Canary,
+    ControlGroup,
+    Coverage,
+    Credentials,
+    Facts,
+    Limit,
+    Namespaces,
+    Sharers,
+    Sockets,
+    Tree,
+)
+from kvmsec.audit.held import Held, read_held
+from kvmsec.audit.identity import read_credentials, read_sharers
+from kvmsec.audit.process_files import ProcessFiles, ProcessGone, TooMuch, open_host
+from kvmsec.audit.sockets import read_sockets
+from kvmsec.audit.tree import read_tree
+from kvmsec.linux.children import run_in_child
+from kvmsec.linux.errors import ChildFailed, ChildTimedOut, Fault
+from kvmsec.linux.namespaces import CLONE_NEWNET, setns
+
+DEADLINE_S: Final = 8.0
+_MEMORY_DEADLINE_S: Final = 2.0
+_ARGUMENTS_BYTES: Final = 1 << 20
+_ENVIRONMENT_BYTES: Final = 1 << 20
+_ATTEMPTS: Final = 3
+_REASON_CHARS: Final = 160
+_PATH_CHARS: Final = 120
+_NAME_CHARS: Final = 32
+_VARIABLES_SHOWN: Final = 8
+_SECRET_WORDS: Final = ("PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "TOKEN", "CREDENTIAL")
+_CAPABILITY_NEEDED: Final = (errno.EACCES, errno.EPERM)
+
+_T = TypeVar("_T")
+
+
+class ProcessChanges(Fault):
+    """A process became another program or user while it was read, again and again."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(
+            f"the process {pid} changes while it is read", hint="try again in a moment"
+        )
+        self.pid = pid
+
+
+def read_facts(pid: int, *, with_canary: bool = False) -> Facts:
+    """Everything about a process, at one moment: read again if it changed meanwhile.
+
+    `with_canary` has packets sent as its uid in the caller's network namespace. The caller has one
+    thread. Raises ProcessGone, ProcessChanges and ManyThreads.
+    """
+    for _ in range(_ATTEMPTS):
+        with ProcessFiles(pid) as files:
+            before = _signature(files)
+            facts = _Reader(files).read(with_canary=with_canary)
+            if not files.is_there():
+                raise ProcessGone(pid)
+            if _signature(files) == before:
+                return facts
+    raise ProcessChanges(pid)
+
+
+def _signature(files: ProcessFiles) -> tuple[object, ...]:
+    """What an exec or a change of user changes; the descriptor of /proc/PID pins the process."""
+    try:
+        status = files.status_of("status")
+        return files.start_ticks(), status.st_uid, _executable(files)
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        raise ProcessGone(files.pid) from None
+
+
+def _executable(files: ProcessFiles) -> tuple[str | None, bool]:
+    try:
+        path, is_deleted = executable_of(files)
+    except OSError:
+        return None, False
+    return escaped(path, limit_chars=_PATH_CHARS), is_deleted
+
+
+class _Reader:
+    """Reads part by part, and notes why a part is missing."""
+
+    def __init__(self, files: ProcessFiles) -> None:
+        self._files = files
+        self._unread: dict[str, str] = {}
+
+    def read(self, *, with_canary: bool) -> Facts:
+        files = self._files
+        who = self._part("credentials", Credentials, lambda: read_credentials(files))
+        held = self._part("descriptors", Held, lambda: read_held(files))
+        path, is_deleted = _executable(files)
+        return Facts(
+            pid=files.pid,
+            start_ticks=files.start_ticks(),
+            comm=escaped(files.read("comm", 64).removesuffix(b"\n"), limit_chars=_NAME_CHARS),
+            executable=path,
+            is_executable_deleted=is_deleted,
+            credentials=who,
+            sharers=self._of(who, "sharers", Sharers, _sharers(files)),
+            namespaces=self._part("namespaces", Namespaces, lambda: _namespaces(files)),
+            descriptors=held.descriptors if held else None,
+            sockets=self._of(held, "sockets", Sockets, _sockets(files)),
+            tree=self._of(who, "tree", Tree, lambda found: read_tree(files, found)),
+            control_group=self._part(
+                "control_group", ControlGroup, lambda: read_control_group(files)
+            ),
+            limits=self._part("limits", dict[str, Limit], lambda: _limits(files)),
+            core_is_piped=_core_is_piped(),
+            is_dumpable=self._of(who, "is_dumpable", bool, _is_dumpable(files)),
+            oom_score_adj=self._part("oom_score_adj", int, lambda: _oom_score_adj(files)),
+            has_terminal=files.has_terminal(),
+            label=self._optional(lambda: _label(files)),
+            arguments=self._part(
+                "arguments",
+                Arguments,
+                lambda: read_arguments(parse_cmdline(files.read("cmdline", _ARGUMENTS_BYTES))),
+                deadline_s=_MEMORY_DEADLINE_S,
+            ),
+            secret_variables=self._part(
+                "secret_variables",
+                tuple[str, ...],
+                lambda: secret_variables(files.read("environ", _ENVIRONMENT_BYTES)),
+                deadline_s=_MEMORY_DEADLINE_S,
+            ),
+            coverage=self._of(who, "coverage", Coverage, _coverage(files)),
+            canary=self._of(who, "canary", Canary, _send_canary) if with_canary else None,
+            unread=self._unread,
+        )
+
+    def _of(self, known: Any, name: str, kind: type[_T], read: Callable[[Any], _T]) -> _T | None:
+        """A part that can be read only once another one is known."""
+        if known is None:
+            self._unread[name] = "what it depends on could not be read"
+            return None
+        return self._part(name, kind, lambda: read(known))
+
+    def _part(
+        self, name: str, kind: Any, read: Callable[[], _T], *, deadline_s: float = DEADLINE_S
+    ) -> _T | None:
+        """Read in a child and take its answer word by word; None when that failed."""
+        try:
+            answer = run_in_child(
+                lambda: _answer(read),
+                what=f"reading {name.replace('_', ' ')} of process {self._files.pid}",
+                timeout_s=deadline_s,
+                keep=(self._files.directory,),
+            )
+            if "problem" in answer:
+                self._unread[name] = escaped(str(answer["problem"]), limit_chars=_REASON_CHARS)
+                return None
+            found: _T = msgspec.convert(answer["found"], kind)
+            return found
+        except (ChildFailed, ChildTimedOut) as failure:
+            self._unread[name] = escaped(failure.message, limit_chars=_REASON_CHARS)
+        except msgspec.ValidationError as error:
+            self._unread[name] = escaped(str(error), limit_chars=_REASON_CHARS)
+        return None
+
+    @staticmethod
+    def _optional(read: Callable[[], str]) -> str | None:
+        try:
+            return read()
+        except (OSError, TooMuch):
+            return None
+
+
+def _answer(read: Callable[[], Any]) -> dict[str, Any]:
+    """The child's part: what was found, or why nothing was."""
+    try:
+        return {"found": msgspec.to_builtins(read())}
+    except OSError as error:
+        if error.errno in _CAPABILITY_NEEDED:
+            return {"problem": f"{error.strerror} (root may look)"}
+        return {"problem": f"{error.strerror or error}"}
+    except Fault as fault:
+        return {"problem": fault.message}
+    except (ValueError, KeyError, IndexError) as error:
+        return {"problem": f"the kernel shows something unexpected: {error}"}
+
+
+# Parts ---------------------------------------------------------------------------------------
+
+
+def _sharers(files: ProcessFiles) -> Callable[[Credentials], Sharers]:
+    return lambda who: read_sharers(files, who.uids, is_qemu)
+
+
+def _sockets(files: ProcessFiles) -> Callable[[Held], Sockets]:
+    return lambda held: read_sockets(files, held.socket_inodes)
+
+
+def _namespaces(files: ProcessFiles) -> Namespaces:
+    shared: list[str] = []
+    own: list[str] = []
+    with open_host() as host:
+        for kind in NAMESPACES:
+            try:
+                is_shared = files.link(f"ns/{kind}") == host.link(f"ns/{kind}")
+            except FileNotFoundError:
+                continue  # A kernel without this kind.
+            (shared if is_shared else own).append(kind)
+    return Namespaces(tuple(shared), tuple(own))
+
+
+def _limits(files: ProcessFiles) -> dict[str, Limit]:
+    return dict(parse_limits(files.read("limits", 1 << 16)))
+
+
+def parse_limits(text: bytes) -> Iterator[tuple[str, Limit]]:
+    """The rows of a /proc/PID/limits: `open files`, `processes`, `core file size` and so on."""
+    for line in text.decode(errors="replace").splitlines()[1:]:
+        if line.startswith("Max ") and len(line) > 26:
+            soft, hard = line[26:].split()[:2]
+            yield line[4:26].strip(), Limit(*map(_limit, (soft, hard)))
+
+
+def _limit(word: str) -> int | None:
+    return None if word == "unlimited" else int(word)
+
+
+def _core_is_piped() -> bool:
+    """Whether the kernel hands cores to a program, which the limit doesn't hold back (core(5))."""
+    try:
+        with open("/proc/sys/kernel/core_pattern", "rb") as file:
+            return file.read(1) == b"|"
+    except OSError:
+        return True
+
+
+def _is_dumpable(files: ProcessFiles) -> Callable[[Credentials], bool]:
+    """Files of a process that isn't dumpable are root's in /proc (proc(5)); root's always are."""
+
+    def look(who: Credentials) -> bool:
+        return who.uid == 0 or files.status_of("status").st_uid != 0
+
+    return look
+
+
+def _oom_score_adj(files: ProcessFiles) -> int:
+    return int(files.read("oom_score_adj", 64))
+
+
+def _label(files: ProcessFiles) -> str:
+    """The security module's word for it (AppArmor, SELinux)."""
+    raw = files.read("attr/current", 4096).rstrip(b"\0\n")
+    return escaped(raw, limit_chars=_PATH_CHARS)
+
+
+def secret_variables(environ: bytes) -> tuple[str, ...]:
+    """The names of variables that look like secrets; no value."""
+    names = (entry.partition(b"=")[0] for entry in environ.split(b"\0") if entry)
+    shown = (
+        escaped(name, limit_chars=_NAME_CHARS)
+        for name in names
+        if any(word in name.decode(errors="replace").upper() for word in _SECRET_WORDS)
+    )
+    return tuple(dict.fromkeys(shown))[:_VARIABLES_SHOWN]
+
+
+# Packets -------------------------------------------------------------------------------------
+
+
+def _coverage(files: ProcessFiles) -> Callable[[Credentials], Coverage]:
+    def look(who: Credentials) -> Coverage:
+        from firewall.coverage import read_coverage
+
+        with open_host() as host:
+            is_shared = files.link("ns/net") == host.link("ns/net")
+        interfaces = None if is_shared else tuple(_interfaces(files.read("net/dev")))
+        _enter_host_network()
+        found = read_coverage(who.uid)
+        return Coverage(
+            ipv4="ipv4" in found.families,
+            ipv6="ipv6" in found.families,
+            rules=tuple(escaped(title, limit_chars=_PATH_CHARS) for title in found.tables),
+            interfaces=interfaces,
+        )
+
+    return look
+
+
+def _interfaces(table: bytes) -> Iterator[str]:
+    for line in table.split(b"\n")[2:]:
+        name, separator, _ = line.partition(b":")
+        if separator:
+            yield escaped(name.strip(), limit_chars=_NAME_CHARS)
+
+
+def _enter_host_network() -> None:
+    """In a child: look at the host's own rules, wherever the command was started."""
+    with open_host() as host:
+        if host.link("ns/net") == os.readlink("/proc/self/ns/net"):
+            return
+        network = os.open("ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=host.directory)
+    try:
+        setns(network, CLONE_NEWNET)
+    finally:
+        os.close(network)
+
+
+def _send_canary(who: Credentials) -> Canary:
+    from firewall.backend import Dropped
+    from firewall.canary import probe
+
+    if os.geteuid() != 0:
+        raise PermissionError(errno.EPERM, "sending packets as another uid needs root")
+    _enter_host_network()
+    # Whose drop it was doesn't matter here: the rules may be anybody's.
+    report = probe(who.uid, min(who.gids), Dropped)
+    return Canary(
+        refused=tuple(str(one) for one in report.attempts if one.is_refused),
+        sent=tuple(str(one) for one in report.failures),
+    )
