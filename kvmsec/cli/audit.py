@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,29 +9,19 @@ import click
 
 from kvmsec.cli.failures import CHECK_FOUND_ERRORS, WrongUsage
 from kvmsec.cli.output import print_json, print_table, say, shown_line, shown_text, warn
-from kvmsec.cli.params import INSTANCE_NAME, WHOLE_NUMBER, Parsed, json_option
+from kvmsec.cli.params import INSTANCE_NAME, SCORE, WHOLE_NUMBER, json_option
 from kvmsec.cli.session import Session, is_root, pass_session
 
 if TYPE_CHECKING:
     from kvmsec.audit.examination import Report, Subject
     from kvmsec.audit.score import Finding
 
-_SCORE: Final = re.compile(r"[0-9]{1,2}(\.[0-9]{1,2})?", re.ASCII)
 _MARKS: Final = {"sealed": "+", "exposed": "-", "unknown": "?", "note": " "}
 _ORDER: Final = {"exposed": 0, "unknown": 1, "sealed": 2, "note": 3}
 _COLORS: Final = {
     **{"DANGEROUS": "red", "UNSAFE": "red", "EXPOSED": "yellow", "MEDIUM": None},
     **{"OK": "green", "SAFE": "green", "PERFECT": "green"},
 }
-
-
-def _score(text: str) -> float:
-    if not _SCORE.fullmatch(text) or float(text) > 10:
-        raise ValueError(f"{text[:40]!a} is not a score from 0.0 to 10.0")
-    return float(text)
-
-
-SCORE: Final = Parsed("score", _score)
 
 
 @click.command

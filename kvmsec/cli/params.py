@@ -14,10 +14,11 @@ from kvmsec.linux.errors import Fault
 
 # int() takes "1_000" and digits of every script: what is written must be what a person reads.
 _WHOLE: Final = re.compile(r"[0-9]{1,18}", re.ASCII)
+_SCORE: Final = re.compile(r"[0-9]{1,2}(\.[0-9]{1,2})?", re.ASCII)
 _SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 
 
-class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
+class _Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
     """A parameter that a plain function parses; a Fault of it is wrong usage."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -52,6 +53,12 @@ def _whole_number(text: str) -> int:
 def _seconds(text: str) -> float:
     if not _SECONDS.fullmatch(text):
         raise ValueError(f"{_short(text)} is not a number of seconds such as 30 or 2.5")
+    return float(text)
+
+
+def _score(text: str) -> float:
+    if not _SCORE.fullmatch(text) or float(text) > 10:
+        raise ValueError(f"{_short(text)} is not a score from 0.0 to 10.0")
     return float(text)
 
 
@@ -90,14 +97,15 @@ def _short(text: str) -> str:
     return ascii(text) if len(text) <= 40 else f"{text[:40]!a}…"
 
 
-POOL: Final = Parsed("pool", _pool)
-WHOLE_NUMBER: Final = Parsed("number", _whole_number)
-SECONDS: Final = Parsed("seconds", _seconds)
-PATH: Final = Parsed("path", _path)
-INSTANCE_NAME: Final = Parsed("name", _instance_name)
-CLUSTER_NAME: Final = Parsed("name", _cluster_name)
-DISK: Final = Parsed("disk", _disk)
-NIC: Final = Parsed("nic", _nic)
+POOL: Final = _Parsed("pool", _pool)
+WHOLE_NUMBER: Final = _Parsed("number", _whole_number)
+SCORE: Final = _Parsed("score", _score)
+SECONDS: Final = _Parsed("seconds", _seconds)
+PATH: Final = _Parsed("path", _path)
+INSTANCE_NAME: Final = _Parsed("name", _instance_name)
+CLUSTER_NAME: Final = _Parsed("name", _cluster_name)
+DISK: Final = _Parsed("disk", _disk)
+NIC: Final = _Parsed("nic", _nic)
 
 SECURITY_MODEL: Final = click.Choice(["none", "user", "pool"])
 

@@ -129,7 +129,7 @@ PURE_IN = {
     "kvmsec.linux": {"ctypes.CDLL"},
     "kvmsec.cli": {
         *("click.Choice", "click.argument", "click.group", "click.make_pass_decorator"),
-        *("click.option", "click.version_option", "instance.command", "uids.command", "Parsed"),
+        *("click.option", "click.version_option", "instance.command", "uids.command", "_Parsed"),
     },
 }
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.If)

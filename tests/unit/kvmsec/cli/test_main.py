@@ -44,7 +44,11 @@ ACTING = [
     ["instance", "log", "a"],
     ["instance", "console", "a"],
     ["instance", "reboot", "a"],
+    ["audit", "a"],
+    ["audit", "--canary"],
 ]
+
+_VERBS = (("doctor",), ("audit",))  # commands that stand alone
 
 
 def commands(
@@ -60,10 +64,10 @@ def commands(
 
 
 def test_every_command_of_this_release_is_there() -> None:
-    assert {path for path in commands() if len(path) == 2 or path == ("doctor",)} == {
+    assert {path for path in commands() if len(path) == 2 or path in _VERBS} == {
         tuple(line.split())
         for line in (
-            "doctor",
+            *("audit", "doctor"),
             *("config show", "config check"),
             *("cluster init", "cluster modify", "cluster info", "cluster destroy"),
             *("uids provision", "uids list", "uids release"),
@@ -118,7 +122,7 @@ def test_who_is_not_root_is_told_so_first(
 
     result = run(*arguments)
 
-    command = " ".join(arguments[: 1 if arguments == ["doctor"] else 2])
+    command = " ".join(arguments[: 1 if (arguments[0],) in _VERBS else 2])
     assert result.exit_code == 1
     assert result.stderr == (
         f"kvmsec: `kvmsec {command}` needs root\nhint: run it as root, or with sudo\n"
