@@ -91,7 +91,7 @@ def _name(options: Sequence[tuple[str, str]]) -> str | None:
     for option, value in options:
         if option == "name" and value:
             fields = _fields(value)
-            name = fields.get("guest") or next(iter(fields))
+            name = fields.get("guest") or next(iter(fields), "")
             return escaped(name.replace(",,", ","), limit_chars=_NAME_CHARS) or None
     return None
 
@@ -100,7 +100,7 @@ def _sandbox(options: Sequence[tuple[str, str]]) -> dict[str, str] | None:
     for option, value in reversed(options):
         if option == "sandbox":
             fields = _fields(value)
-            switch = fields.get("enable") or next(iter(fields))
+            switch = fields.get("enable") or next(iter(fields), "")
             if switch != "on":
                 return None
             return {name: escaped(fields.get(name, ""), limit_chars=16) for name in DENIALS}

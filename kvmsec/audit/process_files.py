@@ -107,6 +107,10 @@ class ProcessFiles:
         """Its start in clock ticks since boot: with the pid, its identity."""
         return int(self._after_name()[19])
 
+    def stack_start(self) -> int:
+        """Where its stack begins: another place after each exec; 0 for who may not know."""
+        return int(self._after_name()[25])
+
     def has_terminal(self) -> bool:
         """Whether it has a controlling terminal."""
         return self._after_name()[4] != b"0"

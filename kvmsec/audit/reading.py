@@ -39,8 +39,7 @@ from kvmsec.linux.children import run_in_child
 from kvmsec.linux.errors import ChildFailed, ChildTimedOut, Fault
 from kvmsec.linux.namespaces import CLONE_NEWNET, setns
 
-DEADLINE_S: Final = 8.0
-_MEMORY_DEADLINE_S: Final = 2.0
+DEADLINE_S: Final = 5.0
 _ARGUMENTS_BYTES: Final = 1 << 20
 _ENVIRONMENT_BYTES: Final = 1 << 20
 _ATTEMPTS: Final = 3
@@ -64,16 +63,17 @@ class ProcessChanges(Fault):
         self.pid = pid
 
 
-def read_facts(pid: int, *, with_canary: bool = False) -> Facts:
+def read_facts(pid: int, *, with_canary: bool = False, deadline_s: float = DEADLINE_S) -> Facts:
     """Everything about a process, at one moment: read again if it changed meanwhile.
 
-    `with_canary` has packets sent as its uid in the caller's network namespace. The caller has one
-    thread. Raises ProcessGone, ProcessChanges and ManyThreads.
+    `with_canary` has packets sent as its uid in the host's network namespace; each part has
+    `deadline_s` seconds. The caller has one thread. Raises ProcessGone, ProcessChanges and
+    ManyThreads.
     """
     for _ in range(_ATTEMPTS):
         with ProcessFiles(pid) as files:
             before = _signature(files)
-            facts = _Reader(files).read(with_canary=with_canary)
+            facts = _Reader(files, deadline_s).read(with_canary=with_canary)
             if not files.is_there():
                 raise ProcessGone(pid)
             if _signature(files) == before:
@@ -85,7 +85,7 @@ def _signature(files: ProcessFiles) -> tuple[object, ...]:
     """What an exec or a change of user changes; the descriptor of /proc/PID pins the process."""
     try:
         status = files.status_of("status")
-        return files.start_ticks(), status.st_uid, _executable(files)
+        return files.start_ticks(), files.stack_start(), status.st_uid, _executable(files)
     except (FileNotFoundError, ProcessLookupError, ValueError):
         raise ProcessGone(files.pid) from None
 
@@ -101,8 +101,9 @@ def _executable(files: ProcessFiles) -> tuple[str | None, bool]:
 class _Reader:
     """Reads part by part, and notes why a part is missing."""
 
-    def __init__(self, files: ProcessFiles) -> None:
+    def __init__(self, files: ProcessFiles, deadline_s: float) -> None:
         self._files = files
+        self._deadline_s = deadline_s
         self._unread: dict[str, str] = {}
 
     def read(self, *, with_canary: bool) -> Facts:
@@ -135,13 +136,11 @@ class _Reader:
                 "arguments",
                 Arguments,
                 lambda: read_arguments(parse_cmdline(files.read("cmdline", _ARGUMENTS_BYTES))),
-                deadline_s=_MEMORY_DEADLINE_S,
             ),
             secret_variables=self._part(
                 "secret_variables",
                 tuple[str, ...],
                 lambda: secret_variables(files.read("environ", _ENVIRONMENT_BYTES)),
-                deadline_s=_MEMORY_DEADLINE_S,
             ),
             coverage=self._of(who, "coverage", Coverage, _coverage(files)),
             canary=self._of(who, "canary", Canary, _send_canary) if with_canary else None,
@@ -155,15 +154,13 @@ class _Reader:
             return None
         return self._part(name, kind, lambda: read(known))
 
-    def _part(
-        self, name: str, kind: Any, read: Callable[[], _T], *, deadline_s: float = DEADLINE_S
-    ) -> _T | None:
+    def _part(self, name: str, kind: Any, read: Callable[[], _T]) -> _T | None:
         """Read in a child and take its answer word by word; None when that failed."""
         try:
             answer = run_in_child(
                 lambda: _answer(read),
                 what=f"reading {name.replace('_', ' ')} of process {self._files.pid}",
-                timeout_s=deadline_s,
+                timeout_s=self._deadline_s,
                 keep=(self._files.directory,),
             )
             if "problem" in answer:
