@@ -94,14 +94,14 @@ class ProcessFiles:
         return os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.directory)
 
     def is_there(self) -> bool:
-        """Whether it still is: a process that is gone has no files."""
+        """Whether it still runs: one that is gone has no files, and a zombie nothing but a name."""
         try:
-            self.read("stat")
+            after_name = self._after_name()
         except OSError as error:
             if error.errno in _GONE:
                 return False
             raise
-        return True
+        return after_name[0] not in (b"Z", b"X") or int(after_name[17]) > 1
 
     def start_ticks(self) -> int:
         """Its start in clock ticks since boot: with the pid, its identity."""

@@ -72,6 +72,8 @@ def read_facts(pid: int, *, with_canary: bool = False, deadline_s: float = DEADL
     """
     for _ in range(_ATTEMPTS):
         with ProcessFiles(pid) as files:
+            if not files.is_there():
+                raise ProcessGone(pid)
             before = _signature(files)
             facts = _Reader(files, deadline_s).read(with_canary=with_canary)
             if not files.is_there():
