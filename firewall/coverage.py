@@ -102,26 +102,31 @@ def _meet(rule: Rule, chains: Mapping[str, Chain], depth: int) -> _End | None:
     return None
 
 
-def read_coverage(uid: int) -> Coverage:
-    """Read every rule of the caller's network namespace; changes nothing.
+Listing = Callable[[int], Sequence[RuleSet]]
+"""Rules that were read once, as they concern a uid."""
+
+
+def read_coverage(uids: Iterable[int]) -> dict[int, Coverage]:
+    """Read every rule of the caller's network namespace, once for all uids; changes nothing.
 
     Raises RulesUnreadable when none can be read.
     """
-    from firewall.iptables.listed import read_legacy
+    from firewall.iptables.listed import read_tools
     from firewall.nftables.listed import read_tables
 
-    return evaluate(_gather(uid, (read_tables, read_legacy)))
+    listings = _gather((read_tables, read_tools))
+    return {uid: evaluate(one for listing in listings for one in listing(uid)) for uid in uids}
 
 
-def _gather(uid: int, readers: Sequence[Callable[[int], Sequence[RuleSet]]]) -> tuple[RuleSet, ...]:
+def _gather(readers: Sequence[Callable[[], Listing]]) -> list[Listing]:
     """What the readers find; one that this host can't serve is passed over, unless all are."""
-    found: list[RuleSet] = []
+    found: list[Listing] = []
     refusals: list[FirewallError] = []
     for read in readers:
         try:
-            found += read(uid)
+            found.append(read())
         except FirewallError as error:
             refusals.append(error)
-    if len(refusals) == len(readers):
+    if not found:
         raise refusals[0]
-    return tuple(found)
+    return found

@@ -3,10 +3,10 @@
 Of the legacy tables, and of those that the nft flavour of the tools has written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
-from firewall.coverage import Applies, Chain, Rule, RuleSet, Verdict
+from firewall.coverage import Applies, Chain, Listing, Rule, RuleSet, Verdict
 from firewall.errors import RulesUnreadable
 from firewall.iptables.counters import tables_in_use
 from firewall.iptables.ruleset import HOOK
@@ -28,23 +28,25 @@ _CONTINUES: Final = ("LOG", "NFLOG", "MARK", "CONNMARK")
 _OF_TARGET: Final = (*_CONTINUES, "REJECT")
 
 
-def read_legacy(uid: int) -> Sequence[RuleSet]:
+def read_tools() -> Listing:
     """The rules in force, both flavours. Raises RulesUnreadable."""
-    found: list[RuleSet] = []
+    found: list[tuple[Tables, Family]] = []
     for family in FAMILIES:
         if tables_in_use(family):
-            found += _read(f"{_COMMANDS[family]}-legacy-save", family, uid)
-        found += _read(f"{_COMMANDS[family]}-nft-save", family, uid)
-    return found
+            found += _read(f"{_COMMANDS[family]}-legacy-save", family)
+        found += _read(f"{_COMMANDS[family]}-nft-save", family)
+    return lambda uid: [
+        table for tables, family in found for table in parse_tables(tables, family, uid)
+    ]
 
 
-def _read(program: str, family: Family, uid: int) -> list[RuleSet]:
+def _read(program: str, family: Family) -> list[tuple[Tables, Family]]:
     try:
         done = command.run([program, "-c"], timeout_s=_DEADLINE_S)
-        return parse_tables(parse_save(done.stdout.decode(errors="replace")), family, uid)
+        return [(parse_save(done.stdout.decode(errors="replace")), family)]
     except FileNotFoundError:
         return []
-    except (CommandFailed, CommandTimedOut, ValueError) as error:
+    except (CommandFailed, CommandTimedOut, ValueError, KeyError) as error:
         raise RulesUnreadable("iptables", f"{family}: {error}", hint="run as root") from error
 
 

@@ -4,10 +4,10 @@ From the JSON of `nft list ruleset` (libnftables-json(5)).
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from firewall.coverage import Applies, Chain, Rule, RuleSet, Verdict
+from firewall.coverage import Applies, Chain, Listing, Rule, RuleSet, Verdict
 from firewall.errors import RulesUnreadable
 from firewall.nftables.library import Command, NftFailed, load_library
 from firewall.policy import FAMILIES, Family
@@ -34,14 +34,16 @@ _COMPARE: Final[Mapping[str, Callable[[int, int], bool]]] = {
 }
 
 
-def read_tables(uid: int) -> Sequence[RuleSet]:
+def read_tables() -> Listing:
     """The rules in force, asked of nft. Raises RulesUnreadable."""
     try:
         listed = (load_library() or Command()).list_json("ruleset")
-        return parse_ruleset(json.loads(listed or '{"nftables": []}'), uid)
-    except (NftFailed, ValueError, KeyError, TypeError) as error:
+        document = json.loads(listed or '{"nftables": []}')
+        parse_ruleset(document, 0)
+    except (NftFailed, ValueError, KeyError, TypeError, AttributeError) as error:
         hint = "run as root, with nftables installed"
         raise RulesUnreadable("nftables", str(error), hint=hint) from error
+    return lambda uid: parse_ruleset(document, uid)
 
 
 def parse_ruleset(document: Mapping[str, Any], uid: int) -> list[RuleSet]:

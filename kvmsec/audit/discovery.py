@@ -41,9 +41,8 @@ def is_qemu(files: ProcessFiles) -> bool:
 def executable_of(files: ProcessFiles) -> tuple[str, bool]:
     """The path of the file that it runs, and whether that was deleted or replaced since.
 
-    Raises OSError; a kernel thread has none (FileNotFoundError).
+    By the kernel's word alone: to look at the file could wait for a filesystem of the process's
+    own. Raises OSError; a kernel thread has none (FileNotFoundError).
     """
     target = files.link("exe")
-    if target.endswith(_DELETED) and files.status_of("exe").st_nlink == 0:
-        return target.removesuffix(_DELETED), True
-    return target, False
+    return target.removesuffix(_DELETED), target.endswith(_DELETED)

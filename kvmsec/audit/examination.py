@@ -1,12 +1,14 @@
 """The whole audit of one process, or of every QEMU: read, judge, sum up."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from attrs import asdict, evolve, frozen
 
 from kvmsec.audit.discovery import find_qemus
 from kvmsec.audit.facts import Facts
+from kvmsec.audit.packets import cover, try_rules
 from kvmsec.audit.points import judge
 from kvmsec.audit.process_files import ProcessGone
 from kvmsec.audit.reading import ProcessChanges, read_facts
@@ -50,8 +52,30 @@ def examine(subject: Subject, *, with_canary: bool = False) -> Report:
 
     Raises ProcessGone, ProcessChanges and ManyThreads.
     """
-    facts = read_facts(subject.pid, with_canary=with_canary)
-    return report_on(evolve(facts, instance=subject.instance, tolerated=subject.tolerated))
+    return _finish([_read(subject)], with_canary)[0]
+
+
+def examine_all(instances: Iterable[Subject] = (), *, with_canary: bool = False) -> list[Report]:
+    """Audit every QEMU of this host, one after the other; one that ends meanwhile is passed over.
+
+    `instances` are those of the node's. The caller has one thread. Raises ManyThreads.
+    """
+    known = {subject.pid: subject for subject in instances}
+    found = []
+    for pid in sorted({*find_qemus(), *known}):
+        with contextlib.suppress(ProcessGone, ProcessChanges):
+            found.append(_read(known.get(pid, Subject(pid))))
+    return _finish(found, with_canary)
+
+
+def _read(subject: Subject) -> Facts:
+    facts = read_facts(subject.pid)
+    return evolve(facts, instance=subject.instance, tolerated=subject.tolerated)
+
+
+def _finish(read: Sequence[Facts], with_canary: bool) -> list[Report]:
+    covered = cover(read)
+    return [report_on(try_rules(facts) if with_canary else facts) for facts in covered]
 
 
 def report_on(facts: Facts) -> Report:
@@ -71,18 +95,3 @@ def report_on(facts: Facts) -> Report:
         unread=facts.unread,
         findings=findings,
     )
-
-
-def examine_all(
-    instances: Iterable[Subject] = (), *, with_canary: bool = False
-) -> Iterator[Report]:
-    """Audit every QEMU of this host, one after the other; one that ends meanwhile is passed over.
-
-    `instances` are those of the node's, by their pid. Raises ManyThreads.
-    """
-    known = {subject.pid: subject for subject in instances}
-    for pid in sorted({*find_qemus(), *known}):
-        try:
-            yield examine(known.get(pid, Subject(pid)), with_canary=with_canary)
-        except (ProcessGone, ProcessChanges):
-            continue

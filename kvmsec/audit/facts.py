@@ -49,10 +49,14 @@ class Sharers:
 
 @frozen
 class Namespaces:
-    """Kinds of namespaces (namespaces(7)) that it shares with the host, and that are its own."""
+    """Kinds of namespaces (namespaces(7)) that it shares with the host, and that are its own.
+
+    `interfaces` are those of its own network namespace, None where it shares the host's.
+    """
 
     shared: tuple[str, ...]
     own: tuple[str, ...]
+    interfaces: tuple[str, ...] | None = None
 
 
 @frozen(kw_only=True)
@@ -168,15 +172,11 @@ class Arguments:
 
 @frozen(kw_only=True)
 class Coverage:
-    """Whether packet rules of the host drop all that its uid sends, by family, and whose they are.
-
-    `interfaces` are those that its own network namespace has, None where it shares the host's.
-    """
+    """Whether rules of the host drop all that its uid sends, by family, and which tables do."""
 
     ipv4: bool
     ipv6: bool
     rules: tuple[str, ...] = ()
-    interfaces: tuple[str, ...] | None = None
 
 
 @frozen(kw_only=True)

@@ -102,29 +102,32 @@ def packet_rules(facts: Facts) -> Verdict:
     found, who = facts.coverage, facts.credentials
     if facts.canary is not None:
         return _by_canary(facts)
+    if "canary" in facts.unread:
+        return unknown(facts, "canary")
     if found is None or who is None:
         return unknown(facts, "coverage", "credentials")
-    is_apart = _is_cut_off(found.interfaces)
     if found.ipv4 and found.ipv6:
         return sealed(f"all that its uid sends is dropped, IPv4 and IPv6 ({listed(found.rules)})")
     missing = " and ".join(
         name for name, is_closed in (("IPv4", found.ipv4), ("IPv6", found.ipv6)) if not is_closed
     )
     message = f"no packet rule drops what uid {who.uid} sends over {missing}"
-    if is_apart:
+    if _is_cut_off(facts):
         return exposed(f"{message}; its network namespace has no interface but lo", 0.3)
     return exposed(message, 1.0 if not (found.ipv4 or found.ipv6) else 0.6)
 
 
-def _is_cut_off(interfaces: Sequence[str] | None) -> bool:
+def _is_cut_off(facts: Facts) -> bool:
+    """Whether its own network namespace leads nowhere."""
+    interfaces = facts.namespaces.interfaces if facts.namespaces else None
     return interfaces is not None and set(interfaces) <= _ONLY_LOOPBACK
 
 
 def _by_canary(facts: Facts) -> Verdict:
-    canary, found = facts.canary, facts.coverage
+    canary = facts.canary
     assert canary is not None
     if canary.sent:
-        part = 0.3 if found is not None and _is_cut_off(found.interfaces) else 1.0
+        part = 0.3 if _is_cut_off(facts) else 1.0
         return exposed(f"tried as its uid: {listed(canary.sent)}", part)
     if not canary.refused:
         return exposed("tried as its uid: this host has neither IPv4 nor IPv6 to try")

@@ -6,7 +6,6 @@ bounded, and each part that fails leaves the others whole: `Facts.unread` says w
 """
 
 import errno
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
@@ -19,9 +18,6 @@ from kvmsec.audit.discovery import executable_of, is_qemu
 from kvmsec.audit.facts import (
     NAMESPACES,
     Arguments,
-    Canary,
-    ControlGroup,
-    Coverage,
     Credentials,
     Facts,
     Limit,
@@ -37,7 +33,6 @@ from kvmsec.audit.sockets import read_sockets
 from kvmsec.audit.tree import read_tree
 from kvmsec.linux.children import run_in_child
 from kvmsec.linux.errors import ChildFailed, ChildTimedOut, Fault
-from kvmsec.linux.namespaces import CLONE_NEWNET, setns
 
 DEADLINE_S: Final = 5.0
 _ARGUMENTS_BYTES: Final = 1 << 20
@@ -49,6 +44,7 @@ _NAME_CHARS: Final = 32
 _VARIABLES_SHOWN: Final = 8
 _SECRET_WORDS: Final = ("PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "TOKEN", "CREDENTIAL")
 _CAPABILITY_NEEDED: Final = (errno.EACCES, errno.EPERM)
+_EXPECTED: Final = (OSError, Fault, ValueError, KeyError, IndexError)
 
 _T = TypeVar("_T")
 
@@ -63,19 +59,18 @@ class ProcessChanges(Fault):
         self.pid = pid
 
 
-def read_facts(pid: int, *, with_canary: bool = False, deadline_s: float = DEADLINE_S) -> Facts:
-    """Everything about a process, at one moment: read again if it changed meanwhile.
+def read_facts(pid: int, *, deadline_s: float = DEADLINE_S) -> Facts:
+    """What there is to know of a process itself, at one moment: read again if it changed meanwhile.
 
-    `with_canary` has packets sent as its uid in the host's network namespace; each part has
-    `deadline_s` seconds. The caller has one thread. Raises ProcessGone, ProcessChanges and
-    ManyThreads.
+    The packet rules are the host's, see `packets`. Each part has `deadline_s` seconds. The caller
+    has one thread. Raises ProcessGone, ProcessChanges and ManyThreads.
     """
     for _ in range(_ATTEMPTS):
         with ProcessFiles(pid) as files:
             if not files.is_there():
                 raise ProcessGone(pid)
             before = _signature(files)
-            facts = _Reader(files, deadline_s).read(with_canary=with_canary)
+            facts = _Reader(files, deadline_s).read()
             if not files.is_there():
                 raise ProcessGone(pid)
             if _signature(files) == before:
@@ -108,7 +103,7 @@ class _Reader:
         self._deadline_s = deadline_s
         self._unread: dict[str, str] = {}
 
-    def read(self, *, with_canary: bool) -> Facts:
+    def read(self) -> Facts:
         files = self._files
         who = self._part("credentials", Credentials, lambda: read_credentials(files))
         held = self._part("descriptors", Held, lambda: read_held(files))
@@ -121,17 +116,15 @@ class _Reader:
             is_executable_deleted=is_deleted,
             credentials=who,
             sharers=self._of(who, "sharers", Sharers, _sharers(files)),
-            namespaces=self._part("namespaces", Namespaces, lambda: _namespaces(files)),
+            namespaces=self._at_once("namespaces", lambda: _namespaces(files)),
             descriptors=held.descriptors if held else None,
             sockets=self._of(held, "sockets", Sockets, _sockets(files)),
             tree=self._of(who, "tree", Tree, lambda found: read_tree(files, found)),
-            control_group=self._part(
-                "control_group", ControlGroup, lambda: read_control_group(files)
-            ),
-            limits=self._part("limits", dict[str, Limit], lambda: _limits(files)),
+            control_group=self._at_once("control_group", lambda: read_control_group(files)),
+            limits=self._at_once("limits", lambda: _limits(files)),
             core_is_piped=_core_is_piped(),
-            is_dumpable=self._of(who, "is_dumpable", bool, _is_dumpable(files)),
-            oom_score_adj=self._part("oom_score_adj", int, lambda: _oom_score_adj(files)),
+            is_dumpable=self._at_once("is_dumpable", lambda: _is_dumpable(files, who)),
+            oom_score_adj=self._at_once("oom_score_adj", lambda: _oom_score_adj(files)),
             has_terminal=files.has_terminal(),
             label=self._optional(lambda: _label(files)),
             arguments=self._part(
@@ -144,8 +137,6 @@ class _Reader:
                 tuple[str, ...],
                 lambda: secret_variables(files.read("environ", _ENVIRONMENT_BYTES)),
             ),
-            coverage=self._of(who, "coverage", Coverage, _coverage(files)),
-            canary=self._of(who, "canary", Canary, _send_canary) if with_canary else None,
             unread=self._unread,
         )
 
@@ -176,6 +167,14 @@ class _Reader:
             self._unread[name] = escaped(str(error), limit_chars=_REASON_CHARS)
         return None
 
+    def _at_once(self, name: str, read: Callable[[], _T]) -> _T | None:
+        """Read what the kernel alone answers, which no process can make wait."""
+        try:
+            return read()
+        except _EXPECTED as error:
+            self._unread[name] = escaped(_problem(error), limit_chars=_REASON_CHARS)
+            return None
+
     @staticmethod
     def _optional(read: Callable[[], str]) -> str | None:
         try:
@@ -188,14 +187,15 @@ def _answer(read: Callable[[], Any]) -> dict[str, Any]:
     """The child's part: what was found, or why nothing was."""
     try:
         return {"found": msgspec.to_builtins(read())}
-    except OSError as error:
-        if error.errno in _CAPABILITY_NEEDED:
-            return {"problem": f"{error.strerror} (root may look)"}
-        return {"problem": f"{error.strerror or error}"}
-    except Fault as fault:
-        return {"problem": fault.message}
-    except (ValueError, KeyError, IndexError) as error:
-        return {"problem": f"the kernel shows something unexpected: {error}"}
+    except _EXPECTED as error:
+        return {"problem": _problem(error)}
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, OSError):
+        words = error.strerror or str(error)
+        return f"{words} (root may look)" if error.errno in _CAPABILITY_NEEDED else words
+    return str(error) if isinstance(error, Fault | TooMuch) else f"unexpected: {error}"
 
 
 # Parts ---------------------------------------------------------------------------------------
@@ -219,7 +219,15 @@ def _namespaces(files: ProcessFiles) -> Namespaces:
             except FileNotFoundError:
                 continue  # A kernel without this kind.
             (shared if is_shared else own).append(kind)
-    return Namespaces(tuple(shared), tuple(own))
+    interfaces = _interfaces(files.read("net/dev")) if "net" in own else None
+    return Namespaces(tuple(shared), tuple(own), None if interfaces is None else tuple(interfaces))
+
+
+def _interfaces(table: bytes) -> Iterator[str]:
+    for line in table.split(b"\n")[2:]:
+        name, separator, _ = line.partition(b":")
+        if separator:
+            yield escaped(name.strip(), limit_chars=_NAME_CHARS)
 
 
 def _limits(files: ProcessFiles) -> dict[str, Limit]:
@@ -247,13 +255,11 @@ def _core_is_piped() -> bool:
         return True
 
 
-def _is_dumpable(files: ProcessFiles) -> Callable[[Credentials], bool]:
+def _is_dumpable(files: ProcessFiles, who: Credentials | None) -> bool | None:
     """Files of a process that isn't dumpable are root's in /proc (proc(5)); root's always are."""
-
-    def look(who: Credentials) -> bool:
-        return who.uid == 0 or files.status_of("status").st_uid != 0
-
-    return look
+    if who is None:
+        return None
+    return who.uid == 0 or files.status_of("status").st_uid != 0
 
 
 def _oom_score_adj(files: ProcessFiles) -> int:
@@ -275,59 +281,3 @@ def secret_variables(environ: bytes) -> tuple[str, ...]:
         if any(word in name.decode(errors="replace").upper() for word in _SECRET_WORDS)
     )
     return tuple(dict.fromkeys(shown))[:_VARIABLES_SHOWN]
-
-
-# Packets -------------------------------------------------------------------------------------
-
-
-def _coverage(files: ProcessFiles) -> Callable[[Credentials], Coverage]:
-    def look(who: Credentials) -> Coverage:
-        from firewall.coverage import read_coverage
-
-        with open_host() as host:
-            is_shared = files.link("ns/net") == host.link("ns/net")
-        interfaces = None if is_shared else tuple(_interfaces(files.read("net/dev")))
-        _enter_host_network()
-        found = read_coverage(who.uid)
-        return Coverage(
-            ipv4="ipv4" in found.families,
-            ipv6="ipv6" in found.families,
-            rules=tuple(escaped(title, limit_chars=_PATH_CHARS) for title in found.tables),
-            interfaces=interfaces,
-        )
-
-    return look
-
-
-def _interfaces(table: bytes) -> Iterator[str]:
-    for line in table.split(b"\n")[2:]:
-        name, separator, _ = line.partition(b":")
-        if separator:
-            yield escaped(name.strip(), limit_chars=_NAME_CHARS)
-
-
-def _enter_host_network() -> None:
-    """In a child: look at the host's own rules, wherever the command was started."""
-    with open_host() as host:
-        if host.link("ns/net") == os.readlink("/proc/self/ns/net"):
-            return
-        network = os.open("ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=host.directory)
-    try:
-        setns(network, CLONE_NEWNET)
-    finally:
-        os.close(network)
-
-
-def _send_canary(who: Credentials) -> Canary:
-    from firewall.backend import Dropped
-    from firewall.canary import probe
-
-    if os.geteuid() != 0:
-        raise PermissionError(errno.EPERM, "sending packets as another uid needs root")
-    _enter_host_network()
-    # Whose drop it was doesn't matter here: the rules may be anybody's.
-    report = probe(who.uid, min(who.gids), Dropped)
-    return Canary(
-        refused=tuple(str(one) for one in report.attempts if one.is_refused),
-        sent=tuple(str(one) for one in report.failures),
-    )

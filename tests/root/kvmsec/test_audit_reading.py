@@ -200,9 +200,9 @@ def test_sockets_of_the_host_are_told_from_its_own(run: Callable[..., int]) -> N
     assert facts.sockets.of_host == (f"tcp 127.0.0.1:{port}",)
     assert len(facts.sockets.tcp_listeners) == 2
     assert facts.sockets.unplaced == 0
-    assert facts.coverage is not None
-    assert facts.coverage.interfaces is not None
-    assert "lo" in facts.coverage.interfaces
+    assert facts.namespaces is not None
+    assert facts.namespaces.interfaces is not None
+    assert "lo" in facts.namespaces.interfaces
 
 
 def test_a_vsock_socket_is_in_no_table(run: Callable[..., int]) -> None:

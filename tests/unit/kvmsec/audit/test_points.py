@@ -25,7 +25,7 @@ WHO = f.Credentials(
     user="kvmsec-30000",
 )
 ALONE = f.Sharers(0, 0)
-SPACES = f.Namespaces(("user", "time"), ("mnt", "net", "pid", "ipc", "uts", "cgroup"))
+SPACES = f.Namespaces(("user", "time"), ("mnt", "net", "pid", "ipc", "uts", "cgroup"), ("lo",))
 HELD = f.Descriptors(has_kvm_machine=True)
 TREE = f.Tree(kind="own", sized=("/output",))
 GROUP = f.ControlGroup(paths=("/kvmsec/web",), memory_bytes=1 << 30, pids=64, cpus=2.0)
@@ -34,7 +34,7 @@ LIMITS = {
     **dict.fromkeys(("open files", "processes", "locked memory", "file size"), BOUND),
     **{"msgqueue size": f.Limit(0, 0), "core file size": f.Limit(1, 1)},
 }
-COVERED = f.Coverage(ipv4=True, ipv6=True, rules=("nft table inet kvmsec",), interfaces=("lo",))
+COVERED = f.Coverage(ipv4=True, ipv6=True, rules=("nft table inet kvmsec",))
 SEALED = f.Facts(
     pid=7,
     start_ticks=1,
@@ -82,6 +82,13 @@ def test_codes_are_unique_and_every_point_says_why_and_what_to_do() -> None:
 
 def who(**changes: Any) -> dict[str, Any]:
     return {"credentials": evolve(WHO, **changes)}
+
+
+def covered(interfaces: tuple[str, ...] | None = ("lo",), **changes: Any) -> dict[str, Any]:
+    return {
+        "coverage": evolve(COVERED, **changes),
+        "namespaces": evolve(SPACES, interfaces=interfaces),
+    }
 
 
 def tree(**changes: Any) -> dict[str, Any]:
@@ -161,16 +168,17 @@ CASES: list[tuple[Mapping[str, Any], dict[str, float]]] = [
      {"set-uid-programs": 0.2, "no-new-privs": 0.4}),
     (tree(set_uid=("/usr/bin/su",)), {}),
     # The network.
-    ({"coverage": evolve(COVERED, ipv4=False, ipv6=False)}, {"packet-rules": 0.24}),
-    ({"coverage": evolve(COVERED, ipv4=False, ipv6=False, interfaces=None)},
-     {"packet-rules": 0.8}),
-    ({"coverage": evolve(COVERED, ipv6=False, interfaces=None)}, {"packet-rules": 0.48}),
-    ({"coverage": evolve(COVERED, ipv4=False, ipv6=False, interfaces=("lo", "eth0"))},
-     {"packet-rules": 0.8}),
+    (covered(ipv4=False, ipv6=False), {"packet-rules": 0.24}),
+    (covered(ipv4=False, ipv6=False, interfaces=None), {"packet-rules": 0.8}),
+    (covered(ipv6=False, interfaces=None), {"packet-rules": 0.48}),
+    (covered(ipv4=False, interfaces=("lo", "eth0")), {"packet-rules": 0.48}),
+    (covered(ipv4=False, ipv6=False, interfaces=("lo", "eth0")), {"packet-rules": 0.8}),
     ({"canary": f.Canary(refused=("a", "b"), sent=())}, {}),
     ({"canary": f.Canary(refused=("a",), sent=("b",))}, {"packet-rules": 0.24}),
-    ({"canary": f.Canary(refused=(), sent=("b",)), "coverage": None}, {"packet-rules": 0.8}),
+    ({"canary": f.Canary(refused=(), sent=("b",)), **covered(interfaces=None)},
+     {"packet-rules": 0.8}),
     ({"canary": f.Canary(refused=(), sent=())}, {"packet-rules": 0.8}),
+    ({"unread": {"canary": "no room"}}, {"packet-rules": 0.8}),
     ({"sockets": f.Sockets(of_host=("tcp 0.0.0.0:1",))}, {"inet-sockets": 0.3}),
     ({"sockets": f.Sockets(unplaced=1)}, {"inet-sockets": 0.15}),
     ({"sockets": f.Sockets(tcp_listeners=("tcp 127.0.0.1:5900", "tcp [::1]:5900"))},

@@ -1,6 +1,7 @@
 """`kvmsec audit`: whom it asks about, what is shown, and the status."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -51,11 +52,13 @@ def asked(monkeypatch: pytest.MonkeyPatch, node: Any) -> list[Any]:
             raise ProcessGone(404)
         return report(subject)
 
-    def find() -> list[int]:
-        return [7, 9]
+    def examine_all(instances: Sequence[Subject], *, with_canary: bool) -> list[Report]:
+        known = {subject.pid: subject for subject in instances}
+        pids = [9, 7] if node.infos else []
+        return [examine(known.get(pid, Subject(pid)), with_canary=with_canary) for pid in pids]
 
     monkeypatch.setattr(examination, "examine", examine)
-    monkeypatch.setattr(examination, "find_qemus", find)
+    monkeypatch.setattr(examination, "examine_all", examine_all)
     node.infos = [
         InstanceInfo(name="web", state=InstanceState.RUNNING, pid=7),
         InstanceInfo(name="db", state=InstanceState.STOPPED),
@@ -113,11 +116,8 @@ def test_json_is_a_list_with_the_keys_that_are_promised(run: Any, asked: list[An
     assert len(json.loads(run("audit", "--json").stdout)) == 2
 
 
-def test_no_qemu_is_an_empty_list(
-    run: Any, asked: list[Any], node: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_qemu_is_an_empty_list(run: Any, asked: list[Any], node: Any) -> None:
     node.infos = []
-    monkeypatch.setattr(examination, "find_qemus", list)
 
     assert run("audit").stdout == "no QEMU runs here\n"
     assert run("audit", "--threshold", "0").exit_code == 0
@@ -168,7 +168,7 @@ def test_what_the_node_tolerates_goes_along(run: Any, asked: list[Any], root: An
     run("audit", "--all")
 
     assert asked[0][0] == Subject(7, "web", ("cgroup",))
-    assert [subject for subject, _ in asked[1:]] == [Subject(7, "web", ("cgroup",)), Subject(9)]
+    assert [subject for subject, _ in asked[1:]] == [Subject(9), Subject(7, "web", ("cgroup",))]
 
 
 def test_who_is_not_root_is_warned_and_may_look(
@@ -182,4 +182,4 @@ def test_who_is_not_root_is_warned_and_may_look(
     assert result.exit_code == 0
     assert "warning: without root" in result.stderr
     assert node.calls == []
-    assert [subject for subject, _ in asked] == [Subject(7), Subject(9)]
+    assert [subject for subject, _ in asked] == [Subject(9), Subject(7)]
