@@ -16,8 +16,6 @@ _LINE_BYTES: Final = 64
 _PROCS_BYTES: Final = 1 << 20
 _STEPS: Final = 64
 _PATH_CHARS: Final = 120
-# Version 1 writes "no limit" as the highest multiple of a page below 2^63.
-_UNLIMITED_BYTES: Final = 1 << 62
 _DEFAULT_SHARE: Final = {"cpu.weight": 100, "cpu.shares": 1024}
 
 
@@ -51,7 +49,7 @@ def read_control_group(files: ProcessFiles) -> ControlGroup:
     paths = dict.fromkeys(one.path for one in memberships if one.path != "/")
     return ControlGroup(
         paths=tuple(escaped(path, limit_chars=_PATH_CHARS) for path in list(paths)[:8]),
-        memory_bytes=min((one for one in memory if one < _UNLIMITED_BYTES), default=None),
+        memory_bytes=min((one for one in memory if one < _host_memory_bytes()), default=None),
         pids=min(_numbers(places, "pids.max"), default=None),
         cpus=min(cpus, default=None),
         has_cpu_share=any(
@@ -62,6 +60,11 @@ def read_control_group(files: ProcessFiles) -> ControlGroup:
         ),
         others=max((_others(place, files.pid) for place in places), default=0),
     )
+
+
+def _host_memory_bytes() -> int:
+    """A limit above that is none; so is the huge number that version 1 has where there is none."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @frozen
