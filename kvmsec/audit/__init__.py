@@ -1,5 +1,6 @@
 """How well a running QEMU process is confined, whoever started it.
 
-`discovery` finds the processes, `reading` takes one bounded snapshot of each, `points` judges it
-point by point and `score` sums that up; only the first two look at the system.
+`examination` is the whole of it: `discovery` finds the processes, `reading` takes one bounded
+snapshot of each, `packets` asks about the host's rules, `points` judges and `score` sums up. The
+last two are pure.
 """

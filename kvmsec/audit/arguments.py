@@ -41,7 +41,6 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
         sandbox=_sandbox(options),
         secrets=_shown(_secrets(options)),
         exposed=_shown(_exposed(options)),
-        runas=any(_drops_by_itself(option, value) for option, value in options),
         hides_memory_from_cores=any(
             _fields(value).get("dump-guest-core") == "off" for _, value in options
         ),
@@ -69,10 +68,6 @@ def _fields(value: str) -> dict[str, str]:
         key, _, text = part.partition("=")
         found.setdefault(key, text)
     return found
-
-
-def _drops_by_itself(option: str, value: str) -> bool:
-    return option == "runas" or (option == "run-with" and "user" in _keys(value))
 
 
 def _keys(value: str) -> set[str]:

@@ -4,11 +4,11 @@ A part that could not be read is None, and `Facts.unread` says why: it is never 
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Final, Literal
 
 from attrs import field, frozen
 
-NAMESPACES = ("mnt", "net", "pid", "ipc", "uts", "cgroup", "user", "time")
+NAMESPACES: Final = ("mnt", "net", "pid", "ipc", "uts", "cgroup", "user", "time")
 
 
 @frozen(kw_only=True)
@@ -81,7 +81,6 @@ class Descriptors:
     has_kvm_machine: bool
     files: tuple[File, ...] = ()
     devices: tuple[str, ...] = ()
-    sockets: int = 0
 
 
 @frozen(kw_only=True)
@@ -166,7 +165,6 @@ class Arguments:
     sandbox: Mapping[str, str] | None = None
     secrets: tuple[str, ...] = ()
     exposed: tuple[str, ...] = ()
-    runas: bool = False
     hides_memory_from_cores: bool = False
 
 
@@ -196,7 +194,6 @@ class Facts:
     comm: str
     executable: str | None = None
     is_executable_deleted: bool = False
-    executable_problem: str | None = None
     instance: str | None = None
     tolerated: tuple[str, ...] = ()
     credentials: Credentials | None = None

@@ -64,7 +64,6 @@ def read_held(files: ProcessFiles) -> Held:
         has_kvm_machine=has_kvm_machine,
         files=tuple(found[:_SHOWN]),
         devices=tuple(devices)[:_SHOWN],
-        sockets=len(sockets),
     )
     return Held(descriptors, frozenset(sockets))
 

@@ -1,13 +1,14 @@
 """How a judgement answers: how much of its point's weight counts, in words, and what to do."""
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from attrs import frozen
 
 from kvmsec.audit.facts import Facts
 from kvmsec.audit.score import State
 
-_LISTED = 5
+_LISTED: Final = 5
 
 
 @frozen
