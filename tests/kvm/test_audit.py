@@ -167,24 +167,21 @@ def test_root_s_bare_qemu_is_open(start: Any) -> None:
     assert report.rating in ("UNSAFE", "DANGEROUS")
 
 
-def test_what_is_asked_for_by_arguments_is_told_without_a_secret(
-    start: Any, tmp_path: Path
-) -> None:
-    tmp_path.chmod(0o755)
-    disk = tmp_path / "disk"
+def test_what_is_asked_for_by_arguments_is_told_without_a_secret(start: Any) -> None:
+    place = Path("/run/open-to-all")
+    place.mkdir()
+    place.chmod(0o755)
+    disk = place / "disk"
     disk.touch()
     os.truncate(disk, 1 << 20)
     disk.chmod(0o666)
     pid = start(
         *("-name", "shop", "-vnc", "127.0.0.1:77", "-qmp", "tcp:127.0.0.1:5001,server=on,wait=off"),
-        *("-monitor", f"unix:{tmp_path}/monitor,server=on,wait=off"),
+        *("-monitor", f"unix:{place}/monitor,server=on,wait=off"),
         *("-object", "secret,id=s,data=hunter2", "-drive", f"file={disk},format=raw,if=virtio"),
         umask=0,
         env={"API_TOKEN": "hunter2", **os.environ},
     )
-    for parent in tmp_path.parents:
-        if parent != Path("/"):
-            parent.chmod(0o755)
 
     report = examine(Subject(pid))
 
@@ -194,11 +191,12 @@ def test_what_is_asked_for_by_arguments_is_told_without_a_secret(
     assert "tcp 127.0.0.1:5001" in told["tcp-listeners"]
     assert "tcp 127.0.0.1:5977" in told["tcp-listeners"]
     assert "-vnc (without a password)" in told["tcp-listeners"]
-    assert str(tmp_path / "monitor") in told["unix-listeners"]
+    assert str(place / "monitor") in told["unix-listeners"]
     assert f"may write to {disk}" in told["disk-paths"]
     assert "-object (data)" in told["secrets"]
     assert "API_TOKEN" in told["environment"]
     assert "hunter2" not in json.dumps(report.plain())
+    shutil.rmtree(place)
 
 
 def as_libvirt() -> None:
