@@ -56,6 +56,8 @@ def _inspect(fd: int, size_bytes: int) -> dict[str, Any]:
         "backing_name": None if name is None else name.hex(),
         "backing_format": header.backing_format,
         "refusals": list(header.refusals),
+        "virtual_bytes": header.virtual_bytes,
+        "cluster_bytes": header.cluster_bytes,
     }
 
 
@@ -64,8 +66,13 @@ def _header_from(path: Path, answer: dict[str, Any]) -> Qcow2Header:
     if _MALFORMED in answer:
         raise HeaderRefused(path, escaped(str(answer[_MALFORMED])))
     name, backing_format = answer["backing_name"], answer["backing_format"]
+    virtual_bytes, cluster_bytes = int(answer["virtual_bytes"]), int(answer["cluster_bytes"])
+    if virtual_bytes < 0 or cluster_bytes <= 0:
+        raise ValueError("no size is negative")
     return Qcow2Header(
         backing_name=None if name is None else bytes.fromhex(name),
         backing_format=None if backing_format is None else escaped(str(backing_format)),
         refusals=tuple(escaped(str(refusal)) for refusal in answer["refusals"]),
+        virtual_bytes=virtual_bytes,
+        cluster_bytes=cluster_bytes,
     )

@@ -22,6 +22,7 @@ from hypervisor.images.backing import ImageFile, check_chain
 from hypervisor.images.errors import ImageNotOpened, ImageUsedTwice, NotAnImage
 from hypervisor.images.identity import ImageIdentity, Kind
 from hypervisor.images.inspection import read_headers
+from hypervisor.images.qcow2 import Qcow2Header, largest_file_bytes
 from hypervisor.machine import ImageFormat
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.files import open_without_links
@@ -42,7 +43,7 @@ class OpenImage:
     """An image that was checked and opened; `fd` is the caller's to hand over and to close.
 
     Close it once QEMU has it: locks live in the open file description, and whoever keeps a copy
-    keeps the image locked.
+    keeps the image locked. `largest_bytes`: how large it may become as QEMU writes to it.
     """
 
     fd: int
@@ -50,6 +51,7 @@ class OpenImage:
     format: ImageFormat
     readonly: bool
     identity: ImageIdentity
+    largest_bytes: int
 
     @property
     def kind(self) -> Kind:
@@ -108,7 +110,7 @@ def _open_checked(
         for chain in chains:
             images = []
             for candidate in chain:
-                images.append(_open_for_qemu(candidate))
+                images.append(_open_for_qemu(candidate, headers.get(candidate.fd)))
                 undo.callback(images[-1].close)
             opened.append(tuple(images))
         undo.pop_all()
@@ -139,15 +141,18 @@ def _reach(reading: ExitStack, image: ImageFile) -> _Candidate:
     return _Candidate(image, fd, identity, size_bytes=size)
 
 
-def _open_for_qemu(candidate: _Candidate) -> OpenImage:
-    image = candidate.image
+def _open_for_qemu(candidate: _Candidate, header: Qcow2Header | None) -> OpenImage:
+    image, largest_bytes = candidate.image, candidate.size_bytes
     mode = os.O_RDONLY if image.readonly else os.O_RDWR
+    if header is not None and not image.readonly:
+        largest_bytes = largest_file_bytes(header, largest_bytes)
     return OpenImage(
         fd=_open_reference(image.path, candidate.fd, mode),
         path=image.path,
         format=image.format,
         readonly=image.readonly,
         identity=candidate.identity,
+        largest_bytes=largest_bytes,
     )
 
 

@@ -55,11 +55,14 @@ class Qcow2Header:
     """What a header says, as far as it decides whether and how QEMU may open the image.
 
     `refusals` holds what is well formed but not allowed here, every finding of it.
+    `virtual_bytes` is the size of the disk that the guest sees.
     """
 
     backing_name: bytes | None
     backing_format: str | None
     refusals: tuple[str, ...]
+    virtual_bytes: int
+    cluster_bytes: int
 
 
 @define
@@ -124,7 +127,21 @@ def parse(read_at: ReadAt, size_bytes: int) -> Qcow2Header:
         backing_name=_read_backing_name(source, fields),
         backing_format=_backing_format(extensions.get(_BACKING_FORMAT)),
         refusals=tuple(_refusals(fields, compression, extensions)),
+        virtual_bytes=fields.virtual_size_bytes,
+        cluster_bytes=fields.cluster_size_bytes,
     )
+
+
+def largest_file_bytes(header: Qcow2Header, file_bytes: int) -> int:
+    """How large an image's file may still become, without the guest's disk becoming larger.
+
+    At worst all of the disk is written to clusters that are new at the end of the file: 16 bytes
+    of L2 table (extended entries) and 8 of reference counts (64 bits) for each cluster, and as
+    much again since tables are copied when they grow. 64 MiB are more than the tables above them
+    can have (32 and 8 MiB), and what rounding costs.
+    """
+    clusters = -(-(file_bytes + header.virtual_bytes) // header.cluster_bytes)
+    return file_bytes + header.virtual_bytes + 2 * (16 + 8) * clusters + (64 << 20)
 
 
 def _read_fields(source: _Source) -> _Fields:

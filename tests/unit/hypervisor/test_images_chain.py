@@ -21,6 +21,8 @@ def header(
         backing_name=backing,
         backing_format=format_,
         refusals=refusals,
+        virtual_bytes=1 << 20,
+        cluster_bytes=1 << 16,
     )
 
 

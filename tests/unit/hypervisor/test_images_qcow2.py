@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypervisor.images.qcow2 import READ_LIMIT_BYTES, Malformed, Qcow2Header, parse
+from hypervisor.images.qcow2 import (
+    READ_LIMIT_BYTES,
+    Malformed,
+    Qcow2Header,
+    largest_file_bytes,
+    parse,
+)
 
 CLUSTER = 65536
 SIZE = 1 << 30
@@ -86,6 +92,8 @@ def test_a_plain_image_is_read() -> None:
         backing_name=None,
         backing_format=None,
         refusals=(),
+        virtual_bytes=SIZE,
+        cluster_bytes=1 << 16,
     )
 
 
@@ -283,3 +291,19 @@ def test_arbitrary_numbers_do_no_more_than_fail(changes: dict[str, int]) -> None
     }
 
     assert_bounded(image((FEATURE_NAMES, bytes(48)), **fitted))
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16, 21])
+def test_a_file_may_become_as_large_as_a_disk_that_is_written_anew_whole(cluster_bits: int) -> None:
+    """The refcounts and L2 tables that QEMU makes for it, summed as docs/interop/qcow2.txt does."""
+    cluster, virtual, before = 1 << cluster_bits, 10 << 30, 1 << 30
+    header = Qcow2Header(None, None, (), virtual_bytes=virtual, cluster_bytes=cluster)
+    data = virtual // cluster
+    tables = -(-data * 16 // cluster)
+    counted = before // cluster + data + tables
+    refcounts = -(-counted * 8 // cluster)
+    least = before + (data + tables + refcounts) * cluster
+
+    largest = largest_file_bytes(header, before)
+
+    assert least <= largest < least + least // 8 + (64 << 20)
