@@ -9,7 +9,6 @@ step can be left out by a setting, but the last one on a host that lacks the lib
 import errno
 import fcntl
 import os
-import resource
 import socket
 import stat
 import struct
@@ -19,6 +18,7 @@ from typing import Final
 from attrs import field, frozen
 
 from hypervisor.errors import HypervisorError
+from hypervisor.limits import ProcessLimits
 from hypervisor.seccomp import TICKET_BYTES, Filter
 from kvmsec.linux import children, credentials, namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
@@ -58,7 +58,7 @@ class Jail:
     mount_point: an empty directory of the host's on which the new root is built.
     output: a directory on the host, a sized tmpfs that belongs to the instance; /output inside.
     log: a descriptor for stdout and stderr.
-    cgroups: the cgroup.procs files to join.
+    cgroups: the files of control groups to write "0" to, which joins them.
     descriptors: descriptor number inside -> the launcher's; the only ones that reach QEMU.
     system_calls: kvmsec's own filter; None where the node's configuration lets it be missing.
     ticket: what lets one program be executed under that filter, a new one for each jail.
@@ -74,6 +74,7 @@ class Jail:
     boot_files: tuple[BootFile, ...] = ()
     has_kvm: bool = False
     cgroups: tuple[str, ...] = ()
+    limits: ProcessLimits = field(factory=ProcessLimits)
     descriptors: Mapping[int, int] = {}
     ticket: bytes = field(factory=lambda: os.urandom(TICKET_BYTES), repr=False)
 
@@ -107,24 +108,7 @@ def _write_zero(path: str) -> None:
 
 
 def _limit_resources(jail: Jail) -> None:
-    # One byte is too little for a file, and the one value for which the kernel starts no program
-    # of the node's that a core is piped to either, as it does for zero (core(5)). Only downward,
-    # which takes no capability.
-    _, most = resource.getrlimit(resource.RLIMIT_CORE)
-    size_bytes = 1 if most == resource.RLIM_INFINITY else min(most, 1)
-    resource.setrlimit(resource.RLIMIT_CORE, (size_bytes, size_bytes))
-    # A daemon that the kernel is told to spare would hand that down to its guests. Only upward,
-    # which takes no capability.
-    if _is_spared():
-        _write_zero("/proc/self/oom_score_adj")
-
-
-def _is_spared() -> bool:
-    descriptor = os.open("/proc/self/oom_score_adj", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(descriptor, 16).startswith(b"-")
-    finally:
-        os.close(descriptor)
+    jail.limits.apply()
 
 
 def _leave_namespaces(jail: Jail) -> None:
@@ -290,7 +274,7 @@ class Step:
 STEPS: Final = (
     Step("session", _leave_session, "no controlling terminal to type into"),
     Step("cgroups", _join_cgroups, "counted and ended as one, before anything can be forked"),
-    Step("limits", _limit_resources, "no core file with a guest's memory, no leave to outlive it"),
+    Step("limits", _limit_resources, "nothing without a bound, no core with a guest's memory"),
     Step("namespaces", _leave_namespaces, "no mount, network, IPC, name or cgroup of the node"),
     Step("host name", _name_host, "the node's own is nobody's business"),
     Step("propagation", _stop_propagation, "no mount made here may reach the node, nor back"),

@@ -215,6 +215,7 @@ def confinement_problems(newborn: Newborn) -> list[str]:
     try:
         problems += _shared_namespaces(process.pid)
         problems += foreign_descriptors(process.pid, newborn.granted)
+        problems += jail.limits.problems_of(process.pid)
     except (FileNotFoundError, ProcessLookupError):
         return ["the process is gone"]
     return problems

@@ -1,0 +1,156 @@
+"""The resource limits of an instance's process: decided before the fork, set, and read back.
+
+Each is hard and soft at once, so that a process that was taken over can't raise it. What isn't
+named here stays as the launcher has it: `stack` (the default size of QEMU's thread stacks), `cpu`,
+`data` and `rss` (memory and CPU time are bounded by control groups), `rttime` (it has no real-time
+priority), and `locks`, which Linux has not counted since 2.4.25 (getrlimit(2)).
+"""
+
+import os
+import resource
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+UNLIMITED: Final = resource.RLIM_INFINITY
+_MOST: Final = 2**63 - 1
+_OOM_SCORE: Final = "oom_score_adj"
+_CORE_FILTER: Final = "coredump_filter"
+
+
+@frozen
+class Bound:
+    """One limit: the kernel's number for it, its name in /proc/PID/limits, and its value.
+
+    may_be_lower: one that is lower already and can't be raised does as well.
+    """
+
+    resource: int
+    name: str
+    value: int
+    may_be_lower: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The value as /proc/PID/limits has it."""
+        return "unlimited" if self.value == UNLIMITED else str(self.value)
+
+    def agrees_with(self, found: tuple[str, str] | None) -> bool:
+        """Whether these soft and hard values are what was asked for, or lower where that does."""
+        if found is None or found[0] != found[1]:
+            return False
+        is_lower = found[0].isdigit() and 0 <= int(found[0]) < self.value
+        return found[0] == self.shown or (self.may_be_lower and is_lower)
+
+
+@frozen
+class ProcessLimits:
+    """The limits of one QEMU; the defaults do for a small machine without disks.
+
+    processes: of the uid, all its processes and threads on the node counted (getrlimit(2)); None
+    leaves the launcher's, for a uid that is shared or is root's, which isn't counted.
+    file_bytes: of any file that it writes, its images among them. A machine whose memory is a
+    file (memfd) would need no less than that memory.
+    locked_bytes: mlock(2), and the rings of io_uring before Linux 5.12.
+    oom_score_adjust: -1000 to 1000, more is killed earlier (proc_pid_oom_score_adj(5)).
+    """
+
+    open_files: int = 1024
+    processes: int | None = None
+    file_bytes: int = 1 << 30
+    locked_bytes: int = 8 << 20
+    oom_score_adjust: int = 0
+
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        """Every limit that is set; `core` first, since a failure must not leave a core."""
+        return (
+            # One byte is too little for a file, and the one value for which the kernel starts no
+            # program of the node's that a core is piped to: for zero it does (fs/coredump.c).
+            Bound(resource.RLIMIT_CORE, "Max core file size", 1, may_be_lower=True),
+            Bound(resource.RLIMIT_NOFILE, "Max open files", self.open_files),
+            *self._of_processes(),
+            Bound(resource.RLIMIT_FSIZE, "Max file size", min(self.file_bytes, _MOST)),
+            self._of_locked_memory(),
+            # A launcher's own, from a shell with `ulimit -v`, would end a guest for its size.
+            Bound(resource.RLIMIT_AS, "Max address space", UNLIMITED),
+            # POSIX message queues are memory of the kernel's that outlives a process.
+            Bound(resource.RLIMIT_MSGQUEUE, "Max msgqueue size", 0),
+            Bound(resource.RLIMIT_SIGPENDING, "Max pending signals", 1024, may_be_lower=True),
+            Bound(resource.RLIMIT_NICE, "Max nice priority", 0),
+            Bound(resource.RLIMIT_RTPRIO, "Max realtime priority", 0),
+        )
+
+    def _of_processes(self) -> Iterator[Bound]:
+        if self.processes is not None:
+            yield Bound(resource.RLIMIT_NPROC, "Max processes", self.processes)
+
+    def _of_locked_memory(self) -> Bound:
+        # A node's own may be less, which does where QEMU isn't told to lock all that it has.
+        may_be_lower = self.locked_bytes != UNLIMITED
+        return Bound(resource.RLIMIT_MEMLOCK, "Max locked memory", self.locked_bytes, may_be_lower)
+
+    def apply(self) -> None:
+        """Limit the calling process, and read back what it has then. Raises OSError."""
+        for bound in self.bounds:
+            _set(bound)
+        _write_own(_OOM_SCORE, str(self.oom_score_adjust))
+        # Should a core be written all the same (gcore, another kernel), no mapping is in it. It
+        # lasts through the exec (core(5)).
+        if os.path.exists(f"/proc/self/{_CORE_FILTER}"):
+            _write_own(_CORE_FILTER, "0")
+        if problems := self.problems_of("self"):
+            raise OSError(0, "; ".join(problems))
+
+    def problems_of(self, pid: int | str) -> list[str]:
+        """What /proc shows of a process that isn't as it should be. Raises OSError."""
+        shown = parse_limits(Path(f"/proc/{pid}/limits").read_text())
+        problems = []
+        for bound in self.bounds:
+            found = shown.get(bound.name)
+            if not bound.agrees_with(found):
+                problems.append(f"{bound.name} {found}, wanted {bound.shown}")
+        score = Path(f"/proc/{pid}/{_OOM_SCORE}").read_text().strip()
+        if score != str(self.oom_score_adjust):
+            problems.append(f"{_OOM_SCORE} {score}, wanted {self.oom_score_adjust}")
+        try:
+            kinds = int(Path(f"/proc/{pid}/{_CORE_FILTER}").read_text(), 16)
+        except FileNotFoundError:
+            return problems  # A kernel without CONFIG_ELF_CORE writes none at all.
+        if kinds:
+            problems.append(f"{_CORE_FILTER} {kinds:#x}, wanted 0")
+        return problems
+
+
+def parse_limits(text: str) -> Mapping[str, tuple[str, str]]:
+    """/proc/PID/limits as name -> (soft, hard), in the kernel's words (proc_pid_limits(5))."""
+    found = {}
+    for line in text.splitlines()[1:]:
+        name, values = line[:25].strip(), line[25:].split()
+        if len(values) >= 2:
+            found[name] = (values[0], values[1])
+    return found
+
+
+def _set(bound: Bound) -> None:
+    try:
+        resource.setrlimit(bound.resource, (bound.value, bound.value))
+    except ValueError as error:  # So says Python where the kernel says EPERM.
+        _, most = resource.getrlimit(bound.resource)
+        if not bound.may_be_lower or not 0 <= most < bound.value:
+            what = f"{bound.name}: {bound.shown} can't be had, the launcher's own is {most}"
+            raise PermissionError(1, what) from error
+        resource.setrlimit(bound.resource, (most, most))
+
+
+def _write_own(name: str, text: str) -> None:
+    descriptor = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+    except OSError as error:
+        what = f"{name}: {text} can't be had ({error.strerror})"
+        raise OSError(error.errno, what) from error
+    finally:
+        os.close(descriptor)
