@@ -17,6 +17,11 @@ class Mount:
     version: int
     controllers: frozenset[str]
 
+    def offers(self, controllers: Iterable[str]) -> frozenset[str]:
+        """Those of `controllers` that it has; what is `io` is called `blkio` in version 1."""
+        own = {"io": "blkio"} if self.version == 1 else {}
+        return frozenset(name for name in controllers if own.get(name, name) in self.controllers)
+
 
 def lines_of(path: str) -> list[str]:
     """The lines of a file of the kernel's; none where there is no such file."""

@@ -35,6 +35,12 @@ MAX_PATH_BYTES: Final = 4095
 """PATH_MAX less its NUL (limits.h)."""
 MAX_KERNEL_LINE_BYTES: Final = 2047
 """x86's COMMAND_LINE_SIZE less its NUL (arch/x86/include/asm/setup.h)."""
+MAX_WEIGHT: Final = 10_000
+"""The kernel's own range is 1 to this (CGROUP_WEIGHT_MAX, include/linux/cgroup.h)."""
+MAX_QUOTA: Final = 100 * 8192
+"""In percent of one CPU: as many CPUs as an x86-64 kernel can be built for (NR_CPUS)."""
+MAX_OOM_SCORE: Final = 1000
+"""OOM_SCORE_ADJ_MAX (include/uapi/linux/oom.h)."""
 IDE_PORTS: Final = {"pc": 4, "q35": 6, "microvm": 0}
 """Two channels of two disks on the PIIX, six AHCI ports on the ICH9, none on a microvm."""
 MAC_PREFIX: Final = "52:54:00"
@@ -132,6 +138,9 @@ def _shown(text: str) -> str:
 
 _PATH: Final = Rule(_path_problem)
 _MAYBE_PATH: Final = Rule(_path_problem, is_optional=True)
+_MAYBE_WEIGHT: Final = Rule(_between(1, MAX_WEIGHT).problem_of, is_optional=True)
+_MAYBE_QUOTA: Final = Rule(_between(1, MAX_QUOTA).problem_of, is_optional=True)
+_MAYBE_OOM_SCORE: Final = Rule(_between(-MAX_OOM_SCORE, MAX_OOM_SCORE).problem_of, is_optional=True)
 _MAYBE_INTERFACE: Final = Rule(
     _matches(_INTERFACE, "a network interface's name (at most 15 of A-Za-z0-9_.-)"),
     is_optional=True,
@@ -228,6 +237,20 @@ class Nic:
 
 
 @frozen
+class Limits:
+    """What a machine may take of the node beside its memory; None leaves it to the node.
+
+    The words and ranges of systemd.resource-control(5) and systemd.exec(5): CPUWeight=, CPUQuota=,
+    IOWeight=, OOMScoreAdjust=.
+    """
+
+    cpu_weight: int | None = field(default=None, validator=_MAYBE_WEIGHT)
+    cpu_quota_percent: int | None = field(default=None, validator=_MAYBE_QUOTA)
+    io_weight: int | None = field(default=None, validator=_MAYBE_WEIGHT)
+    oom_score_adjust: int | None = field(default=None, validator=_MAYBE_OOM_SCORE)
+
+
+@frozen
 class Machine:
     """A virtual machine as somebody defined it: nothing in it depends on a host's QEMU."""
 
@@ -251,6 +274,7 @@ class Machine:
     disks: tuple[Disk, ...] = field(default=(), validator=_at_most(MAX_DISKS, "disks"))
     nics: tuple[Nic, ...] = field(default=(), validator=_at_most(MAX_NICS, "NICs"))
     serial: bool = True
+    limits: Limits = Limits()
     qemu: Path | None = field(default=None, validator=_MAYBE_PATH)
 
     @property

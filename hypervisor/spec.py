@@ -21,11 +21,12 @@ from cattrs.errors import (
 from cattrs.gen import make_dict_structure_fn, override
 
 from hypervisor.errors import Problem, SpecError
-from hypervisor.machine import Backing, Disk, Machine, Nic, Rule, mac_address
+from hypervisor.machine import Backing, Disk, Limits, Machine, Nic, Rule, mac_address
 
 __all__ = [
     "Backing",
     "Disk",
+    "Limits",
     "Machine",
     "Nic",
     "disk_from_option",
@@ -59,10 +60,18 @@ def machine_from(mapping: Mapping[str, object], *, source: str) -> Machine:
 def merge(base: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
     """Lay options over a definition: what is given in `overrides` wins, key by key.
 
-    None stands for an option that wasn't given. A list replaces the list below it whole: a disk
-    given as an option doesn't join those of the file.
+    None stands for an option that wasn't given. A table is laid over the table below it in the
+    same way; a list replaces the list below it whole: a disk given as an option doesn't join those
+    of the file.
     """
-    return {**base, **{key: value for key, value in overrides.items() if value is not None}}
+    merged = dict(base)
+    for key, value in overrides.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = merge(below, value)
+        elif value is not None:
+            merged[key] = value
+    return merged
 
 
 def disk_from_option(text: str, *, folder: Path | None = None) -> dict[str, object]:
@@ -182,7 +191,7 @@ def _converter() -> Converter:
     converter.register_structure_hook_factory(_is_optional, _optional_hook)
     converter.register_structure_hook_factory(_is_tuple, _tuple_hook)
     # In this order: each class's hook is built from those of the classes in it.
-    for defined in (Backing, Disk, Nic, Machine):
+    for defined in (Backing, Disk, Nic, Limits, Machine):
         converter.register_structure_hook(defined, _class_hook(defined, converter))
     return converter
 

@@ -26,8 +26,11 @@ from kvmsec.model.rules import Rule, kind_of, shown_key, unknown_key
 from kvmsec.model.security import SecurityModel
 from uidpool.ranges import EMPTY, UidRanges
 
-TOLERABLE: Final = ("cgroup", "seccomp")
-"""Pieces of confinement that `confinement.may_be_missing` may name."""
+TOLERABLE: Final = ("cgroup", "cgroup-memory", "cgroup-pids", "seccomp")
+"""Pieces of confinement that `confinement.may_be_missing` may name; `cgroup` stands for all of its.
+
+CPU and I/O are bounded where somebody asks for it, and what is asked for can't be missing.
+"""
 
 
 # Rules of a single setting (the others are in kvmsec.model.rules) ----------------------------
@@ -74,6 +77,11 @@ def _extra_arguments(value: object) -> tuple[str, ...]:
         raise ValueError("; ".join(map(str, error.problems))) from error
 
 
+_WEIGHT: Final = rules.whole_number(1, 10_000)  # hypervisor.machine has the sources of these
+_QUOTA: Final = rules.whole_number(1, 100 * 8192)
+_OOM_SCORE: Final = rules.whole_number(-1000, 1000)
+
+
 # Settings ------------------------------------------------------------------------------------
 
 Backend = Literal["auto", "nftables", "iptables"]
@@ -109,11 +117,23 @@ class QemuSettings:
 
 @frozen
 class LimitSettings:
-    """`[limits]`: the room of an instance's own output, and the most that an instance may ask."""
+    """`[limits]`: what an instance gets that doesn't ask, and the most that it may ask for.
+
+    `kvmsec.node.limits` makes one instance's limits of these and of its definition.
+    """
 
     log_kib: int = field(default=1024, metadata=_rule(rules.whole_number(16, 1 << 20)))
     max_memory_mib: int | None = field(default=None, metadata=_rule(rules.whole_number(1, 1 << 24)))
     max_vcpus: int | None = field(default=None, metadata=_rule(rules.whole_number(1, 1 << 12)))
+    memory_margin_mib: int = field(default=64, metadata=_rule(rules.whole_number(0, 1 << 20)))
+    cpu_weight: int | None = field(default=None, metadata=_rule(_WEIGHT))
+    max_cpu_weight: int | None = field(default=None, metadata=_rule(_WEIGHT))
+    cpu_quota_percent: int | None = field(default=None, metadata=_rule(_QUOTA))
+    max_cpu_quota_percent: int | None = field(default=None, metadata=_rule(_QUOTA))
+    io_weight: int | None = field(default=None, metadata=_rule(_WEIGHT))
+    max_io_weight: int | None = field(default=None, metadata=_rule(_WEIGHT))
+    oom_score_adjust: int = field(default=100, metadata=_rule(_OOM_SCORE))
+    min_oom_score_adjust: int = field(default=0, metadata=_rule(_OOM_SCORE))
 
 
 @frozen

@@ -13,6 +13,7 @@ from kvmsec.cli.params import (
     INSTANCE_NAME,
     NIC,
     PATH,
+    PERCENT,
     SECONDS,
     SECURITY_MODEL,
     WHOLE_NUMBER,
@@ -28,6 +29,9 @@ _KEYS: Final = (
     *("memory_mib", "vcpus", "started_at", "resident_bytes", "cpu_s", "autostart"),
 )
 """What `list` says of an instance in JSON; `info` says more."""
+
+_LIMITS: Final = ("cpu_weight", "cpu_quota_percent", "io_weight")
+"""The options that a definition has in its table `limits`."""
 
 _name_argument = click.argument("name", type=INSTANCE_NAME)
 
@@ -64,6 +68,15 @@ def instance() -> None:
 @click.option("--kernel", type=PATH, metavar="PATH", help="A Linux kernel to boot.")
 @click.option("--initrd", type=PATH, metavar="PATH", help="Its initial RAM disk.")
 @click.option("--append", metavar="TEXT", help="Its command line.")
+@click.option("--cpu-weight", type=WHOLE_NUMBER, metavar="N", help="Its weight; 100 is average.")
+@click.option(
+    "--cpu-quota",
+    "cpu_quota_percent",
+    type=PERCENT,
+    metavar="PERCENT",
+    help="The most CPU time; 100 is one CPU.",
+)
+@click.option("--io-weight", type=WHOLE_NUMBER, metavar="N", help="The same for disk I/O.")
 @click.option(
     "--accel",
     "accelerator",
@@ -95,7 +108,12 @@ def start(session: Session, /, name: str, spec: Path | None, **options: Any) -> 
 
 def _as_text(options: dict[str, Any]) -> dict[str, object]:
     """The options as a file would have them."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    limits = {key: options.pop(key) for key in _LIMITS}
+    given = {key: value for key, value in limits.items() if value is not None}
+    plain = {
+        key: str(value) if isinstance(value, Path) else value for key, value in options.items()
+    }
+    return {**plain, "limits": given or None}
 
 
 def _warn_about(info: InstanceInfo) -> None:

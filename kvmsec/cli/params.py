@@ -50,6 +50,11 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
+def _percent(text: str) -> int:
+    """With the sign, as systemd has it, or without."""
+    return _whole_number(text.removesuffix("%"))
+
+
 def _seconds(text: str) -> float:
     if not _SECONDS.fullmatch(text):
         raise ValueError(f"{_short(text)} is not a number of seconds such as 30 or 2.5")
@@ -100,6 +105,7 @@ def _short(text: str) -> str:
 POOL: Final = _Parsed("pool", _pool)
 WHOLE_NUMBER: Final = _Parsed("number", _whole_number)
 SCORE: Final = _Parsed("score", _score)
+PERCENT: Final = _Parsed("percent", _percent)
 SECONDS: Final = _Parsed("seconds", _seconds)
 PATH: Final = _Parsed("path", _path)
 INSTANCE_NAME: Final = _Parsed("name", _instance_name)

@@ -4,12 +4,13 @@ from kvmsec.errors import BadDefinition
 from kvmsec.model.instance import InstanceDefinition
 from kvmsec.model.security import Security, SecurityModel, decide_security
 from kvmsec.node.host import Host
+from kvmsec.node.limits import problems_of
 
 
 def admit(host: Host, definition: InstanceDefinition) -> Security:
     """Under which security an instance starts here.
 
-    Raises SecurityRefused, and BadDefinition for more memory or CPUs than the node's limits allow.
+    Raises SecurityRefused, and BadDefinition for more than the node's limits allow.
     """
     _require_within_limits(host, definition)
     cluster, _ = host.store.load()
@@ -33,5 +34,6 @@ def _require_within_limits(host: Host, definition: InstanceDefinition) -> None:
         for what, (wanted, most) in asked.items()
         if most is not None and wanted > most
     ]
+    problems += problems_of(machine.limits, limits)
     if problems:
         raise BadDefinition(machine.name, problems, hint="see [limits] in kvmsec.toml")

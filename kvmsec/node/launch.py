@@ -30,7 +30,7 @@ from kvmsec.linux.errors import Fault
 from kvmsec.linux.locks import FileLock
 from kvmsec.model.instance import InstanceDefinition
 from kvmsec.model.security import Security, SecurityModel
-from kvmsec.node import boot_files, images_in_use, journal, output, records, taps
+from kvmsec.node import boot_files, images_in_use, journal, limits, output, records, taps
 from kvmsec.node.dismantle import Remains, dismantle
 from kvmsec.node.engine import Engine
 from kvmsec.node.grants import Lent, place
@@ -100,17 +100,6 @@ def _ended_by_itself(error: BaseException, remains: Remains) -> bool:
     return isinstance(error, _HUNG_UP) and not was_killed
 
 
-class NoCgroup(KvmsecError):
-    """An instance can't have a control group of its own on this host."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(
-            f"no control group can be made for the instance: {problem}",
-            hint="mount one (systemd does), name a parent with cgroup.parent in kvmsec.toml, or do "
-            'without: confinement.may_be_missing = ["cgroup"]',
-        )
-
-
 class NotReady(KvmsecError):
     """QEMU was not ready in time."""
 
@@ -135,6 +124,7 @@ class _Start:
         self.lent = Lent()
         self.identity: Identity
         self.cgroup: cgroups.InstanceCgroup
+        self.allotment: limits.Allotment
         self.monitor: Monitor | None = None
         self.log = -1
         self.newborn: Newborn | None = None
@@ -225,13 +215,16 @@ class _Start:
         self.opened.callback(os.close, self.log)
 
     def make_cgroup(self) -> None:
-        parent = self.host.config.cgroup.parent
-        group = self.host.hierarchy.create(self.host.paths.tag, self.record.name, parent)
-        may_be_missing = self.host.config.confinement.may_be_missing
-        if not group.paths and "cgroup" not in may_be_missing:
-            raise NoCgroup(group.problem or "no reason is known")
+        config = self.host.config
+        self.allotment = limits.allot(
+            config, self.machine, self.engine, self.lent, self.security.model
+        )
+        group = self.host.hierarchy.create(
+            self.host.paths.tag, self.record.name, config.cgroup.parent, self.allotment.groups
+        )
         self.cgroup = group
         self.note(cgroups=group.paths)
+        limits.require(group.lacks, config.confinement.may_be_missing)
 
     def fork(self) -> None:
         """Have the rules proved by the child that will be QEMU: it is forked in the proof."""
@@ -259,6 +252,7 @@ class _Start:
             boot_files=self.lent.boot_files,
             has_kvm=self.engine.accelerator == "kvm",
             cgroups=self.cgroup.procs_files,
+            limits=self.allotment.process,
             descriptors=placed.descriptors,
         )
         self.newborn = process.spawn(jail, placed.argv[0], placed.argv, witness=witness)
@@ -293,6 +287,7 @@ class _Start:
     def verify(self) -> None:
         assert self.newborn is not None
         problems = process.confinement_problems(self.newborn)
+        problems += self.cgroup.problems_of(self.newborn.process.pid)
         if problems:
             raise process.NotConfined(problems)
 

@@ -28,13 +28,17 @@ def mount(directory: Path, owner: Credentials, size_kib: int) -> int:
     """
     flags = namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC
     owned = f"uid={owner.uid},gid={owner.gid},mode=0700"
-    size_bytes = size_kib * 1024 + _RESERVED_BYTES
-    data = f"size={size_bytes},nr_inodes={_MAX_FILES},{owned}"
+    data = f"size={room_bytes(size_kib)},nr_inodes={_MAX_FILES},{owned}"
     namespaces.mount("kvmsec-output", str(directory), "tmpfs", flags, data)
     create = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
     descriptor = os.open(directory / QEMU_LOG, create, 0o600)
     syscalls.reserve_space(descriptor, _RESERVED_BYTES)
     return descriptor
+
+
+def room_bytes(size_kib: int) -> int:
+    """How much an instance may say in all, with `size_kib` for its serial line."""
+    return size_kib * 1024 + _RESERVED_BYTES
 
 
 def unmount(directory: Path) -> None:

@@ -8,13 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from hypervisor.cgroup_limits import GroupLimits
 from hypervisor.cgroups import Hierarchy
+from hypervisor.machine import Limits
 from hypervisor.seccomp import TICKET_BYTES, NoFilter, find_filter
+from kvmsec.config import Config
 from kvmsec.linux import namespaces, processes, syscalls
 from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.files import open_without_links
-from kvmsec.node.doctor.subject import Answer, Subject, error, ok, warning
+from kvmsec.node import limits
+from kvmsec.node.doctor.subject import Answer, Subject, error, ok
 
+_TRIAL_BYTES: Final = 64 << 20
 _NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
 _PR_SET_SECCOMP: Final = 22
 _SECCOMP_MODE_FILTER: Final = 2
@@ -23,8 +28,8 @@ _CONTAINER_HINT: Final = (
     "run kvmsec on the host itself, or in a container that is given all privileges"
 )
 _CGROUP_HINT: Final = (
-    "mount one: mount -t cgroup2 none /sys/fs/cgroup; or do without, in kvmsec.toml: "
-    'confinement.may_be_missing = ["cgroup"]'
+    "mount one that has it: mount -t cgroup2 none /sys/fs/cgroup; or do without, in kvmsec.toml: "
+    "confinement.may_be_missing = [{}]"
 )
 _KINDS: Final = {
     "mount": namespaces.CLONE_NEWNS,
@@ -131,7 +136,7 @@ def check_filter(subject: Subject) -> Iterator[Answer]:
     try:
         made = find_filter()
     except NoFilter as failure:
-        if _may_be_missing(subject, "seccomp"):
+        if subject.config and "seccomp" in subject.config.confinement.may_be_missing:
             found = f"{failure.message} (kvmsec.toml says that it may be missing)"
             yield warning(found, "install it: apt-get install libseccomp2")
         else:
@@ -156,19 +161,42 @@ def check_ptrace(subject: Subject) -> Iterator[Answer]:
 
 
 def check_cgroups(subject: Subject) -> Iterator[Answer]:
-    """Whether instances get groups of their own; without one none is started, unless tolerated."""
+    """Whether instances get groups that hold them; without, none is started, unless tolerated.
+
+    A trial group is made and removed, as no instance is named: what a parent hands down is known
+    from nothing else. Should this end halfway, it is a leak like another to `reconcile`.
+    """
     hierarchy = Hierarchy.detect()
-    if hierarchy.problem is None:
-        yield ok(hierarchy.layout)
-        return
-    found = f"{hierarchy.layout}: {hierarchy.problem}" if hierarchy.mounts else hierarchy.problem
-    if _may_be_missing(subject, "cgroup"):
+    config = subject.config or Config()
+    asked = limits.decide(Limits(), config.limits)
+    wanted = GroupLimits(
+        memory_bytes=_TRIAL_BYTES,
+        tasks=1,
+        cpu_weight=asked.cpu_weight,
+        cpu_quota_percent=asked.cpu_quota_percent,
+        io_weight=asked.io_weight,
+    )
+    tag, parent = subject.host.paths.tag, config.cgroup.parent
+    group = hierarchy.create(tag, f"Doctor-{os.getpid()}", parent, wanted)
+    group.remove()
+    tolerable = config.confinement.may_be_missing
+    tolerated = [one for one in group.lacks if limits.is_tolerated(one, tolerable)]
+    refused = [one for one in group.lacks if one not in tolerated]
+    if refused:
+        found = "; ".join([hierarchy.layout or "none is mounted", *map(str, refused)])
+        pieces = ", ".join(f'"{one.piece}"' for one in refused)
+        yield error(f"{found}: no instance can start", _CGROUP_HINT.format(pieces))
+    elif tolerated:
+        found = "; ".join([hierarchy.layout or "none is mounted", *map(str, tolerated)])
         yield ok(f"{found} (kvmsec.toml says that it may be missing)")
-    elif hierarchy.mounts:
-        yield warning(found, "mount it: mount -t cgroup2 none /sys/fs/cgroup")
     else:
-        yield error(f"{found}: no instance can start", _CGROUP_HINT)
+        yield ok(hierarchy.layout)
+    yield from _cgroups_on_demand(hierarchy)
 
 
-def _may_be_missing(subject: Subject, piece: str) -> bool:
-    return subject.config is not None and piece in subject.config.confinement.may_be_missing
+def _cgroups_on_demand(hierarchy: Hierarchy) -> Iterator[Answer]:
+    """For information: what a definition may not ask for here."""
+    missing = [one.piece.removeprefix("cgroup-") for one in hierarchy.lacks(("cpu", "io"))]
+    names = [name for name in missing if name != "cgroup"]
+    if names:
+        yield ok(f"no {' and no '.join(names)} controller: a definition that wants one is refused")

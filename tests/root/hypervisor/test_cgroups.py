@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hypervisor.cgroup_limits import GroupLimits
 from hypervisor.cgroup_mounts import Mount, mounted
+from hypervisor.cgroup_tree import pids_below
 from hypervisor.cgroups import CgroupBusy, Hierarchy, InstanceCgroup
 
 pytestmark = pytest.mark.root
@@ -141,7 +143,7 @@ def test_an_empty_leftover_is_replaced_and_a_populated_one_is_not_taken_over(
     assert os.stat(again.paths[0]).st_ino != inode
     join(again, _SLEEP)
     refused = one.create("kvmsec_1", "guest", parent)
-    assert refused.paths == ()
+    assert (refused.paths, refused.lacks[0].piece) == ((), "cgroup")
     assert refused.problem is not None
     assert "earlier start" in refused.problem
 
@@ -183,7 +185,7 @@ def test_starts_and_ends_at_once_do_not_take_each_others_parents_away(parent: st
             try:
                 for _ in range(200):
                     group = hierarchy.create("kvmsec_1", f"guest{number}", parent)
-                    assert len(group.paths) == len(hierarchy.mounts), group.problem
+                    assert group.lacks == ()
                     group.remove()
                 status = 0
             finally:
@@ -192,20 +194,124 @@ def test_starts_and_ends_at_once_do_not_take_each_others_parents_away(parent: st
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
 
-def test_a_kill_for_want_of_memory_is_counted(parent: str, join: Join) -> None:
-    group = Hierarchy.detect().create("kvmsec_1", "hungry", parent)
-    limits = ("memory.max", "memory.limit_in_bytes")
-    limit = next(
-        (Path(path, name) for path in group.paths for name in limits if Path(path, name).exists()),
-        None,
-    )
-    if limit is None:
-        pytest.skip(f"this kernel does not limit memory: {group.problem}")
+def test_who_wants_more_memory_than_its_bound_is_killed_and_that_is_counted(
+    parent: str, join: Join
+) -> None:
+    limits = GroupLimits(memory_bytes=24 << 20, tasks=8)
+    group = Hierarchy.detect().create("kvmsec_1", "hungry", parent, limits)
+    _require_or_skip(group)
     assert group.oom_kills() == 0
-    limit.write_text(str(24 << 20))
     process = join(group, "held = b'x' * (256 << 20)")
     assert process.wait(30) == -9
     assert group.oom_kills() == 1
+
+
+def test_a_fork_bomb_stops_at_its_bound(parent: str, join: Join) -> None:
+    group = Hierarchy.detect().create("kvmsec_1", "bomb", parent, GroupLimits(tasks=20))
+    _require_or_skip(group)
+    breeding = (
+        "import os, time\n"
+        "born = 0\n"
+        "try:\n"
+        "    while born < 1000:\n"
+        "        if os.fork() == 0: time.sleep(60)\n"
+        "        born += 1\n"
+        "except BlockingIOError: print(born, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = join(group, breeding)
+    assert process.stdout is not None
+    assert int(process.stdout.readline()) == 19
+    assert max(len(pids_below(path)) for path in group.paths) == 20
+    assert group.kill(10)
+    group.remove()
+    assert not any(map(os.path.exists, group.paths))
+
+
+def test_a_quota_is_held(parent: str, join: Join) -> None:
+    """A tenth of one CPU, spent by two that only count: the kernel says that it held them back."""
+    group = Hierarchy.detect().create("kvmsec_1", "busy", parent, GroupLimits(cpu_quota_percent=10))
+    if any(lack.piece == "cgroup-cpu" for lack in group.lacks):
+        pytest.skip(f"this kernel has no CPU controller: {group.problem}")
+    join(group, "import os\nos.fork()\nwhile True: pass")
+    quota = next(path for path, setting in group.held if setting.controller == "cpu")
+    stat = Path(quota).with_name("cpu.stat")
+    end = time.monotonic() + 20
+    while _throttled(stat) < 2:
+        assert time.monotonic() < end, stat.read_text()
+        time.sleep(0.05)
+
+
+def _throttled(stat: Path) -> int:
+    return int(dict(map(str.split, stat.read_text().splitlines()))["nr_throttled"])
+
+
+_FULL = GroupLimits(
+    memory_bytes=32 << 20, tasks=30, cpu_weight=50, cpu_quota_percent=150, io_weight=400
+)
+
+
+def test_every_bound_is_read_back_and_who_is_not_in_the_group_is_seen(
+    parent: str, join: Join
+) -> None:
+    group = Hierarchy.detect().create("kvmsec_1", "guest", parent, _FULL)
+    _require_or_skip(group)
+    found = {setting.file: Path(path).read_text().split() for path, setting in group.held}
+    assert found["pids.max"] == ["30"]
+    memory = found.get("memory.max") or found["memory.limit_in_bytes"]
+    assert memory == [str(32 << 20)]
+    process = join(group, _SLEEP)
+    assert group.problems_of(process.pid) == []
+    outside = group.problems_of(os.getpid())
+    assert len(outside) == len(group.paths)
+    assert all("not in the control group" in problem for problem in outside)
+
+
+def test_a_bound_that_somebody_changed_is_seen(parent: str, join: Join) -> None:
+    group = Hierarchy.detect().create("kvmsec_1", "guest", parent, _FULL)
+    process = join(group, _SLEEP)
+    path, _ = next(one for one in group.held if one[1].file == "pids.max")
+    Path(path).write_text("max")
+    assert group.problems_of(process.pid) == [f"{path} holds 'max', wanted '30'"]
+    process.kill()
+    process.wait()
+    group.remove()
+    assert any(f"{path} holds 'nothing'" in one for one in group.problems_of(process.pid))
+
+
+def test_cpu_and_io_have_no_group_where_nobody_asks(parent: str) -> None:
+    hierarchy = Hierarchy.detect()
+    plain = hierarchy.create(
+        "kvmsec_1", "plain", parent, GroupLimits(memory_bytes=1 << 24, tasks=9)
+    )
+    full = hierarchy.create("kvmsec_1", "full", parent, _FULL)
+    assert {setting.controller for _, setting in plain.held} <= {"memory", "pids"}
+    assert len(plain.held) < len(full.held)
+    assert set(hierarchy.leaked("kvmsec_1", [], parent)) == {"plain", "full"}
+    for group in (plain, full):
+        group.remove()
+    assert hierarchy.leaked("kvmsec_1", [], parent) == {}
+
+
+def test_version_two_is_used_to_end_it_wherever_it_is_mounted(parent: str, join: Join) -> None:
+    unified = [mount for mount in mounted() if mount.version == 2]
+    if not unified:
+        pytest.skip("this kernel has version 1 alone")
+    group = Hierarchy.detect().create("kvmsec_1", "guest", parent)
+    assert group.unified == group.paths[0] == f"{unified[0].path}/{parent}/kvmsec_1/vm-guest"
+    assert f"{group.unified}/cgroup.procs" in group.procs_files
+    assert group.tasks_files == tuple(f"{path}/tasks" for path in group.paths[1:])
+    assert set(group.procs_files) == {*group.tasks_files, f"{group.unified}/cgroup.procs"}
+    join(group, _SLEEP)
+    assert InstanceCgroup(tuple(reversed(group.paths))).kill(5)
+    assert "populated 0" in Path(group.unified, "cgroup.events").read_text()
+    group.remove()
+    assert group.unified is None
+
+
+def _require_or_skip(group: InstanceCgroup) -> None:
+    if group.lacks:
+        pytest.skip(f"this kernel can't hold it: {group.problem}")
 
 
 def test_what_cannot_be_ended_in_time_is_said(
@@ -214,8 +320,8 @@ def test_what_cannot_be_ended_in_time_is_said(
     """Stands for a process that the kernel can't end: the signal goes astray."""
     group = one.create("kvmsec_1", "stuck", parent)
     join(group, _SLEEP)
-    monkeypatch.setattr("hypervisor.cgroups.processes.kill", lambda pidfd: None)
-    monkeypatch.setattr("hypervisor.cgroups.os.write", lambda descriptor, data: len(data))
+    monkeypatch.setattr("hypervisor.cgroup_tree.processes.kill", lambda pidfd: None)
+    monkeypatch.setattr("hypervisor.cgroup_tree.os.write", lambda descriptor, data: len(data))
     started = time.monotonic()
     assert not group.kill(0.2)
     assert 0.15 < time.monotonic() - started < 3

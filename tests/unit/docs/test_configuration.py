@@ -10,7 +10,7 @@ import attrs
 import pytest
 
 from hypervisor.extra_arguments import ALLOWED, check_extra_arguments
-from hypervisor.machine import Backing, Disk, Machine, Nic
+from hypervisor.machine import Backing, Disk, Limits, Machine, Nic
 from kvmsec.config import Config, parse_config, show_config
 from kvmsec.model.instance import InstanceDefinition, definition_from
 
@@ -33,6 +33,8 @@ def _rows(heading: str) -> dict[str, str]:
 
 
 def _shown(value: object) -> str:
+    if value == Limits():
+        return "`{}`"
     return NOT_SET if value is None else f"`{json.dumps(value)}`"
 
 
@@ -60,6 +62,7 @@ def test_every_setting_is_there_with_its_default(table: str, tmp_path: Path) -> 
     [
         ("### Under which security it runs", _defaults(InstanceDefinition, without=("machine",))),
         ("### The machine", _defaults(Machine)),
+        ("### Its limits", _defaults(Limits)),
         ("### Disks", _defaults(Disk)),
         ("### Backing files", _defaults(Backing)),
         ("### NICs", _defaults(Nic)),

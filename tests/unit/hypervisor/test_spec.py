@@ -11,6 +11,7 @@ from hypervisor.errors import SpecError
 from hypervisor.spec import (
     Backing,
     Disk,
+    Limits,
     Machine,
     Nic,
     disk_from_option,
@@ -236,3 +237,22 @@ def test_any_document_gives_a_machine_or_a_spec_error(mapping: dict[str, object]
         assert error.problems
     else:
         assert machine.name == mapping["name"]
+
+
+def test_every_fault_of_the_limits_comes_with_the_others_and_its_place() -> None:
+    limits = {"cpu_weight": 0, "cpu_quota_percent": "50%", "io_wait": 1, "oom_score_adjust": True}
+    found = faults({"name": "web1", "vcpus": 0, "limits": limits})
+    assert len(found) == 5
+    for place in ("vcpus: 0", "limits.cpu_weight: 0", "limits.cpu_quota_percent: '50%'"):
+        assert any(fault.startswith(place) for fault in found), place
+    assert any("io_wait" in fault for fault in found)
+
+
+def test_an_option_of_a_table_leaves_the_rest_of_the_table_alone() -> None:
+    base = {"name": "web1", "limits": {"cpu_weight": 50, "io_weight": 20}}
+    merged = merge(base, {"limits": {"cpu_weight": 80, "cpu_quota_percent": None}})
+    machine = machine_from(merged, source="web1.toml")
+    assert machine.limits == Limits(cpu_weight=80, io_weight=20)
+    assert base["limits"] == {"cpu_weight": 50, "io_weight": 20}
+    assert merge({"limits": {"cpu_weight": 1}}, {"limits": None}) == {"limits": {"cpu_weight": 1}}
+    assert merge({"limits": 5}, {"limits": {"io_weight": 1}}) == {"limits": {"io_weight": 1}}

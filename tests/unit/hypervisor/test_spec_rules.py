@@ -14,9 +14,11 @@ from hypervisor.machine import (
     MAX_KERNEL_LINE_BYTES,
     MAX_MEMORY_MIB,
     MAX_NICS,
+    MAX_QUOTA,
     MAX_VCPUS,
     Backing,
     Disk,
+    Limits,
     Machine,
     Nic,
     mac_address,
@@ -205,3 +207,22 @@ def test_a_microvm_has_virtio_devices_only_and_few() -> None:
     assert problems_of(lambda: microvm(*virtio, nics=(Nic(tap="t0"),)))
     assert problems_of(lambda: microvm(Disk(IMAGE, device="ide")))
     assert problems_of(lambda: microvm(nics=(Nic(tap="t0", model="e1000"),)))
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("cpu_weight", (None, 1, 10_000), (0, -1, 10_001)),
+        ("io_weight", (None, 1, 10_000), (0, -1, 10_001)),
+        ("cpu_quota_percent", (None, 1, MAX_QUOTA), (0, -1, MAX_QUOTA + 1)),
+        ("oom_score_adjust", (None, -1000, 0, 1000), (-1001, 1001)),
+    ],
+)
+def test_the_limits_have_the_ranges_that_systemd_has(
+    field: str, good: tuple[Any, ...], bad: tuple[Any, ...]
+) -> None:
+    for value in good:
+        assert getattr(Limits(**{field: value}), field) == value
+    for value in bad:
+        (problem,) = problems_of(functools.partial(Limits, **{field: value}))
+        assert problem.startswith(f"{field}: {value} is not between")

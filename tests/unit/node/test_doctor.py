@@ -20,7 +20,7 @@ from hypervisor.cgroup_mounts import Mount
 from hypervisor.cgroups import Hierarchy
 from hypervisor.seccomp import Filter, NoFilter
 from kvmsec.agent import Finding, InstanceInfo, InstanceState
-from kvmsec.config import Config
+from kvmsec.config import Config, ConfinementSettings, LimitSettings
 from kvmsec.errors import NoCluster
 from kvmsec.linux import syscalls
 from kvmsec.model.cluster import Cluster, Member
@@ -179,34 +179,49 @@ def test_a_missing_system_call_is_named(subject: Subject, monkeypatch: pytest.Mo
     assert (answer.severity, answer.message) == ("error", "not available: mount_setattr")
 
 
-@pytest.mark.parametrize(("tolerated", "severity"), [((), "error"), (("cgroup",), "ok")])
+@pytest.mark.parametrize(
+    ("mounts", "tolerated", "severity"),
+    [
+        ((), (), "error"),
+        ((), ("cgroup",), "ok"),
+        ((), ("cgroup-memory", "cgroup-pids"), "error"),
+    ],
+)
 def test_missing_control_groups_are_an_error_unless_tolerated(
     subject: Subject,
     monkeypatch: pytest.MonkeyPatch,
+    mounts: tuple[Mount, ...],
     tolerated: tuple[str, ...],
     severity: str,
 ) -> None:
-    monkeypatch.setattr(Hierarchy, "detect", lambda: Hierarchy((), "nothing is mounted"))
+    monkeypatch.setattr(Hierarchy, "detect", lambda: Hierarchy(mounts))
     assert subject.config is not None
     confinement = evolve(subject.config.confinement, may_be_missing=tolerated)
     configured = evolve(subject, config=evolve(subject.config, confinement=confinement))
 
-    (answer,) = kernel.check_cgroups(configured)
+    first, *others = kernel.check_cgroups(configured)
 
-    assert answer.severity == severity
-    assert "nothing is mounted" in answer.message
+    assert first.severity == severity
+    assert "no control group hierarchy is mounted" in first.message
+    assert [answer.severity for answer in others] == ["ok"]
+    if severity == "error":
+        assert first.hint is not None
+        assert 'may_be_missing = ["cgroup' in first.hint
 
 
-def test_control_groups_that_count_no_kills_are_a_warning(
+def test_a_limit_of_the_nodes_own_wants_its_controller_whatever_is_tolerated(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mount = Mount("/sys/fs/cgroup", 2, frozenset({"pids"}))
-    monkeypatch.setattr(Hierarchy, "detect", lambda: Hierarchy.of([mount]))
+    monkeypatch.setattr(Hierarchy, "detect", lambda: Hierarchy(()))
+    config = Config(
+        limits=LimitSettings(cpu_quota_percent=100),
+        confinement=ConfinementSettings(may_be_missing=("cgroup",)),
+    )
 
-    (answer,) = kernel.check_cgroups(subject)
+    first, _ = kernel.check_cgroups(evolve(subject, config=config))
 
-    assert answer.severity == "warning"
-    assert "out-of-memory" in answer.message
+    assert first.severity == "error"
+    assert "cgroup-cpu" in first.message
 
 
 @pytest.mark.parametrize(("tolerated", "severity"), [((), "error"), (("seccomp",), "warning")])

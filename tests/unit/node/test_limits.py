@@ -1,0 +1,101 @@
+"""An instance's limits: its wishes within what its node allows, and what may be missing."""
+
+from typing import Any
+
+import pytest
+
+from hypervisor.cgroups import Lack
+from hypervisor.machine import Limits
+from kvmsec.config import LimitSettings
+from kvmsec.node.limits import NoCgroup, decide, problems_of, require
+
+MEMORY, PIDS, CPU = (Lack.of(name, "not there") for name in ("memory", "pids", "cpu"))
+NONE = Lack("cgroup", "nothing is mounted")
+
+
+def granted(wishes: dict[str, Any], **settings: Any) -> Limits:
+    return decide(Limits(**wishes), LimitSettings(**settings))
+
+
+def test_who_asks_for_nothing_on_a_node_that_says_nothing_is_killed_before_the_nodes_own() -> None:
+    assert granted({}) == Limits(oom_score_adjust=100)
+
+
+def test_a_wish_goes_before_the_nodes_default() -> None:
+    wishes = {"cpu_weight": 50, "oom_score_adjust": 7}
+    defaults = {"cpu_weight": 200, "io_weight": 300, "cpu_quota_percent": 80}
+    assert granted(wishes, **defaults) == Limits(
+        cpu_weight=50, io_weight=300, cpu_quota_percent=80, oom_score_adjust=7
+    )
+
+
+def test_the_most_cpu_time_bounds_who_asks_for_none() -> None:
+    assert granted({}, max_cpu_quota_percent=150).cpu_quota_percent == 150
+    assert granted({"cpu_quota_percent": 20}, max_cpu_quota_percent=150).cpu_quota_percent == 20
+
+
+@pytest.mark.parametrize(("most", "weight"), [(50, 50), (100, 100), (500, 100)])
+def test_a_weight_that_nobody_set_is_within_the_bound_too(most: int, weight: int) -> None:
+    assert granted({}, max_cpu_weight=most).cpu_weight == weight
+    assert granted({}, max_io_weight=most).io_weight == weight
+
+
+def test_a_default_beyond_its_own_bound_counts_as_the_bound() -> None:
+    found = granted(
+        {}, cpu_weight=900, max_cpu_weight=300, oom_score_adjust=-5, min_oom_score_adjust=10
+    )
+    assert (found.cpu_weight, found.oom_score_adjust) == (300, 10)
+
+
+def test_every_wish_over_the_nodes_bounds_is_named() -> None:
+    wishes = Limits(cpu_weight=11, cpu_quota_percent=101, io_weight=21, oom_score_adjust=-1)
+    settings = LimitSettings(max_cpu_weight=10, max_cpu_quota_percent=100, max_io_weight=20)
+    assert list(problems_of(wishes, settings)) == [
+        "limits.cpu_weight: 11 is more than the 10 that this node allows",
+        "limits.cpu_quota_percent: 101 is more than the 100 that this node allows",
+        "limits.io_weight: 21 is more than the 20 that this node allows",
+        "limits.oom_score_adjust: -1 is less than the 0 that this node allows",
+    ]
+    edge = Limits(cpu_weight=10, cpu_quota_percent=100, io_weight=20, oom_score_adjust=0)
+    assert list(problems_of(edge, settings)) == []
+    assert (
+        list(problems_of(Limits(cpu_weight=10_000, oom_score_adjust=1000), LimitSettings())) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("lacks", "tolerated"),
+    [
+        ((), ()),
+        ((MEMORY,), ("cgroup-memory",)),
+        ((MEMORY, PIDS), ("cgroup-memory", "cgroup-pids")),
+        ((NONE, MEMORY, PIDS), ("cgroup",)),
+        ((MEMORY, PIDS), ("cgroup",)),
+    ],
+)
+def test_what_the_node_says_may_be_missing_may(
+    lacks: tuple[Lack, ...], tolerated: tuple[str, ...]
+) -> None:
+    require(lacks, tolerated)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "tolerated", "refused"),
+    [
+        ((MEMORY,), (), (MEMORY,)),
+        ((MEMORY, PIDS), ("cgroup-memory",), (PIDS,)),
+        ((NONE, MEMORY, PIDS), ("cgroup-memory", "cgroup-pids"), (NONE,)),
+        ((NONE, CPU), ("cgroup",), (CPU,)),
+        ((CPU,), ("cgroup", "cgroup-cpu"), (CPU,)),
+    ],
+)
+def test_what_else_is_missing_is_refused_by_name(
+    lacks: tuple[Lack, ...], tolerated: tuple[str, ...], refused: tuple[Lack, ...]
+) -> None:
+    with pytest.raises(NoCgroup) as caught:
+        require(lacks, tolerated)
+    assert caught.value.lacks == refused
+    assert all(str(lack) in caught.value.message for lack in refused)
+    assert caught.value.hint is not None
+    may_help = "may_be_missing" in caught.value.hint
+    assert may_help == (CPU not in refused), "no setting spares what somebody asks for"
