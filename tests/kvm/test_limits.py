@@ -11,7 +11,7 @@ from hypervisor.cgroup_mounts import Mount
 from hypervisor.cgroups import Hierarchy
 from hypervisor.limits import parse_limits
 from hypervisor.machine import Limits
-from kvmsec.errors import BadDefinition
+from kvmsec.errors import BadDefinition, StartFailed
 from kvmsec.node.limits import NoCgroup
 
 pytestmark = pytest.mark.kvm
@@ -131,6 +131,53 @@ def test_a_host_that_lacks_a_controller(
     assert ("may_be_missing" in str(caught.value.hint)) == (piece != "cgroup-cpu")
     assert lab.instances() == {}
     assert lab.groups() == []
+
+
+def test_a_bound_that_is_gone_before_the_guest_runs_ends_the_start(lab: Any) -> None:
+    def loosen(step: str) -> None:
+        if step == "verify":
+            for group in own_groups(lab):
+                if Path(group, "pids.max").exists():
+                    Path(group, "pids.max").write_text("max")
+
+    with pytest.raises(StartFailed, match=r"pids\.max holds 'max', wanted '97'"):
+        lab.run(lambda node: node.start(lab.definition()), on_step=loosen)
+    assert lab.instances() == {}
+    assert lab.groups() == []
+
+
+def test_who_was_moved_out_of_its_group_before_it_runs_is_ended(lab: Any) -> None:
+    def move_out(step: str) -> None:
+        if step == "verify":
+            for group in own_groups(lab):
+                pids = Path(group, "cgroup.procs").read_text().split()
+                if Path(group, "pids.max").exists() and pids:
+                    Path(group, "../../../cgroup.procs").write_text(pids[0])
+
+    with pytest.raises(StartFailed, match="it is not in the control group"):
+        lab.run(lambda node: node.start(lab.definition()), on_step=move_out)
+    assert lab.groups() == []
+
+
+def test_a_large_machine_is_far_from_its_bounds(lab: Any) -> None:
+    """As many vcpus and disks as a small host starts quickly."""
+    disks = [{"path": str(lab.disk(f"{number}.img"))} for number in range(12)]
+    disks[0] |= {"cache": "none", "aio": "native"}
+    disks[1] |= {"aio": "io_uring"}
+    started = lab.start(vcpus=32, memory_mib=64, disks=disks)
+    held = read_groups(lab)
+    proc = Path(f"/proc/{started.pid}")
+    used = max(int(usage(path).read_text()) for path in own_groups(lab) if usage(path).exists())
+    assert 2 * (used - 64 * MIB) < int(held["memory"]) - 64 * MIB
+    assert len(os.listdir(proc / "task")) < int(held["pids.max"]) == 32 + 64 + 128 + 32
+    descriptors = int(parse_limits((proc / "limits").read_text())["Max open files"][0])
+    assert len(os.listdir(proc / "fd")) + 2 * 32 * 12 < descriptors
+    lab.stop()
+
+
+def usage(group: str) -> Path:
+    v1 = Path(group, "memory.max_usage_in_bytes")
+    return v1 if v1.exists() else Path(group, "memory.peak")
 
 
 def test_a_definition_without_limits_is_as_it_was(lab: Any) -> None:

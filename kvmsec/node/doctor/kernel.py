@@ -17,7 +17,7 @@ from kvmsec.linux import namespaces, processes, syscalls
 from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.files import open_without_links
 from kvmsec.node import limits
-from kvmsec.node.doctor.subject import Answer, Subject, error, ok
+from kvmsec.node.doctor.subject import Answer, Subject, error, ok, warning
 
 _TRIAL_BYTES: Final = 64 << 20
 _NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hypervisor.machine import MAX_QUOTA, MAX_WEIGHT
+from kvmsec import config as config_module
 from kvmsec.config import Config, load_config, parse_config, show_config
 from kvmsec.errors import BadConfig
 from kvmsec.model.security import SecurityModel
@@ -31,10 +33,19 @@ ready_timeout_s = 5
 log_kib = 64
 max_memory_mib = 4096
 max_vcpus = 8
+memory_margin_mib = 0
+cpu_weight = 10
+max_cpu_weight = 20
+cpu_quota_percent = 30
+max_cpu_quota_percent = 40
+io_weight = 50
+max_io_weight = 60
+oom_score_adjust = -70
+min_oom_score_adjust = -80
 [cgroup]
 parent = "/machine.slice/kvmsec/"
 [confinement]
-may_be_missing = ["cgroup", "seccomp"]
+may_be_missing = ["cgroup-memory", "seccomp"]
 [security]
 weakest_model = "pool"
 """
@@ -84,8 +95,13 @@ def test_every_setting_is_read(place: Path) -> None:
     assert config.qemu.ready_timeout_s == 5.0
     assert (config.limits.log_kib, config.limits.max_memory_mib) == (64, 4096)
     assert config.limits.max_vcpus == 8
+    limits = config.limits
+    assert (limits.memory_margin_mib, limits.cpu_weight, limits.max_cpu_weight) == (0, 10, 20)
+    assert (limits.cpu_quota_percent, limits.max_cpu_quota_percent) == (30, 40)
+    assert (limits.io_weight, limits.max_io_weight) == (50, 60)
+    assert (limits.oom_score_adjust, limits.min_oom_score_adjust) == (-70, -80)
     assert config.cgroup.parent == "machine.slice/kvmsec"
-    assert config.confinement.may_be_missing == ("cgroup", "seccomp")
+    assert config.confinement.may_be_missing == ("cgroup-memory", "seccomp")
     assert config.security.weakest_model is SecurityModel.POOL
 
 
@@ -238,3 +254,23 @@ def test_extra_qemu_arguments_are_judged_where_they_are_written() -> None:
 
     assert "qemu.extra_arguments" in str(caught.value)
     assert "-monitor" in str(caught.value)
+
+
+@pytest.mark.parametrize("piece", ["cgroup-cpu", "cgroup-io", "jail", ""])
+def test_what_somebody_asks_for_can_not_be_said_to_be_missing(piece: str) -> None:
+    (problem,) = faults({"confinement": {"may_be_missing": ["cgroup", piece]}})
+
+    assert problem.startswith("confinement.may_be_missing: must be one of cgroup, cgroup-memory")
+
+
+def test_limits_have_the_ranges_of_a_definition() -> None:
+    bad = {"cpu_weight": 0, "max_io_weight": 10_001, "cpu_quota_percent": "50%"}
+    bad |= {"oom_score_adjust": 1001, "memory_margin_mib": -1}
+    problems = faults({"limits": bad})
+
+    assert [problem.split(":")[0] for problem in problems] == [f"limits.{key}" for key in bad]
+    ranges = (config_module._WEIGHT, MAX_WEIGHT), (config_module._QUOTA, MAX_QUOTA)
+    for rule, most in ranges:
+        assert rule(most) == most
+        with pytest.raises(ValueError, match=str(most)):
+            rule(most + 1)

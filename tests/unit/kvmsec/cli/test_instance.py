@@ -8,7 +8,7 @@ from typing import Any
 import click
 import pytest
 
-from hypervisor.machine import Disk, Nic
+from hypervisor.machine import Disk, Limits, Nic
 from kvmsec.agent import InstanceInfo, InstanceState
 from kvmsec.cli.instance import start
 from kvmsec.cli.params import SECURITY_MODEL
@@ -115,6 +115,22 @@ def test_options_win_over_a_file(
     machine = started("--spec", name, "--memory", "96").machine
 
     assert (machine.memory_mib, machine.vcpus, machine.disks) == (96, 2, (Disk(Path("/a")),))
+
+
+@pytest.mark.parametrize("quota", ["150", "150%"])
+def test_limits_are_options_of_their_own(started: Any, quota: str) -> None:
+    limits = started("--cpu-weight", "50", "--cpu-quota", quota, "--io-weight", "7").machine.limits
+
+    assert limits == Limits(cpu_weight=50, cpu_quota_percent=150, io_weight=7)
+
+
+def test_an_option_of_the_limits_leaves_the_files_others(started: Any, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.toml"
+    spec.write_text("[limits]\ncpu_weight = 20\noom_score_adjust = 300\n")
+
+    limits = started("--spec", str(spec), "--cpu-weight", "30").machine.limits
+
+    assert limits == Limits(cpu_weight=30, oom_score_adjust=300)
 
 
 @pytest.mark.root
