@@ -1,8 +1,9 @@
 """Making one group in one hierarchy: the groups above it, what they hand down, and its bounds."""
 
+import contextlib
 import errno
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,9 @@ from hypervisor.cgroup_tree import remove_tree
 
 DEFAULT_PARENT: Final = "kvmsec"
 # Each try is lost only to another instance's end that took a shared parent away meanwhile.
-_TRIES: Final = 16
+_TRIES: Final = 64
+_GONE: Final = (errno.ENOENT, errno.ENODEV)  # Not there, or no more since it was opened.
+_DELEGATED: Final = ("trusted.delegate", "user.delegate")
 
 
 @frozen
@@ -45,17 +48,20 @@ def make_group(place: Place, name: str) -> tuple[str, Mapping[str, str]]:
     """
     below = relative(place.tag, place.parent)
     path = f"{place.mount.path}/{below}/{name}"
-    for attempt in range(_TRIES):
+    for is_last in (*[False] * (_TRIES - 1), True):
         try:
             refusals = _make_parents(place, below)
             if not remove_tree(path):
                 raise OSError(errno.EBUSY, "processes of an earlier start are still in it", path)
             os.mkdir(path, 0o755)
-        except FileNotFoundError:
-            if attempt == _TRIES - 1:
+        except OSError as error:
+            if is_last or error.errno not in _GONE:
                 raise
-        else:
-            return path, _withheld(place, path, refusals)
+            continue
+        # A parent that another start has made anew meanwhile may hand down less.
+        withheld = _withheld(place, path, refusals)
+        if is_last or not withheld:
+            return path, withheld
     raise AssertionError("the last try returns or raises")
 
 
@@ -72,23 +78,31 @@ def _make_parents(place: Place, below: str) -> dict[str, str]:
 
     Returns why one doesn't, by controller.
     """
-    refusals: dict[str, str] = {}
-    path = place.mount.path
-    # Above a parent that the admin has named and made, all is the admin's, or systemd's.
-    theirs = f"{path}/{place.parent.strip('/')}" if place.parent is not None else None
-    ours_from = theirs if theirs is not None and os.path.isdir(theirs) else path
+    groups = [place.mount.path]
     for step in below.split("/"):
-        if place.mount.version == 2 and len(path) >= len(ours_from):
-            _delegate(path, place.controllers, refusals)
-        path = f"{path}/{step}"
-        if not os.path.isdir(path):
-            try:
-                os.mkdir(path, 0o755)
-            except FileExistsError:
-                continue
-    if place.mount.version == 2:
-        _delegate(path, place.controllers, refusals)
+        groups.append(f"{groups[-1]}/{step}")
+    refusals: dict[str, str] = {}
+    ours_from = _first_that_is_ours(groups)
+    for index, group in enumerate(groups):
+        if index and not os.path.isdir(group):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(group, 0o755)
+        if place.mount.version == 2 and index >= ours_from:
+            _delegate(group, place.controllers, refusals)
     return refusals
+
+
+def _first_that_is_ours(groups: Sequence[str]) -> int:
+    """The deepest group that systemd says it has delegated, with this mark; else the root.
+
+    What is above such a one is systemd's to change alone (https://systemd.io/CGROUP_DELEGATION).
+    """
+    for index in reversed(range(len(groups))):
+        for mark in _DELEGATED:
+            with contextlib.suppress(OSError):
+                if os.getxattr(groups[index], mark) == b"1":
+                    return index
+    return 0
 
 
 def _delegate(path: str, controllers: Collection[str], refusals: dict[str, str]) -> None:
@@ -104,9 +118,9 @@ def _delegate(path: str, controllers: Collection[str], refusals: dict[str, str])
             continue
         try:
             _write(control, f"+{name}")
-        except FileNotFoundError:
-            raise
         except OSError as error:
+            if error.errno in _GONE:
+                raise
             why = "processes are in it" if error.errno == errno.EBUSY else error.strerror
             refusals[name] = f"{path}: can't hand the {name} controller down: {why}"
 

@@ -195,9 +195,9 @@ class Hierarchy:
         """Make an instance's groups, empty, bounded and with fresh counts; parents as needed.
 
         `parent` is a path below each hierarchy's root (None: `kvmsec`), never the caller's own
-        group. One that exists is the admin's, who has handed controllers down to it; nothing is
-        changed above it. A group that exists and still has processes is not taken over. What
-        can't be made is left out, and `lacks` of the result says so: nothing is raised.
+        group; nothing is changed above one that systemd has delegated. A group that exists and
+        still has processes is not taken over. What can't be made is left out, and `lacks` of the
+        result says so: nothing is raised.
         """
         limits = limits or GroupLimits()
         wanted = limits.controllers

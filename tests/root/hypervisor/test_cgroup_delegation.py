@@ -15,7 +15,7 @@ import pytest
 from hypervisor.cgroup_delegation import Place, make_group, write_bounds
 from hypervisor.cgroup_limits import Setting
 from hypervisor.cgroup_mounts import Mount, mounted
-from hypervisor.cgroup_tree import kill_all, remove_tree
+from hypervisor.cgroup_tree import kill_all, remove_one, remove_tree
 
 pytestmark = pytest.mark.root
 
@@ -65,23 +65,30 @@ def test_every_group_above_hands_it_down(unified: Mount, controller: str, parent
         assert enabled(group) == [controller]
 
 
-def test_above_a_parent_that_is_there_nothing_is_changed(
-    unified: Mount, controller: str, parent: str
+@pytest.mark.parametrize("mark", ["trusted.delegate", "user.delegate"])
+def test_above_a_group_that_systemd_has_delegated_nothing_is_changed(
+    unified: Mount, controller: str, parent: str, mark: str
 ) -> None:
-    os.mkdir(f"{unified.path}/{parent}")
-    place = Place(unified, parent, "kvmsec_1", frozenset({controller}))
+    top = f"{unified.path}/{parent}"
+    os.makedirs(f"{top}/below")
+    os.setxattr(top, mark, b"1")
+    place = Place(unified, f"{parent}/below", "kvmsec_1", frozenset({controller}))
     path, withheld = make_group(place, "vm-guest")
     assert os.path.isdir(path)
-    top = f"{unified.path}/{parent}"
     assert withheld == {controller: f"{top}: the group has no {controller} controller to hand down"}
     assert controller not in enabled(unified.path)
 
+    Path(unified.path, "cgroup.subtree_control").write_text(f"+{controller}")
+    path, withheld = make_group(place, "vm-guest")
+    assert withheld == {}
+    assert controller in Path(path, "cgroup.controllers").read_text().split()
 
-def test_a_parent_that_was_given_it_hands_it_on(
+
+def test_a_parent_that_was_made_for_less_hands_down_more(
     unified: Mount, controller: str, parent: str
 ) -> None:
-    Path(unified.path, "cgroup.subtree_control").write_text(f"+{controller}")
     os.mkdir(f"{unified.path}/{parent}")
+    make_group(Place(unified, parent, "kvmsec_1", frozenset()), "vm-plain")
     place = Place(unified, f"/{parent}/", "kvmsec_1", frozenset({controller}))
     path, withheld = make_group(place, "vm-guest")
     assert withheld == {}
@@ -104,6 +111,30 @@ def test_a_parent_with_processes_in_it_can_hand_nothing_down_and_is_named(
     assert withheld == {
         controller: f"{top}: can't hand the {controller} controller down: processes are in it"
     }
+
+
+def test_parents_that_others_take_away_meanwhile_still_hand_it_down(
+    unified: Mount, controller: str, parent: str
+) -> None:
+    children = []
+    for number in range(4):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                wanted = frozenset({controller}) if number % 2 else frozenset[str]()
+                place = Place(unified, f"{parent}/below", "kvmsec_1", wanted)
+                for _ in range(150):
+                    path, withheld = make_group(place, f"vm-guest{number}")
+                    assert withheld == {}
+                    os.rmdir(path)
+                    for above in (os.path.dirname(path), f"{unified.path}/{parent}/below"):
+                        remove_one(above)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
 
 def test_a_file_that_is_not_there_is_a_fault_unless_it_is_optional(

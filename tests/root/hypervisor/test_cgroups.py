@@ -184,7 +184,8 @@ def test_starts_and_ends_at_once_do_not_take_each_others_parents_away(parent: st
             status = 1
             try:
                 for _ in range(200):
-                    group = hierarchy.create("kvmsec_1", f"guest{number}", parent)
+                    limits = _FULL if number % 2 else None
+                    group = hierarchy.create("kvmsec_1", f"guest{number}", parent, limits)
                     assert group.lacks == ()
                     group.remove()
                 status = 0
@@ -265,6 +266,22 @@ def test_every_bound_is_read_back_and_who_is_not_in_the_group_is_seen(
     outside = group.problems_of(os.getpid())
     assert len(outside) == len(group.paths)
     assert all("not in the control group" in problem for problem in outside)
+
+
+@pytest.mark.parametrize(("weight", "percent"), [(1, 1), (99, 99), (101, 101), (10_000, 819_200)])
+def test_the_ends_of_each_range_are_taken_and_read_back(
+    parent: str, join: Join, weight: int, percent: int
+) -> None:
+    limits = GroupLimits(
+        memory_bytes=1 << 45,
+        tasks=4_000_000,
+        cpu_weight=weight,
+        cpu_quota_percent=percent,
+        io_weight=weight,
+    )
+    group = Hierarchy.detect().create("kvmsec_1", "guest", parent, limits)
+    _require_or_skip(group)
+    assert group.problems_of(join(group, _SLEEP).pid) == []
 
 
 def test_a_bound_that_somebody_changed_is_seen(parent: str, join: Join) -> None:
