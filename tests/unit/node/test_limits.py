@@ -1,13 +1,18 @@
 """An instance's limits: its wishes within what its node allows, and what may be missing."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hypervisor.cgroups import Lack
-from hypervisor.machine import Limits
-from kvmsec.config import LimitSettings
-from kvmsec.node.limits import NoCgroup, decide, problems_of, require
+from hypervisor.limits import UNLIMITED
+from hypervisor.machine import Limits, Machine
+from kvmsec.config import Config, LimitSettings, QemuSettings
+from kvmsec.model.security import SecurityModel
+from kvmsec.node.engine import Engine
+from kvmsec.node.grants import Lent
+from kvmsec.node.limits import Allotment, NoCgroup, allot, decide, problems_of, require
 
 MEMORY, PIDS, CPU = (Lack.of(name, "not there") for name in ("memory", "pids", "cpu"))
 NONE = Lack("cgroup", "nothing is mounted")
@@ -99,3 +104,33 @@ def test_what_else_is_missing_is_refused_by_name(
     assert caught.value.hint is not None
     may_help = "may_be_missing" in caught.value.hint
     assert may_help == (CPU not in refused), "no setting spares what somebody asks for"
+
+
+def bounds(*extra: str, model: SecurityModel = SecurityModel.POOL, **keys: Any) -> Allotment:
+    nothing: Any = None
+    engine = Engine(Path("/usr/bin/qemu"), nothing, nothing, "kvm")
+    config = Config(qemu=QemuSettings(extra_arguments=extra))
+    return allot(config, Machine(name="web", **keys), engine, Lent(), model)
+
+
+def test_a_uid_of_its_own_is_bounded_as_its_group_is() -> None:
+    own = bounds(vcpus=3)
+    assert own.groups.tasks == own.process.processes == 3 + 64 + 32
+    for model in (SecurityModel.USER, SecurityModel.NONE):
+        shared = bounds(vcpus=3, model=model)
+        assert (shared.groups.tasks, shared.process.processes) == (99, None)
+
+
+def test_the_margin_is_the_nodes_and_sizes_are_whole_pages() -> None:
+    memory = bounds(memory_mib=100).groups.memory_bytes
+    assert memory is not None
+    assert memory % (1 << 20) == 0
+    assert memory >> 20 == 100 + (64 + 3 + 1 + 2) + 64, "2 are for its output"
+
+
+def test_memory_that_is_to_be_locked_may_be_and_has_room_for_every_stack() -> None:
+    plain = bounds("-overcommit", "mem-lock=off,cpu-pm=on")
+    locked = bounds("-overcommit", "cpu-pm=on,mem-lock=on")
+    assert (plain.process.locked_bytes, locked.process.locked_bytes) == (8 << 20, UNLIMITED)
+    assert plain.groups.memory_bytes is not None
+    assert locked.groups.memory_bytes == plain.groups.memory_bytes + ((8 * 97 + 256) << 20)
