@@ -116,7 +116,8 @@ class ProcessLimits:
         if score != str(self.oom_score_adjust):
             problems.append(f"{_OOM_SCORE} {score}, wanted {self.oom_score_adjust}")
         try:
-            kinds = int(Path(f"/proc/{pid}/{_CORE_FILTER}").read_text(), 16)
+            # Empty once the process has ended and has no memory that could be in one.
+            kinds = int(Path(f"/proc/{pid}/{_CORE_FILTER}").read_text() or "0", 16)
         except FileNotFoundError:
             return problems  # A kernel without CONFIG_ELF_CORE writes none at all.
         if kinds:

@@ -21,6 +21,7 @@ from kvmsec.node.engine import Engine
 from kvmsec.node.grants import Lent
 
 _MIB: Final = 1 << 20
+_USUAL_WEIGHT: Final = 100  # what the kernel takes where nobody sets one
 _BOUNDED_ABOVE: Final = ("cpu_weight", "cpu_quota_percent", "io_weight")
 
 
@@ -44,11 +45,8 @@ def decide(wishes: Limits, settings: LimitSettings) -> Limits:
     for name in _BOUNDED_ABOVE:
         wanted, most = getattr(wishes, name), getattr(settings, f"max_{name}")
         chosen = getattr(settings, name) if wanted is None else wanted
-        if name == "cpu_quota_percent" and chosen is None:
-            chosen = most
-        # A weight that nobody set is 100 to the kernel.
-        if name != "cpu_quota_percent" and chosen is None and most is not None:
-            chosen = 100
+        if chosen is None and most is not None:
+            chosen = most if name == "cpu_quota_percent" else _USUAL_WEIGHT
         decided[name] = chosen if chosen is None or most is None else min(chosen, most)
     score = wishes.oom_score_adjust
     chosen = settings.oom_score_adjust if score is None else score

@@ -134,6 +134,16 @@ def test_a_launcher_that_may_write_no_core_changes_nothing(build: Build) -> None
     assert run_in_child(start_it, what="starting", timeout_s=20, keep=[jail.log]) == []
 
 
+def test_one_that_ended_while_it_was_looked_at_is_no_failure_of_the_look(build: Build) -> None:
+    jail = build()
+    with newborn(jail, "/bin/true") as child:
+        child.release()
+        child.executed()
+        assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
+        assert Path(f"/proc/{child.process.pid}/coredump_filter").read_text() == ""
+        assert jail.limits.problems_of(child.process.pid) == []
+
+
 def test_it_is_in_its_groups_before_anything_of_it_can_run(build: Build) -> None:
     tag = f"kvmsec_test_{os.getpid()}"
     group = Hierarchy.detect().create(tag, "guest")
