@@ -97,12 +97,6 @@ class InstanceCgroup:
         """
         return tuple(f"{path}/tasks" for path in self.paths if os.path.exists(f"{path}/tasks"))
 
-    @property
-    def procs_files(self) -> tuple[str, ...]:
-        """All files to which a process with one thread writes "0" to join, whatever it costs."""
-        unified = () if self.unified is None else (f"{self.unified}/cgroup.procs",)
-        return (*self.tasks_files, *unified)
-
     def problems_of(self, pid: int) -> list[str]:
         """What the kernel shows otherwise than it was asked for: a bound, or who is in it."""
         found = []

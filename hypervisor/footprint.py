@@ -21,7 +21,6 @@ _QCOW2_MIB: Final = 48
 _TCG_MIB: Final = 1024
 
 _POOL_THREADS: Final = 64
-_IO_URING_WORKERS: Final = 128
 _VHOST_THREADS: Final = 2
 _OTHER_THREADS: Final = 32
 
@@ -83,16 +82,13 @@ def tasks(machine: Machine) -> int:
 
     One a vcpu; 64 that do blocking I/O for all disks together, since no disk has an I/O thread
     and so a pool of its own (THREAD_POOL_MAX_THREADS_DEFAULT, QEMU's include/block/thread-pool.h);
-    with `aio = "io_uring"` the kernel's workers, no more than the ring has entries (128,
-    block/io_uring.c); a vhost worker and KVM's own for each NIC with vhost, which are threads of
+    a vhost worker and KVM's own for each NIC with vhost, which are threads of
     QEMU since Linux 6.4. 3 others were seen (main, RCU, and one of KVM's or of QEMU's I/O); there
     is room for 32.
     """
-    uses_io_uring = any(disk.aio == "io_uring" for disk in machine.disks)
     return (
         machine.vcpus
         + _POOL_THREADS
-        + (_IO_URING_WORKERS if uses_io_uring else 0)
         + _VHOST_THREADS * sum(nic.vhost for nic in machine.nics)
         + _OTHER_THREADS
     )

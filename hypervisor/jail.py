@@ -58,7 +58,8 @@ class Jail:
     mount_point: an empty directory of the host's on which the new root is built.
     output: a directory on the host, a sized tmpfs that belongs to the instance; /output inside.
     log: a descriptor for stdout and stderr.
-    cgroups: the files of control groups to write "0" to, which joins them.
+    born_in: the version 2 control group of the child from its birth; None where there is none.
+    cgroups: the files of version 1 groups to write "0" to, which joins them.
     descriptors: descriptor number inside -> the launcher's; the only ones that reach QEMU.
     system_calls: kvmsec's own filter; None where the node's configuration lets it be missing.
     ticket: what lets one program be executed under that filter, a new one for each jail.
@@ -73,6 +74,7 @@ class Jail:
     system_calls: Filter | None
     boot_files: tuple[BootFile, ...] = ()
     has_kvm: bool = False
+    born_in: str | None = None
     cgroups: tuple[str, ...] = ()
     limits: ProcessLimits = field(factory=ProcessLimits)
     descriptors: Mapping[int, int] = {}

@@ -251,7 +251,8 @@ class _Start:
             system_calls=self.engine.system_calls,
             boot_files=self.lent.boot_files,
             has_kvm=self.engine.accelerator == "kvm",
-            cgroups=self.cgroup.procs_files,
+            born_in=self.cgroup.unified,
+            cgroups=self.cgroup.tasks_files,
             limits=self.allotment.process,
             descriptors=placed.descriptors,
         )

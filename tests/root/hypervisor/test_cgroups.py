@@ -50,7 +50,8 @@ def join() -> Iterator[Join]:
     with contextlib.ExitStack() as stack:
 
         def start(group: InstanceCgroup, code: str) -> subprocess.Popen[bytes]:
-            joining = f"for path in {group.procs_files}: open(path, 'w').write('0')\n"
+            files = [f"{path}/cgroup.procs" for path in group.paths]
+            joining = f"for path in {files}: open(path, 'w').write('0')\n"
             said = "print('in', flush=True)\n"
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", joining + said + code], stdout=subprocess.PIPE
@@ -316,9 +317,7 @@ def test_version_two_is_used_to_end_it_wherever_it_is_mounted(parent: str, join:
         pytest.skip("this kernel has version 1 alone")
     group = Hierarchy.detect().create("kvmsec_1", "guest", parent)
     assert group.unified == group.paths[0] == f"{unified[0].path}/{parent}/kvmsec_1/vm-guest"
-    assert f"{group.unified}/cgroup.procs" in group.procs_files
     assert group.tasks_files == tuple(f"{path}/tasks" for path in group.paths[1:])
-    assert set(group.procs_files) == {*group.tasks_files, f"{group.unified}/cgroup.procs"}
     join(group, _SLEEP)
     assert InstanceCgroup(tuple(reversed(group.paths))).kill(5)
     assert "populated 0" in Path(group.unified, "cgroup.events").read_text()
@@ -348,5 +347,5 @@ def test_version_one_is_joined_without_the_lock_that_waits_for_a_grace_period(
     one: Hierarchy, parent: str
 ) -> None:
     group = one.create("kvmsec_1", "guest", parent)
-    name = "tasks" if one.mounts[0].version == 1 else "cgroup.procs"
-    assert group.procs_files == (f"{group.paths[0]}/{name}",)
+    is_version_one = one.mounts[0].version == 1
+    assert group.tasks_files == ((f"{group.paths[0]}/tasks",) if is_version_one else ())

@@ -148,7 +148,7 @@ def test_it_is_in_its_groups_before_anything_of_it_can_run(build: Build) -> None
     tag = f"kvmsec_test_{os.getpid()}"
     group = Hierarchy.detect().create(tag, "guest")
     try:
-        jail = build(cgroups=group.procs_files)
+        jail = build(born_in=group.unified, cgroups=group.tasks_files)
         with newborn(jail, "/bin/sleep", "60") as child:
             child.release()
             child.executed()

@@ -90,7 +90,7 @@ def test_without_controllers_a_hierarchy_still_ends_an_instance_and_each_lack_is
 
 def test_a_host_without_control_groups_gives_an_empty_group_that_says_why() -> None:
     group = Hierarchy.of([]).create("kvmsec_00000000", "guest")
-    assert group.paths == group.procs_files == group.tasks_files == group.held == ()
+    assert group.paths == group.tasks_files == group.held == ()
     assert group.unified is None
     assert [lack.piece for lack in group.lacks] == ["cgroup", "cgroup-memory", "cgroup-pids"]
     assert (group.oom_kills(), group.kill(0)) == (0, True)

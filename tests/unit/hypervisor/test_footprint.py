@@ -69,7 +69,6 @@ def test_threads_are_those_of_vcpus_io_and_vhost() -> None:
     assert footprint.tasks(machine()) == 1 + 64 + 32
     assert footprint.tasks(machine(vcpus=255)) == 255 + 64 + 32
     assert footprint.tasks(machine(disks=disks(16))) == 1 + 64 + 32, "they share one pool"
-    assert footprint.tasks(machine(disks=disks(2, aio="io_uring"))) == 1 + 64 + 128 + 32
     assert footprint.tasks(machine(nics=nics(2, vhost=True))) == 1 + 64 + 4 + 32
 
 

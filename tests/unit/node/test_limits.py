@@ -108,7 +108,7 @@ def test_what_else_is_missing_is_refused_by_name(
 
 def bounds(*extra: str, model: SecurityModel = SecurityModel.POOL, **keys: Any) -> Allotment:
     nothing: Any = None
-    engine = Engine(Path("/usr/bin/qemu"), nothing, nothing, "kvm")
+    engine = Engine(Path("/usr/bin/qemu"), nothing, nothing, "kvm", nothing)
     config = Config(qemu=QemuSettings(extra_arguments=extra))
     return allot(config, Machine(name="web", **keys), engine, Lent(), model)
 
