@@ -6,8 +6,9 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from hypervisor import tiny
 from hypervisor.cgroup_mounts import mounted
 from kvmsec import InstanceDefinition, Node, definition_from
 from kvmsec.cluster import operations
-from kvmsec.linux import namespaces
-from tests.kvm.census import descriptors, ends_by, running
+from kvmsec.linux import command, namespaces
+from tests.kvm.census import census, descriptors, ends_by, running
 from tests.kvm.rival import Rival
 from tests.kvm.serial_line import Line
+from uidpool import provision
 from uidpool.ranges import UidRanges
+from uidpool.snapshot import Snapshot
 
 POOL = UidRanges.parse("245000-245029")
 DOMAIN = "guestkeeper"
@@ -202,3 +205,54 @@ class Lab:
             afterwards.callback(shutil.rmtree, self.root)
             if self.paths.cluster.exists():
                 self.destroy()
+
+
+@contextlib.contextmanager
+def users() -> Iterator[None]:
+    """The users of every test's pool, and the one that owns instances under `user`."""
+    accounts = [Path("/etc", name) for name in ("passwd", "group", "shadow", "gshadow")]
+    before = {path: path.read_bytes() for path in accounts}
+    provision.apply(provision.plan(POOL, Snapshot.read()))
+    line = f'u {DOMAIN} {DOMAIN_UID} "keeps guests" / /usr/sbin/nologin\n'
+    command.run(["systemd-sysusers", "-"], input=line.encode(), timeout_s=30)
+    try:
+        yield
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def labs(accelerator: str, features: Path) -> Iterator[Callable[..., Lab]]:
+    """Makes roots, each with a cluster that has the pool; the host is as before afterwards.
+
+    `features` is where is kept what was found out about QEMU.
+    """
+    # Imported here, it is not by each of the processes that are forked off.
+    import pyroute2  # noqa: F401
+
+    before, made = census(), []
+
+    def make(config: str = "", **options: Any) -> Lab:
+        # Its name is this run's alone: control groups are shared with other sandboxes.
+        lab = Lab(Path(tempfile.mkdtemp(prefix="kvmsec-", dir="/run")), accelerator)
+        made.append(lab)
+        lab.paths.make_directories()
+        if config:
+            lab.configure(config)
+        shutil.copytree(features, lab.paths.features, dirs_exist_ok=True)
+        lab.init(**options)
+        return lab
+
+    try:
+        yield make
+        left = {str(lab.root): found for lab in made if (found := lab.leftovers())}
+    finally:
+        with contextlib.ExitStack() as ends:  # Each is called, whatever another raises.
+            for lab in made:
+                ends.callback(lab.remove)
+                shutil.copytree(lab.paths.features, features, dirs_exist_ok=True)
+            for lab in made:
+                ends.callback(lab.close)
+    assert not left
+    assert census() == before

@@ -5,30 +5,19 @@
  * instance it behaves as the instance's name says, so that one program, asked once, serves all
  * tests. It is static: its closure is itself.
  */
-#include <errno.h>
+#include "stand_in.h"
+
 #include <fcntl.h>
-#include <linux/filter.h>
 #include <linux/if_tun.h>
-#include <linux/seccomp.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
-#include <sys/prctl.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define GREETING \
-    "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 0, \"minor\": 2, \"major\": 7}, " \
-    "\"package\": \"\"}, \"capabilities\": []}}\r\n"
-
-static char **arguments;
 static char what[64]; /* the instance's name */
 
 static int is(const char *word) { return strcmp(what, word) == 0; }
@@ -37,51 +26,6 @@ static void crash(void)
 {
     /* A first process of a PID namespace is spared signals of its own: this ends in a fault. */
     abort();
-}
-
-/* Arguments and protocol --------------------------------------------------------------------- */
-
-/* The number behind `fd=` in the argument that begins with `start`; -1 without one. */
-static int descriptor(const char *start)
-{
-    for (char **each = arguments; *each; each++)
-        if (strncmp(*each, start, strlen(start)) == 0 && strstr(*each, "fd="))
-            return atoi(strstr(*each, "fd=") + 3);
-    return -1;
-}
-
-static void say(int line, const char *text)
-{
-    while (*text) {
-        ssize_t sent = send(line, text, strlen(text), MSG_NOSIGNAL);
-        if (sent < 0)
-            return;
-        text += sent;
-    }
-}
-
-/* One object from the monitor's client, which ends none with a newline; 0 at its end. */
-static int hear(int line, char *heard, size_t room)
-{
-    size_t length = 0;
-    int depth = 0;
-    while (length < room - 1 && read(line, heard + length, 1) == 1) {
-        depth += (heard[length] == '{') - (heard[length] == '}');
-        if (heard[length++] == '}' && depth == 0)
-            break;
-    }
-    heard[length] = 0;
-    return length > 0;
-}
-
-static void reply(int line, const char *heard, const char *returned)
-{
-    char id[64] = "", answer[256];
-    const char *found = strstr(heard, "\"id\"");
-    if (found)
-        sscanf(found, "\"id\" : \"%60[^\"]", id);
-    snprintf(answer, sizeof answer, "{\"return\": %s, \"id\": \"%s\"}\r\n", returned, id);
-    say(line, answer);
 }
 
 static void flood(int line, const char *piece)
@@ -297,13 +241,6 @@ static void keep_tap(void)
     int tap = descriptor("tap,");
     report("persist", ioctl(tap, TUNSETPERSIST, 1));
     report("owner", ioctl(tap, TUNSETOWNER, getuid()));
-}
-
-static void shut_in_by_a_filter(void)
-{
-    struct sock_filter all = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
-    struct sock_fprog filter = {1, &all};
-    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter);
 }
 
 /* Asked what it can do ----------------------------------------------------------------------- */
