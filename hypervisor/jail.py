@@ -3,7 +3,8 @@
 The steps run in a freshly forked child of a launcher with one thread; the child is already PID 1
 of a PID namespace of its own. Each does one thing to the calling process, in an order that later
 steps rely on, and a failure of any of them ends the child before QEMU's first instruction. No
-step can be left out by a setting, but the last one on a host that lacks the library for it.
+step can be left out by a setting, but the last one on a host that lacks the library for it; what a
+test of the others may leave out is in `LOCKS`.
 """
 
 import errno
@@ -32,6 +33,9 @@ _NODES: Final = (
     ("random", 1, 8),
     ("urandom", 1, 9),
 )
+NETWORK_NAMESPACE: Final = "network namespace"
+LOCKS: Final = frozenset({NETWORK_NAMESPACE})
+"""What a jail can be built without, for tests alone: so it is shown that another lock holds too."""
 _KVM_NODE: Final = ("kvm", 10, 232)  # Linux Documentation/admin-guide/devices.txt, misc minor 232
 
 
@@ -63,6 +67,7 @@ class Jail:
     descriptors: descriptor number inside -> the launcher's; the only ones that reach QEMU.
     system_calls: kvmsec's own filter; None where the node's configuration lets it be missing.
     ticket: what lets one program be executed under that filter, a new one for each jail.
+    without_locks: members of `LOCKS`; for tests alone.
     """
 
     name: str
@@ -79,6 +84,12 @@ class Jail:
     limits: ProcessLimits = field(factory=ProcessLimits)
     descriptors: Mapping[int, int] = {}
     ticket: bytes = field(factory=lambda: os.urandom(TICKET_BYTES), repr=False)
+    without_locks: frozenset[str] = field(default=frozenset())
+
+    @without_locks.validator
+    def _require_known_locks(self, _: object, without: frozenset[str]) -> None:
+        if unknown := without - LOCKS:
+            raise ValueError(f"{sorted(unknown)} are no locks of a jail: {sorted(LOCKS)}")
 
 
 class JailFailed(HypervisorError):
@@ -114,9 +125,10 @@ def _limit_resources(jail: Jail) -> None:
 
 
 def _leave_namespaces(jail: Jail) -> None:
+    network = 0 if NETWORK_NAMESPACE in jail.without_locks else namespaces.CLONE_NEWNET
     syscalls.unshare(
         namespaces.CLONE_NEWNS
-        | namespaces.CLONE_NEWNET
+        | network
         | namespaces.CLONE_NEWIPC
         | namespaces.CLONE_NEWUTS
         | namespaces.CLONE_NEWCGROUP

@@ -13,7 +13,15 @@ from attrs import frozen
 
 from hypervisor.descriptors import foreign_descriptors, identity_of
 from hypervisor.errors import HypervisorError
-from hypervisor.jail import Jail, JailFailed, close_foreign, duplicate_above, enter, execute
+from hypervisor.jail import (
+    NETWORK_NAMESPACE,
+    Jail,
+    JailFailed,
+    close_foreign,
+    duplicate_above,
+    enter,
+    execute,
+)
 from kvmsec.linux import forking, processes
 from kvmsec.linux.credentials import acting_as
 from kvmsec.linux.errors import ChildTimedOut
@@ -213,7 +221,7 @@ def confinement_problems(newborn: Newborn) -> list[str]:
     ]
     problems += _missing_filters(status, jail)
     try:
-        problems += _shared_namespaces(process.pid)
+        problems += _shared_namespaces(process.pid, jail.without_locks)
         problems += foreign_descriptors(process.pid, newborn.granted)
         problems += jail.limits.problems_of(process.pid)
     except (FileNotFoundError, ProcessLookupError):
@@ -235,8 +243,10 @@ def _missing_filters(status: ProcessStatus, jail: Jail) -> list[str]:
     return [f"seccomp filters {status.seccomp_filters}, wanted at least {wanted}"]
 
 
-def _shared_namespaces(pid: int) -> list[str]:
-    kinds = ("mnt", "net", "ipc", "uts", "pid", "cgroup")
+def _shared_namespaces(pid: int, without_locks: frozenset[str] = frozenset()) -> list[str]:
+    kinds = ["mnt", "net", "ipc", "uts", "pid", "cgroup"]
+    if NETWORK_NAMESPACE in without_locks:
+        kinds.remove("net")
     return [
         f"it shares the node's {kind} namespace"
         for kind in kinds

@@ -46,14 +46,22 @@ _HUNG_UP: Final = (MonitorClosed, MonitorUnreachable)
 
 
 async def launch(
-    host: Host, definition: InstanceDefinition, security: Security, engine: Engine, on_step: OnStep
+    host: Host,
+    definition: InstanceDefinition,
+    security: Security,
+    engine: Engine,
+    on_step: OnStep,
+    *,
+    without_locks: frozenset[str] = frozenset(),
 ) -> InstanceRecord:
     """Start an instance that does not run; the caller holds its lock.
+
+    `without_locks` is for tests alone, see `hypervisor.jail.LOCKS`.
 
     Returns the record of the running instance. Raises the error of the step that failed, and
     StartFailed with QEMU's own words once there was a QEMU; nothing is left then.
     """
-    start = _Start(host, definition, security, engine)
+    start = _Start(host, definition, security, engine, without_locks)
     try:
         for step in STEPS:
             on_step(step.name)
@@ -114,11 +122,17 @@ class _Start:
     """What one start has made so far."""
 
     def __init__(
-        self, host: Host, definition: InstanceDefinition, security: Security, engine: Engine
+        self,
+        host: Host,
+        definition: InstanceDefinition,
+        security: Security,
+        engine: Engine,
+        without_locks: frozenset[str],
     ) -> None:
         self.host = host
         self.security = security
         self.engine = engine
+        self.without_locks = without_locks
         self.machine = definition.machine
         self.opened = ExitStack()
         self.lent = Lent()
@@ -255,6 +269,7 @@ class _Start:
             cgroups=self.cgroup.tasks_files,
             limits=self.allotment.process,
             descriptors=placed.descriptors,
+            without_locks=self.without_locks,
         )
         self.newborn = process.spawn(jail, placed.argv[0], placed.argv, witness=witness)
         self.opened.callback(self.newborn.close)

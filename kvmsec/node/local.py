@@ -33,14 +33,21 @@ class LocalNode:
     """This node; all its files lie below `root`.
 
     For one event loop and a process with one thread (a start forks). `on_step` is told the name of
-    each step of a start before it is taken.
+    each step of a start before it is taken. `without_locks` is for tests of the other locks alone,
+    and nothing that reads a setting, an option or an order may pass it: what is named there
+    (`hypervisor.jail.LOCKS`) no instance is confined by that this object starts.
     """
 
     def __init__(
-        self, root: Path | str = "/", *, on_step: Callable[[str], None] = lambda step: None
+        self,
+        root: Path | str = "/",
+        *,
+        on_step: Callable[[str], None] = lambda step: None,
+        without_locks: frozenset[str] = frozenset(),
     ) -> None:
         self.host = Host(Paths(root))
         self._on_step = on_step
+        self._without_locks = without_locks
         # Each for as long as somebody has it or waits for it.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._watches = Watches(self.host, self._turn)
@@ -66,7 +73,14 @@ class LocalNode:
             engine = engine_for(self.host, definition.machine)
             self._watches.publish(name, InstanceState.STARTING)
             try:
-                record = await launch(self.host, definition, security, engine, self._on_step)
+                record = await launch(
+                    self.host,
+                    definition,
+                    security,
+                    engine,
+                    self._on_step,
+                    without_locks=self._without_locks,
+                )
             except BaseException as error:
                 self._watches.publish(name, InstanceState.STOPPED, str(error))
                 raise
