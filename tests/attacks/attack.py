@@ -1,0 +1,112 @@
+"""What a row of the table of attacks says, and where it is tried."""
+
+from collections.abc import Callable
+from typing import Final, Literal
+
+from attrs import evolve, field, frozen
+
+Locks = Literal[
+    "everything",
+    "no seccomp",
+    "the network namespace alone",
+    "the packet rules alone",
+    "the uid alone",
+    "nothing",
+]
+"""What confines the attacker: the jail as it is, less of it, or (as a control) nothing."""
+
+SUCCEEDED: Final = "succeeded"
+BY_DESIGN: Final = frozenset({SUCCEEDED})
+"""What is shared by design works: docs/threat-model.md lists it."""
+
+
+def _answers(given: str | frozenset[str]) -> frozenset[str]:
+    return frozenset(given.split("|")) if isinstance(given, str) else given
+
+
+@frozen
+class Refusal:
+    """Which lock refuses an attack, and the kernel's answers that show it (names of errors).
+
+    Upper-case words that are no errors are the attacker's own: NONE (it looked, and found nothing
+    to use), UNSENT (nothing arrived), UNHURT (the victim noticed nothing), KILLED (the kernel ended
+    the attacker), HELD (what was to be let go is held).
+    """
+
+    lock: str
+    answers: frozenset[str] = field(converter=_answers)
+
+
+@frozen
+class Without:
+    """A control that can't succeed on some kernels: its answer there, and how that is seen."""
+
+    answer: str
+    reason: str
+    is_so: Callable[[], bool]
+
+
+@frozen
+class Control:
+    """How an attack is tried without confinement, and what it must then be answered.
+
+    order: where it differs from the one to the instance. attacker: `root`, `somebody` (a uid that
+    nobody has) or `victim` (the victim's uid). changes_root: below a directory of its own.
+    """
+
+    order: str | None = None
+    attacker: Literal["root", "somebody", "victim"] = "root"
+    answers: frozenset[str] = field(converter=_answers, default=SUCCEEDED)
+    changes_root: bool = False
+    unless: Without | None = None
+
+
+@frozen
+class Attack:
+    """One row: a named attack, what the stand-in is ordered, and who refuses it.
+
+    `order` has facts of `setting.Setting.facts` in braces. `refusal` holds while everything is on;
+    `second` once seccomp is left out (None: what `refusal` says); `rules` where the packet rules
+    are all that there is against the network; `uid` outside the jail, with the instance's uid and
+    no more. `shared` names the models under which it works by design, `shared_second` those under
+    which it would without seccomp.
+    """
+
+    name: str
+    order: str
+    refusal: Refusal
+    second: Refusal | None = field(default=None, kw_only=True)
+    rules: Refusal | None = field(default=None, kw_only=True)
+    uid: Refusal | None = field(default=None, kw_only=True)
+    shared: frozenset[str] = field(converter=_answers, default=frozenset(), kw_only=True)
+    shared_second: frozenset[str] = field(converter=_answers, default=frozenset(), kw_only=True)
+    control: Control = field(default=Control(), kw_only=True)
+    room: str = field(default="", kw_only=True)
+
+    def expected(self, model: str, locks: Locks) -> Refusal | None:
+        """Who must refuse it there; None where it isn't tried."""
+        if locks == "nothing":
+            return Refusal("nothing", self.control.answers)
+        if locks == "the uid alone":
+            return self.uid
+        if locks == "the packet rules alone":
+            return self.rules
+        if locks == "the network namespace alone" and self.rules is None:
+            return None
+        shared, found = self.shared, self.refusal
+        if locks == "no seccomp":
+            shared, found = shared | self.shared_second, self.second or found
+        return Refusal("shared by design", BY_DESIGN) if model in shared else found
+
+
+@frozen
+class Elsewhere:
+    """An attack that another suite carries out: the lock, and the test."""
+
+    name: str
+    lock: str
+    test: str
+
+
+def in_room(room: str, *rows: Attack) -> tuple[Attack, ...]:
+    return tuple(evolve(row, room=room) for row in rows)

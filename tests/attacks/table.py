@@ -1,0 +1,288 @@
+"""The table of attacks: what is tried from inside an instance, and which lock refuses it.
+
+What the kernel answers under kvmsec's own seccomp filter is the same for all that it refuses, so
+that these answers stand here once.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Final
+
+from kvmsec.linux.credentials import bounding_set
+from tests.attacks.attack import Attack, Control, Refusal, Without, in_room
+
+CAP_SYS_RESOURCE: Final = 24  # linux/include/uapi/linux/capability.h
+FILTER: Final = Refusal("seccomp", "EPERM")
+FAMILY: Final = Refusal("seccomp", "EPERM|EAFNOSUPPORT")
+CLONE3: Final = Refusal("seccomp", "ENOSYS")
+OPEN: Final = Refusal("seccomp alone", "succeeded")
+PIDS: Final = Refusal("PID namespace", "ESRCH")
+TREE: Final = Refusal("root tree", "ENOENT")
+CAPABILITIES: Final = Refusal("no capability", "EPERM")
+NETWORK: Final = Refusal("network namespace", "ENETUNREACH")
+RULES: Final = Refusal("packet rules", "EPERM")
+# The kernel tells a sender of UDP and ICMP that its packet was dropped, and others nothing.
+RULES_UNTOLD: Final = Refusal("packet rules", "ETIMEDOUT")
+OWNER: Final = Refusal("uid", "EACCES")
+OWNER_OF_PROCESS: Final = Refusal("uid", "EPERM")
+NOTHING_LEFT: Final = Refusal("clean before release", "NONE")
+
+OTHER_INSTANCE: Final = in_room(
+    "another instance",
+    Attack("signal", "signal {pid}", PIDS, uid=OWNER_OF_PROCESS),
+    Attack("signal-by-descriptor", "signal-by-descriptor {pid}", PIDS, uid=OWNER_OF_PROCESS),
+    Attack("take-descriptor", "take-descriptor {pid} 1", PIDS, uid=OWNER_OF_PROCESS),
+    Attack("proc-mem", "read /proc/{pid}/mem {address}", TREE, uid=OWNER),
+    Attack("proc-environ", "read /proc/{pid}/environ", TREE, uid=OWNER),
+    Attack("proc-fd", "list /proc/{pid}/fd", TREE, uid=OWNER),
+    Attack("proc-maps", "read /proc/{pid}/maps", TREE, uid=OWNER),
+    Attack("proc-cmdline", "read /proc/{pid}/cmdline", TREE),
+    Attack("open-disk", "open-to-write {disk}", TREE, uid=OWNER),
+    Attack("connect-qmp", "connect {qmp}", TREE, uid=OWNER),
+    Attack("connect-serial", "connect {serial}", TREE, uid=OWNER),
+    Attack("open-log", "read {log}", TREE, uid=OWNER),
+    Attack("open-output", "list {output}", TREE, uid=OWNER),
+    Attack(
+        "connect-abstract",
+        "connect-abstract {abstract} /proc/{pid}/ns/net",
+        Refusal("network namespace", "ECONNREFUSED"),
+    ),
+    Attack(
+        "connect-abstract-of-host",
+        "connect-abstract {host_abstract} none",
+        Refusal("network namespace", "ECONNREFUSED"),
+    ),
+    # Its monitor's socket was made outside: it finds that name, and is in use for good.
+    Attack(
+        "connect-abstract-by-granted",
+        "connect-abstract-by-granted {host_abstract}",
+        Refusal("descriptors", "EINVAL|EISCONN"),
+    ),
+    Attack("join-by-path", "join-by-path {pid}", TREE, second=TREE, uid=OWNER),
+    Attack("join-by-descriptor", "join-by-descriptor {pid}", PIDS, uid=OWNER_OF_PROCESS),
+    Attack(
+        "message-queue",
+        "open-message-queue {queue} /proc/{pid}/ns/ipc",
+        Refusal("IPC namespace", "ENOENT"),
+    ),
+    Attack(
+        "drain-inotify",
+        "drain-inotify",
+        Refusal("uid", "UNHURT"),
+        shared="user|none",
+        control=Control(attacker="victim"),
+    ),
+)
+
+HOST_FILES: Final = in_room(
+    "the node's files",
+    Attack(
+        "anything-writable",
+        "walk-writable / {place} {devices}",
+        Refusal("read-only tree", "NONE"),
+        control=Control("walk-writable /etc"),
+    ),
+    Attack(
+        "any-set-uid",
+        "walk-set-uid / {place}",
+        Refusal("root tree", "NONE"),
+        control=Control("walk-set-uid /usr/bin"),
+    ),
+    Attack(
+        "any-device",
+        "walk-devices / {devices}",
+        Refusal("root tree", "NONE"),
+        control=Control("walk-devices /dev"),
+    ),
+    Attack("make-device", "make-device {place}", CAPABILITIES),
+    Attack("proc-sys", "open-to-write /proc/sys/kernel/core_pattern", TREE),
+    Attack("proc-root", "list /proc/1/root", TREE),
+    Attack("sys", "list /sys/kernel", TREE),
+    Attack("cgroup-files", "open-to-write {cgroup}", TREE, uid=OWNER),
+    Attack("shadow", "read /etc/shadow", TREE, uid=OWNER),
+    Attack("mount", "mount {place}", FILTER, second=CAPABILITIES),
+    Attack("mount-proc", "mount-proc {place}", FILTER, second=CAPABILITIES),
+    Attack("mount-new-way", "mount-new-way", FILTER, second=CAPABILITIES),
+    Attack("clone-tree", "clone-tree", FILTER, second=CAPABILITIES),
+    Attack(
+        "escape-chroot",
+        "escape-chroot {place} /etc/shadow",
+        CAPABILITIES,
+        control=Control("escape-chroot / /etc/shadow", changes_root=True),
+    ),
+    Attack(
+        "dot-dot",
+        "dot-dot {place} /etc/shadow",
+        Refusal("root tree", "ENOENT"),
+        control=Control(changes_root=True),
+    ),
+    Attack(
+        "dot-dot-of-descriptors",
+        "dot-dot-of-descriptors {place} /etc/shadow",
+        Refusal("descriptors", "ENOTDIR"),
+        control=Control(changes_root=True),
+    ),
+    Attack("open-by-handle", "open-by-handle {program}", FILTER, second=CAPABILITIES),
+    Attack("execute-output", "execute-output {place}", Refusal("noexec", "EACCES")),
+)
+
+
+def _has_no_modules() -> bool:
+    return not Path("/proc/modules").exists()
+
+
+def _has_no_newuidmap() -> bool:
+    return shutil.which("newuidmap") is None
+
+
+def _raises_no_limit() -> bool:
+    return CAP_SYS_RESOURCE not in bounding_set()
+
+
+PRIVILEGES: Final = in_room(
+    "privileges",
+    Attack("become-root", "become-root", CAPABILITIES),
+    Attack("become-another", "become-another {other_uid}", CAPABILITIES),
+    Attack("take-group", "take-group", CAPABILITIES),
+    Attack(
+        "execute-set-uid",
+        "execute-set-uid {place}/program",
+        Refusal("noexec", "EACCES"),
+        control=Control("execute-set-uid {set_uid}", attacker="somebody"),
+    ),
+    Attack("file-capability", "set-file-capability {place}/program", CAPABILITIES),
+    Attack(
+        "newuidmap",
+        "execute /usr/bin/newuidmap",
+        TREE,
+        control=Control(
+            unless=Without("ENOENT", "no package of this host has newuidmap", _has_no_newuidmap),
+        ),
+    ),
+    Attack("uid-map", "open-to-write /proc/self/uid_map", TREE),
+    Attack(
+        "load-module",
+        "load-module",
+        Refusal("no capability", "EPERM|ENOSYS"),
+        # What is loaded is no module: whoever may load one is told so.
+        control=Control(
+            answers="ENOEXEC",
+            unless=Without("ENOSYS", "this kernel loads no modules", _has_no_modules),
+        ),
+    ),
+    Attack("bpf", "make-bpf-map", FILTER, second=CAPABILITIES),
+    Attack("kernel-log", "read-kernel-log", Refusal("no capability", "EPERM")),
+    Attack(
+        "raise-limit",
+        "raise-limit",
+        CAPABILITIES,
+        control=Control(
+            unless=Without("EPERM", "root may raise no limit in this container", _raises_no_limit)
+        ),
+    ),
+    Attack("run-first", "run-first", CAPABILITIES),
+)
+
+UNREACHABLE_HERE: Final = Refusal("network namespace", "ENETUNREACH|EADDRNOTAVAIL")
+
+NETWORKS: Final = in_room(
+    "the network",
+    *(
+        Attack(f"tcp-{kind}", f"tcp {{{kind}}} 5000", UNREACHABLE_HERE, rules=RULES_UNTOLD)
+        for kind in ("ipv4", "ipv6", "mapped", "loopback4", "loopback6")
+    ),
+    *(
+        Attack(f"udp-{kind}", f"udp {{{kind}}} 5000", UNREACHABLE_HERE, rules=RULES)
+        for kind in ("ipv4", "ipv6", "mapped", "loopback4", "loopback6")
+    ),
+    Attack("multicast-ipv4", "udp 239.77.0.1 5000", NETWORK, rules=RULES),
+    Attack("multicast-ipv6", "udp ff0e::77 5000", UNREACHABLE_HERE, rules=RULES),
+    *(
+        Attack(
+            f"icmp-{kind}",
+            f"ping {{{kind}}}",
+            Refusal("network namespace", "EACCES"),
+            rules=rules,
+        )
+        for kind, rules in (("ipv4", RULES), ("ipv6", RULES_UNTOLD))
+    ),
+    *(
+        Attack(f"raw-{kind}", f"raw {{{kind}}}", CAPABILITIES, rules=CAPABILITIES)
+        for kind in ("ipv4", "ipv6")
+    ),
+    Attack("packet", "frame {wire}", FAMILY, second=CAPABILITIES, rules=FAMILY),
+    *(
+        Attack(
+            f"inbound-{kind}",
+            f"be-called {address} 6000",
+            Refusal("network namespace", "ETIMEDOUT"),
+            rules=RULES_UNTOLD,
+        )
+        for kind, address in (("ipv4", "0.0.0.0"), ("ipv6", "::"))
+    ),
+    *(
+        Attack(
+            f"syn-cookie-{kind}",
+            f"answer-by-cookie {address} 6000",
+            Refusal("network namespace", "UNSENT"),
+            rules=Refusal("packet rules", "UNSENT"),
+        )
+        for kind, address in (("ipv4", "0.0.0.0"), ("ipv6", "::"))
+    ),
+    *(
+        Attack(
+            f"orphan-{kind}",
+            f"leave-orphan {{{kind}}} 5000",
+            UNREACHABLE_HERE,
+            rules=Refusal("packet rules", "UNSENT"),
+        )
+        for kind in ("ipv4", "ipv6")
+    ),
+    Attack(
+        "inherited-socket",
+        "use-inherited",
+        Refusal("descriptors", "NONE"),
+        rules=Refusal("descriptors", "NONE"),
+    ),
+    Attack("open-tun", "open-to-write /dev/net/tun", TREE),
+    Attack(
+        "second-tap",
+        "second-tap",
+        Refusal("descriptors", "EEXIST"),
+        rules=Refusal("descriptors", "EEXIST"),
+    ),
+    Attack("namespace-of-tap", "namespace-of-tap", CAPABILITIES, rules=CAPABILITIES),
+    Attack("namespace-of-socket", "namespace-of-socket", CAPABILITIES, rules=CAPABILITIES),
+)
+
+LAUNCHER: Final = in_room(
+    "the launcher",
+    *(
+        Attack(
+            f"plant-{what}",
+            f"plant {{paths_of_{what}}}",
+            TREE,
+            uid=OWNER,
+            control=Control("plant {scratch}"),
+        )
+        for what in ("record", "sockets", "logs", "jail", "locks", "leases", "state")
+    ),
+    Attack("hold-lease", "hold-lock {lease}", TREE, uid=OWNER),
+    Attack("hold-instance-lock", "hold-lock {instance_lock}", TREE, uid=OWNER),
+    Attack("drop-locks", "drop-locks", Refusal("records", "HELD")),
+)
+
+RESOURCES: Final = in_room(
+    "resources",
+    Attack("fill-output", "fill {place} 64", Refusal("sized tmpfs", "ENOSPC")),
+    Attack("fill-with-files", "fill-with-files {place} 4000", Refusal("sized tmpfs", "ENOSPC")),
+    Attack("core", "dump-core {place}", Refusal("limits", "EPERM")),
+    Attack(
+        "descriptor-hog",
+        "hog-descriptors 150000",
+        Refusal("limits", "EMFILE"),
+        control=Control("hog-descriptors {many}"),
+    ),
+)
+
+ATTACKS: Final = (*OTHER_INSTANCE, *HOST_FILES, *PRIVILEGES, *NETWORKS, *LAUNCHER, *RESOURCES)
