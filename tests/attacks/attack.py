@@ -28,9 +28,9 @@ def _answers(given: str | frozenset[str]) -> frozenset[str]:
 class Refusal:
     """Which lock refuses an attack, and the kernel's answers that show it (names of errors).
 
-    Upper-case words that are no errors are the attacker's own: NONE (it looked, and found nothing
-    to use), UNSENT (nothing arrived), UNHURT (the victim noticed nothing), KILLED (the kernel ended
-    the attacker), HELD (what was to be let go is held).
+    A signal is the one by which the kernel ended the attack. Other words are the attacker's own:
+    NONE (it looked, and found nothing to use), UNSENT (nothing arrived), UNHURT (the victim noticed
+    nothing), HELD (what was to be let go is held), ENDED (the whole instance).
     """
 
     lock: str
@@ -67,7 +67,7 @@ class Attack:
 
     `order` has facts of `setting.Setting.facts` in braces. `refusal` holds while everything is on;
     `second` once seccomp is left out (None: what `refusal` says); `rules` where the packet rules
-    are all that there is against the network; `uid` outside the jail, with the instance's uid and
+    are all that there is against what is sent; `uid` outside the jail, with the instance's uid and
     no more. `shared` names the models under which it works by design, `shared_second` those under
     which it would without seccomp.
     """
@@ -94,7 +94,7 @@ class Attack:
         if locks == "the network namespace alone" and self.rules is None:
             return None
         shared, found = self.shared, self.refusal
-        if locks == "no seccomp":
+        if locks != "everything":
             shared, found = shared | self.shared_second, self.second or found
         return Refusal("shared by design", BY_DESIGN) if model in shared else found
 

@@ -55,9 +55,9 @@ class Attacker:
             os.write(self._writer, text.encode() + b"\n")
             line = self._hear_line()
         except (BrokenPipeError, ConnectionResetError):
-            return Answer("KILLED", "the whole instance")
+            return Answer("ENDED", "the whole instance")
         if line is None:
-            return Answer("KILLED", "the whole instance")
+            return Answer("ENDED", "the whole instance")
         _, word, found = line.split(" ", 2)
         return Answer(word, found)
 

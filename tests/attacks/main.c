@@ -168,8 +168,11 @@ static void carry_out(char *order)
     }
     while (waitpid(child, &status, 0) < 0)
         ;
-    if (WIFSIGNALED(status))
-        say_refused("KILLED", "by signal %d", WTERMSIG(status));
+    if (WIFSIGNALED(status)) {
+        char word[32];
+        snprintf(word, sizeof word, "SIG%s", sigabbrev_np(WTERMSIG(status)));
+        say_refused(word, "ended the attack");
+    }
 }
 
 static void take_orders(void)

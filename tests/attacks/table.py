@@ -210,7 +210,7 @@ NETWORKS: Final = in_room(
         Attack(f"raw-{kind}", f"raw {{{kind}}}", CAPABILITIES, rules=CAPABILITIES)
         for kind in ("ipv4", "ipv6")
     ),
-    Attack("packet", "frame {wire}", FAMILY, second=CAPABILITIES, rules=FAMILY),
+    Attack("packet", "frame {wire}", FAMILY, second=CAPABILITIES, rules=CAPABILITIES),
     *(
         Attack(
             f"inbound-{kind}",
