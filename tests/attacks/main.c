@@ -146,6 +146,16 @@ static const struct attack *find(const char *wanted)
     return 0;
 }
 
+/* What an attack left running would count against the next one. */
+static void end_what_is_left(void)
+{
+    if (getpid() != 1)
+        return; /* A control is not alone in its PID namespace. */
+    kill(-1, SIGKILL);
+    while (wait(0) > 0)
+        ;
+}
+
 static void carry_out(char *order)
 {
     char *words[WORDS + 1] = {0};
@@ -173,6 +183,7 @@ static void carry_out(char *order)
         snprintf(word, sizeof word, "SIG%s", sigabbrev_np(WTERMSIG(status)));
         say_refused(word, "ended the attack");
     }
+    end_what_is_left();
 }
 
 static void take_orders(void)

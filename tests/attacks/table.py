@@ -25,7 +25,6 @@ RULES: Final = Refusal("packet rules", "EPERM")
 RULES_UNTOLD: Final = Refusal("packet rules", "ETIMEDOUT")
 OWNER: Final = Refusal("uid", "EACCES")
 OWNER_OF_PROCESS: Final = Refusal("uid", "EPERM")
-NOTHING_LEFT: Final = Refusal("clean before release", "NONE")
 
 OTHER_INSTANCE: Final = in_room(
     "another instance",

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks.attack import Elsewhere
+from tests.attacks.attack import Attack, Elsewhere
 from tests.attacks.elsewhere import ELSEWHERE
 from tests.attacks.table import ATTACKS
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = (ROOT / "docs/threat-model.md").read_text()
+LOCKS = "The locks, and what proves them"
 NAMES = [one.name for one in (*ATTACKS, *ELSEWHERE)]
 
 
@@ -28,7 +29,13 @@ def test_no_two_attacks_have_one_name() -> None:
 
 
 def test_the_page_names_every_attack_and_no_other() -> None:
-    assert _named(_section("The locks, and what proves them")) == set(NAMES)
+    assert _named(_section(LOCKS)) == set(NAMES)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_an_attack_stands_in_the_row_of_the_lock_that_refuses_it(attack: Attack) -> None:
+    rows = [line.split("|") for line in _section(LOCKS).splitlines() if f"`{attack.name}`" in line]
+    assert [attack.refusal.lock in row[1] for row in rows] == [True]
 
 
 def test_the_page_lists_what_is_shared_by_design() -> None:
