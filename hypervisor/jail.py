@@ -34,7 +34,8 @@ _NODES: Final = (
     ("urandom", 1, 9),
 )
 NETWORK_NAMESPACE: Final = "network namespace"
-LOCKS: Final = frozenset({NETWORK_NAMESPACE})
+SECCOMP: Final = "seccomp"
+LOCKS: Final = frozenset({NETWORK_NAMESPACE, SECCOMP})
 """What a jail can be built without, for tests alone: so it is shown that another lock holds too."""
 _KVM_NODE: Final = ("kvm", 10, 232)  # Linux Documentation/admin-guide/devices.txt, misc minor 232
 
@@ -90,6 +91,11 @@ class Jail:
     def _require_known_locks(self, _: object, without: frozenset[str]) -> None:
         if unknown := without - LOCKS:
             raise ValueError(f"{sorted(unknown)} are no locks of a jail: {sorted(LOCKS)}")
+
+    @property
+    def filter_in_force(self) -> Filter | None:
+        """The filter that the child is to be under."""
+        return None if SECCOMP in self.without_locks else self.system_calls
 
 
 class JailFailed(HypervisorError):
@@ -264,9 +270,9 @@ def _drop_privileges(jail: Jail) -> None:
 
 
 def _filter_system_calls(jail: Jail) -> None:
-    if jail.system_calls is None:
+    if jail.filter_in_force is None:
         return
-    syscalls.filter_system_calls(jail.system_calls.with_gate(jail.ticket))
+    syscalls.filter_system_calls(jail.filter_in_force.with_gate(jail.ticket))
     if syscalls.seccomp_mode() != syscalls.SECCOMP_MODE_FILTER:
         raise PermissionError("the kernel shows no filter")
     try:

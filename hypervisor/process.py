@@ -237,7 +237,7 @@ def _missing_filters(status: ProcessStatus, jail: Jail) -> list[str]:
     mine = processes.read_status(os.getpid())
     if not status.seccomp_filters or mine is None:
         return []
-    wanted = (mine.seccomp_filters or 0) + (1 if jail.system_calls is None else 2)
+    wanted = (mine.seccomp_filters or 0) + (1 if jail.filter_in_force is None else 2)
     if status.seccomp_filters >= wanted:
         return []
     return [f"seccomp filters {status.seccomp_filters}, wanted at least {wanted}"]

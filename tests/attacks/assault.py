@@ -11,7 +11,7 @@ from typing import Any, Final
 from attrs import frozen
 
 from firewall.policy import Family
-from hypervisor.jail import LOCKS, NETWORK_NAMESPACE
+from hypervisor.jail import NETWORK_NAMESPACE, SECCOMP
 from kvmsec.errors import KvmsecError
 from kvmsec.linux.errors import Fault
 from tests.attacks.attack import SUCCEEDED, Attack, Locks
@@ -32,7 +32,7 @@ BRIDGE: Final = "brattacks"
 _CALLS: Final = 12
 _SILENCE_S: Final = 0.7
 """Longer than two retransmissions of TCP (0.2 and 0.4 s)."""
-_SECCOMP: Final = LOCKS & {"seccomp"}
+_SECCOMP: Final = frozenset({SECCOMP})
 
 
 @frozen
