@@ -223,6 +223,12 @@ RULES: Final = (
         "io_uring(7); Documentation/admin-guide/sysctl/kernel.rst, io_uring_disabled",
     ),
     Rule(
+        ("inotify_init", "inotify_init1"),
+        Answer.NOT_PERMITTED,
+        "the kernel counts them by uid, so that one instance of a user could use up all of them",
+        "inotify(7), max_user_instances",
+    ),
+    Rule(
         ("memfd_secret",),
         Answer.NOT_PERMITTED,
         "memory that root of the node can't look at",

@@ -86,8 +86,9 @@ OTHER_INSTANCE: Final = in_room(
     Attack(
         "drain-inotify",
         "drain-inotify",
-        Refusal("uid", "UNHURT"),
-        shared="user|none",
+        Refusal("seccomp", "UNHURT"),
+        second=Refusal("uid", "UNHURT"),
+        shared_second="user|none",
         control=Control(attacker="victim"),
     ),
     Attack(
