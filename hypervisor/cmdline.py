@@ -228,7 +228,7 @@ def _images(index: int, disk: Disk, chain: Sequence[ImageGrant]) -> Iterator[str
             "auto-read-only": False,
             "discard": "ignore" if is_read_only else disk.discard,
             "cache": {
-                "direct": disk.cache in ("none", "directsync"),
+                "direct": disk.is_direct,
                 "no-flush": disk.cache == "unsafe",
             },
         }

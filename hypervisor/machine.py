@@ -196,6 +196,11 @@ class Disk:
         """Whether the guest may write to `path`."""
         return not self.readonly and self.device != "cdrom"
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether its I/O goes past the node's page cache (open(2), O_DIRECT)."""
+        return self.cache in ("none", "directsync")
+
     def __attrs_post_init__(self) -> None:
         _raise_any("disk", self._problems())
 
@@ -208,7 +213,7 @@ class Disk:
         paths = [self.path, *(image.path for image in self.backing)]
         if len(set(paths)) < len(paths):
             yield Problem("backing", "an image is named twice in the chain")
-        if self.aio == "native" and self.cache not in ("none", "directsync"):
+        if self.aio == "native" and not self.is_direct:
             yield Problem("aio", "native needs cache none or directsync (O_DIRECT)")
         if self.detect_zeroes == "unmap" and self.discard != "unmap":
             yield Problem("detect_zeroes", "unmap needs discard unmap")

@@ -28,6 +28,8 @@ from hypervisor.machine import Disk, ImageFormat
 class ImageFile:
     """One file of a definition: an absolute path, how to read it, and whether it is only read.
 
+    is_direct: opened for I/O past the node's page cache, as QEMU 10 finds a descriptor only if it
+    was; earlier ones switch that on by themselves.
     The format is the definition's word and never probed: a raw disk is its guest's to fill, and
     one filled with a qcow2 header would otherwise name any file of the host.
     """
@@ -35,12 +37,14 @@ class ImageFile:
     path: Path
     format: ImageFormat = "raw"
     readonly: bool = False
+    is_direct: bool = False
 
 
 def chain_of(disk: Disk) -> tuple[ImageFile, ...]:
     """The files that a disk's definition names: its own, then what lies below it."""
-    own = ImageFile(disk.path, disk.format, readonly=not disk.is_written)
-    return (own, *(ImageFile(below.path, below.format, readonly=True) for below in disk.backing))
+    own = ImageFile(disk.path, disk.format, not disk.is_written, disk.is_direct)
+    below = (ImageFile(one.path, one.format, True, disk.is_direct) for one in disk.backing)
+    return (own, *below)
 
 
 def check_chain(chain: Sequence[ImageFile], headers: Sequence[Qcow2Header | None]) -> None:

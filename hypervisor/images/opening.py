@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from hypervisor.images.backing import ImageFile, check_chain
 from hypervisor.images.errors import ImageNotOpened, ImageUsedTwice, NotAnImage
@@ -118,7 +118,7 @@ def _open_checked(
 
 
 def _as_base(image: ImageFile) -> ImageFile:
-    return ImageFile(image.path, image.format, readonly=True)
+    return evolve(image, readonly=True)
 
 
 def _reach(reading: ExitStack, image: ImageFile) -> _Candidate:
@@ -144,6 +144,7 @@ def _reach(reading: ExitStack, image: ImageFile) -> _Candidate:
 def _open_for_qemu(candidate: _Candidate, header: Qcow2Header | None) -> OpenImage:
     image, largest_bytes = candidate.image, candidate.size_bytes
     mode = os.O_RDONLY if image.readonly else os.O_RDWR
+    mode |= os.O_DIRECT if image.is_direct else 0
     if header is not None and not image.readonly:
         largest_bytes = largest_file_bytes(header, largest_bytes)
     return OpenImage(
@@ -162,7 +163,7 @@ def _open_reference(path: Path, reference: int, mode: int) -> int:
         # Not to block: whoever owns the file may hold a lease on it (fcntl(2), F_SETLEASE).
         fd = os.open(f"/proc/self/fd/{reference}", mode | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise _not_opened(path, error) from error
+        raise _not_opened(path, error, mode) from error
     os.set_blocking(fd, True)
     return fd
 
@@ -186,7 +187,7 @@ def _device_size(path: Path, fd: int) -> int:
     return int(struct.unpack("=Q", answer)[0])
 
 
-def _not_opened(path: Path, error: OSError) -> ImageNotOpened:
+def _not_opened(path: Path, error: OSError, mode: int = 0) -> ImageNotOpened:
     number = error.errno or 0
     if number == errno.ELOOP:
         return ImageNotOpened(
@@ -195,6 +196,9 @@ def _not_opened(path: Path, error: OSError) -> ImageNotOpened:
             "has a symbolic link in its path",
             hint="name the real path (`realpath` shows it); links can be swapped by others",
         )
+    if number == errno.EINVAL and mode & os.O_DIRECT:
+        finding = "lies on a filesystem without direct I/O"
+        return ImageNotOpened(path, number, finding, hint="say cache = writeback for the disk")
     hints = {
         errno.ENOENT: "make it (qemu-img create), or mend the definition",
         errno.ENXIO: "the device has no medium or no driver",

@@ -197,8 +197,9 @@ def grants_for(machine: Machine, stack: ExitStack, place: Path) -> tuple[Grants,
         opened.append(descriptor)
         return descriptor
 
-    def image(path: Path, is_written: bool) -> ImageGrant:
-        return ImageGrant(keep(os.open(path, os.O_RDWR if is_written else os.O_RDONLY)))
+    def image(path: Path, is_written: bool, is_direct: bool) -> ImageGrant:
+        mode = os.O_RDWR if is_written else os.O_RDONLY
+        return ImageGrant(keep(os.open(path, mode | (os.O_DIRECT if is_direct else 0))))
 
     def in_jail(name: str) -> PurePosixPath | None:
         return None if getattr(machine, name) is None else PurePosixPath("/boot", name)
@@ -208,7 +209,10 @@ def grants_for(machine: Machine, stack: ExitStack, place: Path) -> tuple[Grants,
         serial=keep(listener(place / "serial").detach()),
         serial_log=PurePosixPath("/output/serial"),
         disks=tuple(
-            (image(disk.path, disk.is_written), *(image(file.path, False) for file in disk.backing))
+            (
+                image(disk.path, disk.is_written, disk.is_direct),
+                *(image(file.path, False, disk.is_direct) for file in disk.backing),
+            )
             for disk in machine.disks
         ),
         nics=tuple(NicGrant(keep(new_tap())) for _ in machine.nics),

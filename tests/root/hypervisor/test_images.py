@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from hypervisor.images import (
     ImageError,
@@ -25,6 +26,7 @@ from hypervisor.images.opening import INSPECTION_TIMEOUT_S
 from kvmsec.linux import command
 from kvmsec.linux.children import start_child
 from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.syscalls import mount, umount
 
 pytestmark = pytest.mark.root
 
@@ -88,6 +90,29 @@ def test_a_read_only_disk_is_opened_for_reading(vm: Path, make_raw: Make) -> Non
         assert access_mode(image.fd) == os.O_RDONLY
     finally:
         image.close()
+
+
+def test_direct_io_is_asked_for_when_a_disk_is_opened(vm: Path, make_raw: Make) -> None:
+    disk = make_raw("disk.img")
+
+    for is_direct in (True, False):
+        (image,) = open_chain([evolve(disk, is_direct=is_direct)])
+        try:
+            assert bool(fcntl.fcntl(image.fd, fcntl.F_GETFL) & os.O_DIRECT) == is_direct
+        finally:
+            image.close()
+
+
+def test_a_filesystem_without_direct_io_is_said(vm: Path, make_raw: Make) -> None:
+    mount("memory", str(vm), "ramfs", 0)
+    try:
+        disk = make_raw("disk.img")
+        with pytest.raises(ImageNotOpened, match="without direct I/O") as caught:
+            open_chain([evolve(disk, is_direct=True)])
+        assert caught.value.hint == "say cache = writeback for the disk"
+        open_chain([disk])[0].close()
+    finally:
+        umount(str(vm))
 
 
 def test_only_the_top_of_a_chain_can_be_written(vm: Path, make_qcow2: Make) -> None:
