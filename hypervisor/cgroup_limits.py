@@ -12,10 +12,18 @@ from attrs import frozen
 
 ALWAYS: Final = ("memory", "pids")
 """The controllers that every instance's groups have."""
-CONTROLLERS: Final = (*ALWAYS, "cpu", "io")
+CONTROLLERS: Final = (*ALWAYS, "cpu", "io", "hugetlb")
 """All that an instance may come to have; the kernel calls `io` `blkio` in version 1."""
 PERIOD_US: Final = 100_000
 """Over how long a CPU quota is counted: the kernel's own default (sched-bwc.rst)."""
+
+
+@frozen
+class HugePageLimit:
+    """How much of a node's pool of huge pages may be held; `size` is the kernel's word (`2MB`)."""
+
+    size: str
+    limit_bytes: int
 
 
 @frozen
@@ -24,6 +32,7 @@ class GroupLimits:
 
     memory_bytes: of all that its processes, their page cache and the kernel for them hold; swap
     is not to be had besides. tasks: threads and processes. cpu_quota_percent: of one CPU's time.
+    huge_pages: of each size that the node has a pool of, since those aren't counted as memory.
     """
 
     memory_bytes: int | None = None
@@ -31,6 +40,7 @@ class GroupLimits:
     cpu_weight: int | None = None
     cpu_quota_percent: int | None = None
     io_weight: int | None = None
+    huge_pages: tuple[HugePageLimit, ...] = ()
 
     @property
     def controllers(self) -> tuple[str, ...]:
@@ -38,6 +48,7 @@ class GroupLimits:
         asked = {
             "cpu": self.cpu_weight is not None or self.cpu_quota_percent is not None,
             "io": self.io_weight is not None,
+            "hugetlb": bool(self.huge_pages),
         }
         return tuple(name for name in CONTROLLERS if name in ALWAYS or asked[name])
 
@@ -81,6 +92,11 @@ def _version_2(limits: GroupLimits) -> Iterator[Setting]:
     if limits.io_weight is not None:
         yield Setting("io", "io.weight", str(limits.io_weight), is_optional=True)
         yield Setting("io", "io.bfq.weight", str(bfq_weight(limits.io_weight)), is_optional=True)
+    for pool in limits.huge_pages:
+        held = str(pool.limit_bytes)
+        yield Setting("hugetlb", f"hugetlb.{pool.size}.max", held)
+        # What is reserved by a mapping and not touched yet is kept from others all the same.
+        yield Setting("hugetlb", f"hugetlb.{pool.size}.rsvd.max", held, is_optional=True)
 
 
 def _version_1(limits: GroupLimits) -> Iterator[Setting]:
@@ -102,6 +118,10 @@ def _version_1(limits: GroupLimits) -> Iterator[Setting]:
         yield Setting("io", "blkio.bfq.weight", weight, is_optional=True)
         # CFQ's, in kernels before 5.0, takes no less than 10.
         yield Setting("io", "blkio.weight", str(max(10, int(weight))), is_optional=True)
+    for pool in limits.huge_pages:
+        held = str(pool.limit_bytes)
+        yield Setting("hugetlb", f"hugetlb.{pool.size}.limit_in_bytes", held)
+        yield Setting("hugetlb", f"hugetlb.{pool.size}.rsvd.limit_in_bytes", held, is_optional=True)
 
 
 def _quota_us(percent: int) -> int:

@@ -15,7 +15,7 @@ from attrs import frozen
 from hypervisor.errors import Unsupported
 from hypervisor.extra_arguments import check_extra_arguments
 from hypervisor.features import Features
-from hypervisor.machine import Disk, ImageFormat, Machine, Nic
+from hypervisor.machine import HUGE_PAGES_MIB, Disk, HugePages, ImageFormat, Machine, Nic
 
 SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _DISKS_PER_BUS: Final = {"pc": 2, "q35": 1}
@@ -156,13 +156,29 @@ def _process(machine: Machine) -> Iterator[str]:
 def _board(machine: Machine, accelerator: str) -> Iterator[str]:
     # No core file holds guest memory, and KSM, which tells by its timing what a neighbour's
     # pages hold, merges none of it.
-    board = _options(type=machine.machine, usb="off", dump_guest_core="off", mem_merge="off")
-    yield from ("-machine", board)
+    board = {"usb": "off", "dump_guest_core": "off", "mem_merge": "off"}
+    if machine.hugepages is not None:
+        yield from ("-object", _json(**_huge_memory(machine.memory_mib, machine.hugepages)))
+        board["memory_backend"] = "memory"
+    yield from ("-machine", _options(type=machine.machine, **board))
     yield from ("-accel", accelerator)
     if machine.cpu is not None:
         yield from ("-cpu", machine.cpu)
     yield from ("-m", _options(size=f"{machine.memory_mib}M"))
     yield from ("-smp", _options(cpus=str(machine.vcpus)))
+
+
+def _huge_memory(memory_mib: int, hugepages: HugePages) -> dict[str, object]:
+    """Memory that no path leads to: a file of hugetlbfs would need one, and a place in the jail."""
+    return {
+        "qom-type": "memory-backend-memfd",
+        "id": "memory",
+        "size": memory_mib << 20,
+        "hugetlb": True,
+        "hugetlbsize": HUGE_PAGES_MIB[hugepages] << 20,
+        "dump": False,
+        "merge": False,
+    }
 
 
 def _boot(machine: Machine, grants: Grants) -> Iterator[str]:

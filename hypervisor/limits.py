@@ -51,8 +51,8 @@ class ProcessLimits:
 
     processes: of the uid, all its processes and threads on the node counted (getrlimit(2)); None
     leaves the launcher's, for a uid that is shared or is root's, which isn't counted.
-    file_bytes: of any file that it writes, its images among them. A machine whose memory is a
-    file (memfd) would need no less than that memory.
+    file_bytes: of any file that it writes, its images among them, and its memory where that is
+    a file (memfd).
     locked_bytes: mlock(2), and the rings of io_uring before Linux 5.12.
     oom_score_adjust: -1000 to 1000, more is killed earlier (proc_pid_oom_score_adj(5)).
     """

@@ -6,7 +6,7 @@ Paths are the host's and absolute; whoever reads a command line resolves relativ
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -14,6 +14,7 @@ from attrs import Attribute, field, frozen
 
 from hypervisor.errors import Problem, SpecError
 
+HugePages = Literal["2M", "1G"]
 Accelerator = Literal["kvm", "tcg", "auto"]
 ImageFormat = Literal["raw", "qcow2"]
 DiskDevice = Literal["virtio", "scsi", "ide", "cdrom"]
@@ -52,6 +53,8 @@ _CPU: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _MAC: Final = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 _SERIAL: Final = re.compile(r"[A-Za-z0-9_.+-]{1,20}")
+HUGE_PAGES_MIB: Final[Mapping[HugePages, int]] = {"2M": 2, "1G": 1024}
+"""The sizes of huge pages on x86 (Documentation/admin-guide/mm/hugetlbpage.rst)."""
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -80,9 +83,13 @@ def _matches(pattern: re.Pattern[str], wanted: str) -> Callable[[str], str | Non
     return lambda text: None if pattern.fullmatch(text) else f"{_shown(text)} is not {wanted}"
 
 
-def _one_of(*choices: str) -> Rule:
+def _one_of(*choices: str, is_optional: bool = False) -> Rule:
     listed = ", ".join(choices[:-1]) + f" or {choices[-1]}"
-    return Rule(lambda text: None if text in choices else f"{_shown(text)} is not {listed}")
+
+    def problem(text: str) -> str | None:
+        return None if text in choices else f"{_shown(text)} is not {listed}"
+
+    return Rule(problem, is_optional)
 
 
 def _between(low: int, high: int) -> Rule:
@@ -263,6 +270,9 @@ class Machine:
         validator=Rule(_matches(_NAME, "a name (1 to 63 of a-z0-9.-, a letter or digit first)"))
     )
     memory_mib: int = field(default=128, validator=_between(1, MAX_MEMORY_MIB))
+    hugepages: HugePages | None = field(
+        default=None, validator=_one_of(*HUGE_PAGES_MIB, is_optional=True)
+    )
     vcpus: int = field(default=1, validator=_between(1, MAX_VCPUS))
     machine: str = field(
         default="pc",
@@ -300,6 +310,8 @@ class Machine:
         _raise_any("machine", self._problems())
 
     def _problems(self) -> Iterator[Problem]:
+        if self.hugepages is not None and self.memory_mib % HUGE_PAGES_MIB[self.hugepages]:
+            yield Problem("memory_mib", f"is no multiple of a huge page ({self.hugepages})")
         for given in ("initrd", "append"):
             if getattr(self, given) is not None and self.kernel is None:
                 yield Problem(given, "has no meaning without a kernel")

@@ -18,7 +18,7 @@ from typing import Any, Final
 from attrs import evolve, frozen
 
 from firewall import canary
-from hypervisor import cgroups, process
+from hypervisor import cgroups, huge_pages, process
 from hypervisor.closure import require_trusted_parts
 from hypervisor.jail import Jail
 from hypervisor.monitor import Monitor, MonitorClosed, MonitorUnreachable
@@ -231,7 +231,12 @@ class _Start:
     def make_cgroup(self) -> None:
         config = self.host.config
         self.allotment = limits.allot(
-            config, self.machine, self.engine, self.lent, self.security.model
+            config,
+            self.machine,
+            self.engine,
+            self.lent,
+            self.security.model,
+            huge_pages.pools_mib(),
         )
         group = self.host.hierarchy.create(
             self.host.paths.tag, self.record.name, config.cgroup.parent, self.allotment.groups

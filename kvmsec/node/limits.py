@@ -8,7 +8,7 @@ from typing import Final
 
 from attrs import frozen
 
-from hypervisor import footprint
+from hypervisor import footprint, huge_pages
 from hypervisor.cgroup_limits import GroupLimits
 from hypervisor.cgroups import Lack
 from hypervisor.limits import UNLIMITED, ProcessLimits
@@ -63,9 +63,17 @@ class Allotment:
 
 
 def allot(
-    config: Config, machine: Machine, engine: Engine, lent: Lent, model: SecurityModel
+    config: Config,
+    machine: Machine,
+    engine: Engine,
+    lent: Lent,
+    model: SecurityModel,
+    huge_page_pools: Collection[int],
 ) -> Allotment:
-    """The bounds of one start: of its control groups, and of its process."""
+    """The bounds of one start: of its control groups, and of its process.
+
+    `huge_page_pools`: the sizes, in MiB, of the pages that the node has pools of.
+    """
     settings = config.limits
     granted = decide(machine.limits, settings)
     boot_bytes = [file.size_bytes for file in lent.boot_files]
@@ -77,6 +85,9 @@ def allot(
     if is_locked:
         memory_mib += footprint.locked_mib(machine)
     threads = footprint.tasks(machine)
+    files = [*boot_bytes, output_bytes]
+    if machine.hugepages is not None:
+        files.append(machine.memory_mib * _MIB)
     written = [image.largest_bytes for chain in lent.disks for image in chain if not image.readonly]
     assert granted.oom_score_adjust is not None
     return Allotment(
@@ -86,12 +97,13 @@ def allot(
             cpu_weight=granted.cpu_weight,
             cpu_quota_percent=granted.cpu_quota_percent,
             io_weight=granted.io_weight,
+            huge_pages=huge_pages.limits_for(machine, huge_page_pools),
         ),
         ProcessLimits(
             open_files=footprint.descriptors(machine),
             # Counted for all of a uid: the same as the group's where one uid is one instance.
             processes=threads if model is SecurityModel.POOL else None,
-            file_bytes=footprint.largest_file_bytes(written, files=[*boot_bytes, output_bytes]),
+            file_bytes=footprint.largest_file_bytes(written, files=files),
             locked_bytes=UNLIMITED if is_locked else 8 * _MIB,
             oom_score_adjust=granted.oom_score_adjust,
         ),

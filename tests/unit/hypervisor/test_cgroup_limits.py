@@ -2,7 +2,14 @@
 
 import pytest
 
-from hypervisor.cgroup_limits import GroupLimits, Setting, bfq_weight, settings_for, shares
+from hypervisor.cgroup_limits import (
+    GroupLimits,
+    HugePageLimit,
+    Setting,
+    bfq_weight,
+    settings_for,
+    shares,
+)
 
 _ALL = GroupLimits(
     memory_bytes=256 << 20, tasks=100, cpu_weight=50, cpu_quota_percent=150, io_weight=1000
@@ -51,6 +58,22 @@ def test_version_one_in_full_and_in_an_order_that_it_takes() -> None:
 def test_a_hierarchy_gets_what_its_controllers_take_and_nothing_unasked(version: int) -> None:
     assert set(written(_ALL, version, frozenset({"pids"}))) == {"pids.max"}
     assert written(GroupLimits(), version) == {}
+
+
+def test_huge_pages_are_bounded_with_what_is_reserved_of_them() -> None:
+    limits = GroupLimits(huge_pages=(HugePageLimit("2MB", 4 << 20), HugePageLimit("1GB", 0)))
+    assert written(limits, 2, frozenset({"hugetlb"})) == {
+        "hugetlb.2MB.max": "4194304",
+        "hugetlb.2MB.rsvd.max": "4194304",
+        "hugetlb.1GB.max": "0",
+        "hugetlb.1GB.rsvd.max": "0",
+    }
+    assert written(limits, 1, frozenset({"hugetlb"})) == {
+        "hugetlb.2MB.limit_in_bytes": "4194304",
+        "hugetlb.2MB.rsvd.limit_in_bytes": "4194304",
+        "hugetlb.1GB.limit_in_bytes": "0",
+        "hugetlb.1GB.rsvd.limit_in_bytes": "0",
+    }
 
 
 def test_memory_and_tasks_are_always_bounded_and_the_rest_where_somebody_asks() -> None:

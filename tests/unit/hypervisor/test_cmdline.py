@@ -73,6 +73,7 @@ MACHINES = {
         nics=(Nic(bridge="br0"),),
         serial=False,
     ),
+    "huge": Machine(name="huge", memory_mib=4096, hugepages="1G"),
     "scsi": Machine(
         name="scsi",
         machine="pc-i440fx-7.2",

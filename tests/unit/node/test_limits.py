@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hypervisor.cgroup_limits import HugePageLimit
 from hypervisor.cgroups import Lack
 from hypervisor.limits import UNLIMITED
 from hypervisor.machine import Limits, Machine
@@ -106,11 +107,16 @@ def test_what_else_is_missing_is_refused_by_name(
     assert may_help == (CPU not in refused), "no setting spares what somebody asks for"
 
 
-def bounds(*extra: str, model: SecurityModel = SecurityModel.POOL, **keys: Any) -> Allotment:
+def bounds(
+    *extra: str,
+    model: SecurityModel = SecurityModel.POOL,
+    pools: tuple[int, ...] = (),
+    **keys: Any,
+) -> Allotment:
     nothing: Any = None
     engine = Engine(Path("/usr/bin/qemu"), nothing, nothing, "kvm", nothing)
     config = Config(qemu=QemuSettings(extra_arguments=extra))
-    return allot(config, Machine(name="web", **keys), engine, Lent(), model)
+    return allot(config, Machine(name="web", **keys), engine, Lent(), model, pools)
 
 
 def test_a_uid_of_its_own_is_bounded_as_its_group_is() -> None:
@@ -119,6 +125,18 @@ def test_a_uid_of_its_own_is_bounded_as_its_group_is() -> None:
     for model in (SecurityModel.USER, SecurityModel.NONE):
         shared = bounds(vcpus=3, model=model)
         assert (shared.groups.tasks, shared.process.processes) == (99, None)
+
+
+def test_memory_of_huge_pages_is_a_file_and_the_only_ones_that_it_gets() -> None:
+    without = bounds(memory_mib=4096, pools=(2, 1024))
+    assert without.groups.huge_pages == (HugePageLimit("2MB", 0), HugePageLimit("1GB", 0))
+    assert without.process.file_bytes < 4096 << 20
+    huge = bounds(memory_mib=4096, hugepages="1G", pools=(2,))
+    wanted = HugePageLimit("1GB", 4096 << 20)
+    assert huge.groups.huge_pages == (HugePageLimit("2MB", 0), wanted)
+    assert huge.process.file_bytes == 4096 << 20
+    assert "hugetlb" in huge.groups.controllers
+    assert "hugetlb" not in bounds().groups.controllers
 
 
 def test_the_margin_is_the_nodes_and_sizes_are_whole_pages() -> None:
