@@ -6,11 +6,12 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from typing import Final
 
 import click
 
-from kvmsec.cli.output import ReaderGone, complain, shown_text
+from kvmsec.cli.output import ReaderGone, complain, remark, shown_text
 from kvmsec.linux.errors import Fault
 
 FAILED: Final = 1
@@ -31,11 +32,13 @@ _HINTS: Final = {
 
 
 class Terminated(Exception):
-    """A signal told us to end; what had been begun was undone."""
+    """A signal told us to end; what had been begun was undone, as far as its notes don't differ."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, notes: Iterable[str] = ()) -> None:
         super().__init__(number)
         self.number = number
+        for note in notes:
+            self.add_note(note)
 
 
 class WrongUsage(click.UsageError):
@@ -55,7 +58,21 @@ class WrongValue(click.BadParameter):
 
 
 def report(error: BaseException, *, is_debug: bool) -> int:
-    """Say on stderr what went wrong; returns the exit status."""
+    """Say on stderr what went wrong, and what could not be undone; returns the exit status."""
+    status = _report(error, is_debug=is_debug)
+    for note in notes_of(error):
+        remark(note)
+    return status
+
+
+def notes_of(error: BaseException) -> tuple[str, ...]:
+    """What was noted on an error on its way up (PEP 678), by whoever tried to undo its work."""
+    notes = getattr(error, "__notes__", ())
+    # Anybody may set the attribute to anything.
+    return tuple(map(str, notes)) if isinstance(notes, list | tuple) else ()
+
+
+def _report(error: BaseException, *, is_debug: bool) -> int:
     if is_debug and not isinstance(error, click.ClickException | ReaderGone):
         _print_traceback(error)
     match error:
@@ -68,7 +85,7 @@ def report(error: BaseException, *, is_debug: bool) -> int:
             complain(error.message, error.hint)
             return FAILED
         case click.Abort() | KeyboardInterrupt():
-            return report(Terminated(signal.SIGINT), is_debug=False)
+            return _report(Terminated(signal.SIGINT), is_debug=False)
         case Terminated():
             complain("interrupted" if error.number == signal.SIGINT else "terminated")
             return _SIGNALLED + error.number

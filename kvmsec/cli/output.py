@@ -48,6 +48,11 @@ def complain(message: str, hint: str | None = None) -> None:
         click.echo(f"hint: {shown_text(hint)}", err=True)
 
 
+def remark(note: str) -> None:
+    """One more thing to know of the error that was just complained about: `note: …`."""
+    click.echo(f"note: {shown_text(note)}", err=True)
+
+
 def warn(message: str) -> None:
     """Something that a person should know although the command did what it was told."""
     complain(f"warning: {message}")

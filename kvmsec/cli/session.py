@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import click
 
-from kvmsec.cli.failures import Terminated
+from kvmsec.cli.failures import Terminated, notes_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -82,9 +82,14 @@ async def _act(root: Path, action: Callable[[Node], Awaitable[_T]]) -> _T:
     import asyncio
 
     node = open_node(root)
+    notes: list[str] = []
 
     async def act() -> _T:
-        return await action(node)
+        try:
+            return await action(node)
+        except asyncio.CancelledError as error:
+            notes.extend(notes_of(error))
+            raise
 
     work = asyncio.create_task(act())
     told = _cancelled_by_signals(work)
@@ -92,7 +97,7 @@ async def _act(root: Path, action: Callable[[Node], Awaitable[_T]]) -> _T:
         # Not awaited itself: what is cancelled is the work, and never the wait for its undoing.
         await asyncio.wait((work,))
         if work.cancelled() and told:
-            raise Terminated(told[0])
+            raise Terminated(told[0], notes)
         return work.result()
     finally:
         await node.close()

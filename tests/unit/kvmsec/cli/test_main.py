@@ -217,6 +217,68 @@ def test_an_error_is_told_in_words_and_is_status_1(
     assert node.is_closed
 
 
+def noted(error: BaseException, *notes: str) -> BaseException:
+    for note in notes:
+        error.add_note(note)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KvmsecError("it is broken", hint="mend it"), "kvmsec: it is broken\nhint: mend it\n"),
+        (OSError(errno.EIO, "Input/output error"), "kvmsec: Input/output error\n"),
+        (click.UsageError("wrong"), "kvmsec: wrong\nhint: see `kvmsec instance list --help`\n"),
+        (KeyboardInterrupt(), "kvmsec: interrupted\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_could_not_be_undone_is_told_after_the_error(
+    run: Any, node: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str
+) -> None:
+    notes = ("not taken back: web", "nor\nkvmsec: this\x1b[2J")
+    monkeypatch.setattr(session, "open_node", raising(noted(error, *notes)))
+
+    result = run("instance", "list")
+
+    assert result.stderr == (
+        f"{said}note: not taken back: web\nnote: nor\n  kvmsec: this\\x1b[2J\n"
+    )
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_notes_that_are_none_are_passed_over(run: Any, node: Any) -> None:
+    node.error = KvmsecError("it is broken")
+    node.error.__notes__ = "web"
+
+    assert run("instance", "list").stderr == "kvmsec: it is broken\n"
+
+
+def test_what_an_interrupted_command_could_not_undo_is_told(
+    run: Any, node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def act() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(30)
+        except asyncio.CancelledError as error:
+            error.add_note("the rules are still there")
+            raise
+
+    monkeypatch.setattr(node, "apply_rules", act)
+
+    result = run("firewall", "apply")
+
+    assert result.exit_code == 143
+    assert result.stderr.endswith("note: the rules are still there\n")
+
+
 def test_debug_shows_where_an_error_comes_from(run: Any, node: Any) -> None:
     node.error = KvmsecError("it is \x1b[31mbroken")
 
