@@ -6,7 +6,7 @@ file where anybody may leave one.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -17,10 +17,15 @@ from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import NOBODY, Credentials
 from kvmsec.linux.errors import LinuxError
 from kvmsec.linux.ipc import SysvObject, remove_sysv_object, sysv_objects
-from uidpool.files import Bounds, find_files, remove_files
+from kvmsec.linux.processes import pids
+from uidpool.files import Bounds, Found, find_files, remove_files
 from uidpool.processes import Process, described, end_processes, find_processes
 
 _SHOWN: Final = 5
+# Together less than 20 ms, were all of it there to be looked at.
+_QUICK_PROCESSES: Final = 400
+_QUICK_TABLE_BYTES: Final = 64 * 1024
+_QUICK_BOUNDS: Final = Bounds(seconds=0.008, entries=2000, depth=64)
 _COLLECTED_WITHIN_S: Final = 2.0
 _COLLECTION_STEP_S: Final = 0.005
 
@@ -76,12 +81,34 @@ def _some(names: list[str], count: int | None = None) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {left_out} more" if left_out > 0 else "")
 
 
+def is_evidently_clean(uid: int) -> bool:
+    """Whether a look of a few milliseconds proves that a uid has nothing; False proves nothing.
+
+    For who has an event loop to keep running: a longer look belongs in a child then. No zombie
+    either: it is to be reaped, or ended anew. Raises nothing.
+    """
+    try:
+        if len(pids()) > _QUICK_PROCESSES or find_processes(uid):
+            return False
+        if sysv_objects(uid, limit_bytes=_QUICK_TABLE_BYTES) or keyrings.key_count(uid):
+            return False
+    except (OSError, ValueError):
+        return False
+    found = find_files(uid, bounds=_QUICK_BOUNDS)
+    return not found.count and found.incomplete is None
+
+
 def inspect(uid: int, *, bounds: Bounds | None = None) -> Usage:
     """What a uid has now; a part that can't be looked at makes the answer `incomplete`.
 
     Processes are looked for first: once there is none, none can come, and nothing is added behind
-    the scan. About a millisecond on a node with a hundred processes, and 20 us for each more.
+    the scan. About a millisecond on a node with a hundred processes, 20 us for each more, and 4 us
+    for each file in the shared places.
     """
+    return _looked_at(uid, lambda: find_files(uid, bounds=bounds))
+
+
+def _looked_at(uid: int, look_at_files: Callable[[], Found]) -> Usage:
     problems: list[str] = []
     processes: list[Process] = []
     objects: list[SysvObject] = []
@@ -92,7 +119,7 @@ def inspect(uid: int, *, bounds: Bounds | None = None) -> Usage:
         keys = keyrings.key_count(uid)
     except (OSError, ValueError) as error:
         problems.append(str(error))
-    found = find_files(uid, bounds=bounds)
+    found = look_at_files()
     is_crowded = not problems and found.incomplete is not None
     if found.incomplete:
         problems.append(found.incomplete)
@@ -117,28 +144,30 @@ def clean(uid: int, *, reaper_uid: int, sweep_lock: Path, timeout_s: float = 10.
     has something and can't be a pool's, and leaves that alone.
     """
     before = inspect(uid)
-    if before.is_clean and not before.zombies:
+    if before.is_obscured or (before.is_clean and not before.zombies):
         return before
     failures: list[str] = []
+    files: Found | None = None
     with _noting(failures):
         left = end_processes(uid, reaper_uid=reaper_uid, lock=sweep_lock, timeout_s=timeout_s)
         if not left:
-            _remove_what_is_left(uid, failures)
-    after = inspect(uid)
+            files = _remove_what_is_left(uid, failures)
+    # Files that could not be removed were found by a scan when no process was there to add one.
+    after = _looked_at(uid, lambda: find_files(uid) if files is None else files)
     if after.is_clean:
         return after
     problems = [*failures, after.incomplete] if after.incomplete else failures
     return evolve(after, incomplete="; ".join(problems) or None)
 
 
-def _remove_what_is_left(uid: int, failures: list[str]) -> None:
-    """Once no process of the uid is there to put back what is taken."""
+def _remove_what_is_left(uid: int, failures: list[str]) -> Found:
+    """Once no process of the uid is there to put back what is taken; the files that are left."""
     with _noting(failures):
         for one in sysv_objects(uid):
             remove_sysv_object(one)
     with _noting(failures):
         _drop_keys(uid)
-    remove_files(uid)
+    return remove_files(uid)
 
 
 @contextlib.contextmanager

@@ -31,25 +31,29 @@ class SysvObject:
         return f"{self.kind} {self.id}"
 
 
-def sysv_objects(uid: int) -> list[SysvObject]:
+def sysv_objects(uid: int, *, limit_bytes: int = _PROC_LIMIT_BYTES) -> list[SysvObject]:
     """The System V objects that a uid owns or made (/proc/sysvipc, sysvipc(7)).
 
-    The maker is counted since it keeps its rights when it gives the object away. Raises OSError.
+    The maker is counted since it keeps its rights when it gives the object away. Raises OSError,
+    and that too (EFBIG) when one of the kernel's tables is longer than `limit_bytes`.
     """
     found = []
     for kind, id_column in _ID_COLUMNS.items():
-        for one in _read_table(f"/proc/sysvipc/{kind}", kind, id_column):
+        for one in _read_table(f"/proc/sysvipc/{kind}", kind, id_column, limit_bytes):
             if uid in (one.owner_uid, one.creator_uid):
                 found.append(one)
     return found
 
 
-def _read_table(path: str, kind: str, id_column: str) -> Iterator[SysvObject]:
+def _read_table(path: str, kind: str, id_column: str, limit_bytes: int) -> Iterator[SysvObject]:
     try:
         with open(path, "rb") as file:
-            lines = file.read(_PROC_LIMIT_BYTES).decode("ascii", errors="replace").splitlines()
+            table = file.read(limit_bytes + 1)
     except FileNotFoundError:
         return  # A kernel without System V IPC.
+    if len(table) > limit_bytes:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+    lines = table.decode("ascii", errors="replace").splitlines()
     columns = lines[0].split()
     where = [columns.index(name) for name in (id_column, "uid", "cuid")]
     for line in lines[1:]:

@@ -1,4 +1,4 @@
-"""What the privileged tests of the uid pool share: a uid of their own each, and acting as it."""
+"""What the privileged tests of uids share: a uid of their own each, and acting as it."""
 
 import itertools
 import os
