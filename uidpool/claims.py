@@ -1,5 +1,8 @@
 """Draw a uid, hold it, release it: at most one holder on a node, whatever crashes when.
 
+To look at a uid, to clean it and to wait for another release of it can take long; the rest takes
+milliseconds. So each of these is there in steps (`uidpool.steps`) for who runs an event loop.
+
 A draw is uniform over the free uids, from the operating system's CSPRNG. Every change of the
 records is made under one lock, and written so that a crash at any line leaves a uid held rather
 than free: a rest or a quarantine is there before its lease goes.
@@ -16,6 +19,7 @@ from typing import Final
 
 from attrs import evolve, frozen
 
+from kvmsec.linux.locks import FileLock
 from kvmsec.linux.processes import boot_id, myself
 from uidpool import provision, usage
 from uidpool.errors import (
@@ -27,10 +31,11 @@ from uidpool.errors import (
     RecordUnreadable,
     UidHeld,
 )
-from uidpool.ledger import Ledger
+from uidpool.ledger import Ledger, writing
 from uidpool.occupation import Occupation
 from uidpool.ranges import EMPTY, UidRanges
 from uidpool.records import Lease, LeaseKey, Quarantine, Rest
+from uidpool.steps import Clean, Look, Step, Verdict, Work, carry_out
 
 __all__ = [
     "Claims",
@@ -45,6 +50,8 @@ __all__ = [
 ]
 
 DEFAULT_REUSE_DELAY_S: Final = 60.0
+RELEASE_TIMEOUT_S: Final = 60.0
+"""How long a release waits for another one of the same uid."""
 _ATTEMPTS: Final = 8
 
 
@@ -126,6 +133,12 @@ class Claims:
         files are too many to look at the uid stays as free as it was, and none is drawn. Raises
         PoolExhausted, NoCleanUid, RecordNotWritten, LockBusy and UntrustedPath.
         """
+        return carry_out(self.drawing(pool, instance, generation, reuse_delay_s), self.take)
+
+    def drawing(
+        self, pool: UidRanges, instance: str, generation: str, reuse_delay_s: float
+    ) -> Work[Lease]:
+        """The steps of `draw`."""
         reasons: dict[int, str] = {}
         for _ in range(_ATTEMPTS):
             try:
@@ -134,17 +147,21 @@ class Claims:
                 if reasons:
                     raise NoCleanUid(reasons) from exhausted
                 raise
-            found = self._inspect_drawn(lease)
+            try:
+                found: Verdict = yield Look(lease.uid)
+            except BaseException:
+                self._give_back(lease)
+                raise
             if found.is_clean:
                 return lease
-            reasons[lease.uid] = found.reason()
+            reasons[lease.uid] = found.reason
             if found.is_obscured:
                 # What stopped this look would stop the next. Whoever fills a shared directory must
                 # not use the pool up as well, a uid with each start that he keeps from happening.
                 self._give_back(lease)
                 break
-            self._quarantine(lease, found.reason())
-            if found.incomplete:
+            self._quarantine(lease, found.reason)
+            if found.is_incomplete:
                 break
         raise NoCleanUid(reasons)
 
@@ -190,13 +207,6 @@ class Claims:
             reuse_delay_s=max(reuse_delay_s, 0.0),
         )
 
-    def _inspect_drawn(self, lease: Lease) -> usage.Usage:
-        try:
-            return self._inspect(lease.uid)
-        except BaseException:
-            self._give_back(lease)
-            raise
-
     def _give_back(self, lease: Lease) -> None:
         """Nobody has used the uid yet: it is as free as before."""
         with self._ledger.changing():
@@ -211,13 +221,18 @@ class Claims:
         of its holder is touched, however often this is called. Raises RecordUnreadable,
         RecordNotWritten (the uid stays leased), LockBusy.
         """
-        with self._ledger.releasing(key.uid):
+        return carry_out(self.releasing(key), self.take)
+
+    def releasing(self, key: LeaseKey) -> Work[Released | Quarantined]:
+        """The steps of `release`."""
+        with self._ledger.release_lock(key.uid) as lock:
+            yield from _taking(lock)
             lease = self._ledger.lease(key.uid)
             if lease is None or lease.key != key:
                 return self._earlier_outcome(key)
-            left = self._clean(key.uid)
+            left: Verdict = yield Clean(key.uid)
             if not left.is_clean:
-                return self._quarantine(lease, left.reason())
+                return self._quarantine(lease, left.reason)
             with self._ledger.changing() as occupation:
                 self._remove_rests(occupation, key.uid)
                 if lease.reuse_delay_s > 0:
@@ -226,16 +241,17 @@ class Claims:
                 self._ledger.remove_lease(key.uid)
             return Released()
 
-    def end_processes(self, key: LeaseKey) -> None:
-        """End everything that the uid of a lease has, and keep the lease whatever is left.
+    def ending(self, key: LeaseKey) -> Work[None]:
+        """The steps of ending everything that the uid of a lease has; the lease stays.
 
         A lease that is not there any more, or is another start's by now, is left alone. Raises
         RecordUnreadable, RecordNotWritten, LockBusy.
         """
-        with self._ledger.releasing(key.uid):
+        with self._ledger.release_lock(key.uid) as lock:
+            yield from _taking(lock)
             lease = self._ledger.lease(key.uid)
             if lease is not None and lease.key == key:
-                self._clean(key.uid)
+                yield Clean(key.uid)
 
     def retry(self, uid: int) -> Released | Quarantined:
         """Try again to clean a quarantined uid, or one whose lease can't be read.
@@ -244,28 +260,35 @@ class Claims:
         is freed when it is found clean. Raises UidHeld when an instance holds it, and ClaimsError
         when the uid is neither.
         """
-        with self._ledger.releasing(uid):
+        return carry_out(self.retrying(uid), self.take)
+
+    def retrying(self, uid: int) -> Work[Released | Quarantined]:
+        """The steps of `retry`."""
+        with self._ledger.release_lock(uid) as lock:
+            yield from _taking(lock)
             try:
                 lease = self._ledger.lease(uid)
             except RecordUnreadable as unreadable:
-                return self._retry_unreadable(uid, unreadable)
+                found: Verdict = yield Look(uid)
+                return self._retry_unreadable(uid, unreadable, found)
             if lease is not None:
                 raise UidHeld(uid, f"instance {lease.instance!a} (root {lease.root!a})")
             if self._ledger.quarantine_of(uid) is None:
                 raise ClaimsError(
                     f"uid {uid} is not quarantined", hint="see what is: kvmsec uids list"
                 )
-            left = self._clean(uid)
+            left: Verdict = yield Clean(uid)
             if not left.is_clean:
-                return Quarantined(left.reason())
+                return Quarantined(left.reason)
             with self._ledger.changing():
                 self._ledger.remove_quarantine(uid)
             return Released()
 
-    def _retry_unreadable(self, uid: int, unreadable: RecordUnreadable) -> Released | Quarantined:
-        found = self._inspect(uid)
+    def _retry_unreadable(
+        self, uid: int, unreadable: RecordUnreadable, found: Verdict
+    ) -> Released | Quarantined:
         if not found.is_clean:
-            return Quarantined(f"{unreadable.message}; it still has: {found.reason()}")
+            return Quarantined(f"{unreadable.message}; it still has: {found.reason}")
         with self._ledger.changing():
             self._ledger.remove_quarantine(uid)
             self._ledger.remove_lease(uid)
@@ -309,6 +332,17 @@ class Claims:
             except NotSweepable as error:
                 problem = error.message
         return found if found.is_clean else evolve(found, incomplete=problem)
+
+    def take(self, step: Step) -> Verdict | None:
+        """Take one step of the work above, however long that is. Raises LockBusy and OSError."""
+        match step:
+            case Look(uid):
+                return Verdict.of(self._inspect(uid))
+            case Clean(uid):
+                return Verdict.of(self._clean(uid))
+            case lock:
+                lock.acquire(RELEASE_TIMEOUT_S)
+                return None
 
     # --- what is known
 
@@ -357,3 +391,8 @@ class Claims:
     def remove_if_unused(self) -> bool:
         """Remove the directories if no root of this node has a record there; whether it did."""
         return self._ledger.remove_if_unused()
+
+
+def _taking(lock: FileLock) -> Work[None]:
+    with writing(lock.path):
+        yield lock

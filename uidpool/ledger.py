@@ -38,7 +38,6 @@ from uidpool.records import (
 )
 
 _LOCK_TIMEOUT_S: Final = 30.0
-_RELEASE_TIMEOUT_S: Final = 60.0
 _PURGED_AT_ONCE: Final = 256
 # What a writer that was killed leaves; all writers hold the lock, so whoever has it may remove it.
 _UNFINISHED: Final = re.compile(rb"\.[0-9.]+\.[0-9a-f]{16}")
@@ -91,19 +90,18 @@ class Ledger:
         return self._occupation()
 
     @contextlib.contextmanager
-    def releasing(self, uid: int) -> Iterator[None]:
-        """One release of a uid at a time.
+    def release_lock(self, uid: int) -> Iterator[FileLock]:
+        """The lock of whoever releases a uid, to be taken within; it goes with the block.
 
-        Without it a second one could still be cleaning, which kills, when the first has given the
-        uid to its next holder.
+        Without it a second release could still be cleaning, which kills, when the first has given
+        the uid to its next holder. Raises RecordNotWritten.
         """
         lock = FileLock(self._locks / str(uid))
-        with _writing(lock.path):
+        with writing(lock.path):
             make_private_directory(self._leases)
             make_private_directory(self._locks)
-            lock.acquire(_RELEASE_TIMEOUT_S)
         try:
-            yield
+            yield lock
         finally:
             lock.discard()
 
@@ -111,7 +109,7 @@ class Ledger:
         lock = FileLock(self._locks / "records")
         places = (self._leases, self._locks, self._state, self._resting, self._quarantine)
         while True:
-            with _writing(lock.path), contextlib.suppress(FileNotFoundError):
+            with writing(lock.path), contextlib.suppress(FileNotFoundError):
                 for place in places:
                     make_private_directory(place)
                 lock.acquire(_LOCK_TIMEOUT_S)
@@ -156,7 +154,7 @@ class Ledger:
                 continue
             if rest.since_ms > now_ms:
                 rest = evolve(rest, since_ms=now_ms)
-                with _writing(self._resting / name):
+                with writing(self._resting / name):
                     (self._resting / name).rename(self._resting / rest.name)
             kept.append(rest)
         return kept
@@ -181,7 +179,7 @@ class Ledger:
     def create_lease(self, lease: Lease) -> bool:
         """Write a lease; False when there is one already. Hold `changing`."""
         path = self._leases / str(lease.uid)
-        with _writing(path):
+        with writing(path):
             try:
                 create_exclusively(path, encode(lease))
             except FileExistsError:
@@ -218,7 +216,7 @@ class Ledger:
 
     def write_quarantine(self, record: Quarantine) -> None:
         path = self._quarantine / str(record.uid)
-        with _writing(path):
+        with writing(path):
             write_atomically(path, encode(record))
 
     def remove_quarantine(self, uid: int) -> None:
@@ -235,7 +233,7 @@ class Ledger:
     def create_rest(self, uid: int, delay_s: float, root: str) -> None:
         """Let a uid rest from now on; hold `changing`."""
         path = self._resting / Rest(uid, _now_ms(), round(delay_s * 1000)).name
-        with _writing(path):
+        with writing(path):
             write_atomically(path, os.fsencode(root))
 
     def remove_rest(self, rest: Rest) -> None:
@@ -269,12 +267,13 @@ class Ledger:
             lock.release()
 
     def _remove(self, path: Path) -> None:
-        with _writing(path):
+        with writing(path):
             remove_file(path)
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Make an OSError within RecordNotWritten."""
     try:
         yield
     except OSError as error:

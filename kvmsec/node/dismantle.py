@@ -16,16 +16,18 @@ from hypervisor import cgroups, process
 from hypervisor.process import Ended
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import processes
-from kvmsec.linux.errors import Fault
+from kvmsec.linux.children import start_child
+from kvmsec.linux.errors import ChildTimedOut, Fault
 from kvmsec.model.security import SecurityModel
-from kvmsec.node import journal, output, taps
+from kvmsec.node import journal, leasing, output, taps
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord
-from kvmsec.node.waiting import readable
+from kvmsec.node.waiting import collect, readable
 from uidpool.claims import LeaseKey, Quarantined
 
 KILL_TIMEOUT_S: Final = 10.0
 _LAST_WAIT_S: Final = 1.0
+_QUICK_KILL_S: Final = 0.015
 
 
 class NotEnded(KvmsecError):
@@ -78,13 +80,13 @@ async def dismantle(host: Host, record: InstanceRecord) -> Remains:
     ended, oom_kills = None, 0
     if record.is_of_this_boot:  # A pid or a control group of another boot means nothing.
         ended = await _end_process(host, record)
-        oom_kills = _end_cgroup(record)
+        oom_kills = await _end_cgroup(record)
     words = _keep_words(host, record)
     try:
         for lost in await taps.remove_taps(record.taps):
             journal.note(host.paths.instance_log(record.name), f"not put back: {lost}")
     finally:  # A tap that can't be put back keeps the record, but nobody's uid.
-        quarantined = _release_uid(host, record)
+        quarantined = await _release_uid(host, record)
     remove_files(host, record.name)
     _settle_rules(host, record.name)
     return Remains(ended, oom_kills, words, quarantined)
@@ -100,7 +102,7 @@ async def _end_process(host: Host, record: InstanceRecord) -> Ended | None:
     try:
         processes.kill(pidfd)
         if not await readable(pidfd, KILL_TIMEOUT_S):
-            _end_everything_else(host, record)
+            await _end_everything_else(host, record)
             if not await readable(pidfd, _LAST_WAIT_S):
                 raise NotEnded(record)
         return process.reap(pidfd)
@@ -108,24 +110,48 @@ async def _end_process(host: Host, record: InstanceRecord) -> Ended | None:
         os.close(pidfd)
 
 
-def _end_everything_else(host: Host, record: InstanceRecord) -> None:
+async def _end_everything_else(host: Host, record: InstanceRecord) -> None:
     """End what an instance has outside its PID namespace, should that keep it from ending.
 
     A process that is traced is not gone before its tracer has taken note or is gone itself
     (ptrace(2)), and whoever has the uid may trace.
     """
-    cgroups.InstanceCgroup(record.cgroups).kill(KILL_TIMEOUT_S)
+    await end_group(cgroups.InstanceCgroup(record.cgroups))
     if record.model is SecurityModel.POOL:
         for key in _leases_of(host, record):
-            host.claims.end_processes(key)
+            await leasing.end_everything(host.claims, key)
 
 
-def _end_cgroup(record: InstanceRecord) -> int:
+async def _end_cgroup(record: InstanceRecord) -> int:
     group = cgroups.InstanceCgroup(record.cgroups)
     kills = group.oom_kills()
-    group.kill(KILL_TIMEOUT_S)
-    group.remove()
+    await remove_group(group)
     return kills
+
+
+async def end_group(group: cgroups.InstanceCgroup) -> bool:
+    """Kill everything in a control group; False when something outlives that for ten seconds.
+
+    Mostly nothing is there any more. To wait for the end of what is there, or to outrun what
+    forks, is a child's work. Raises OSError and ChildFailed.
+    """
+    if group.kill(_QUICK_KILL_S):
+        return True
+    child = start_child(
+        lambda: group.kill(KILL_TIMEOUT_S), what=f"emptying the control group {group.paths[0]}"
+    )
+    try:
+        return bool(await collect(child, KILL_TIMEOUT_S + _LAST_WAIT_S))
+    except ChildTimedOut:
+        return False
+
+
+async def remove_group(group: cgroups.InstanceCgroup) -> None:
+    """End what is in a control group and remove it. Raises CgroupBusy, OSError, ChildFailed."""
+    if await end_group(group):
+        group.remove()
+    else:
+        raise cgroups.CgroupBusy(group.paths[0], ())
 
 
 def _keep_words(host: Host, record: InstanceRecord) -> str:
@@ -140,12 +166,12 @@ def _keep_words(host: Host, record: InstanceRecord) -> str:
     return words
 
 
-def _release_uid(host: Host, record: InstanceRecord) -> str | None:
+async def _release_uid(host: Host, record: InstanceRecord) -> str | None:
     """Give the uid back; the reason when it had to be quarantined instead."""
     if record.model is not SecurityModel.POOL:
         return None
     for key in _leases_of(host, record):
-        outcome = host.claims.release(key)
+        outcome = await leasing.release(host.claims, key)
         if isinstance(outcome, Quarantined):
             reason = f"uid {key.uid} is quarantined: {outcome.reason}"
             journal.note(host.paths.instance_log(record.name), reason)

@@ -7,6 +7,7 @@ from attrs import frozen
 from kvmsec.errors import KvmsecError, NoCluster
 from kvmsec.linux.credentials import Credentials
 from kvmsec.model.security import Security, SecurityModel
+from kvmsec.node import leasing
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord
 from uidpool.accounts import AccountRules, find_account, resolve_domain
@@ -39,7 +40,7 @@ class PoolChanges(KvmsecError):
         super().__init__("the uid pool is being changed", hint="try again")
 
 
-def identity_for(host: Host, security: Security, record: InstanceRecord) -> Identity:
+async def identity_for(host: Host, security: Security, record: InstanceRecord) -> Identity:
     """Decide as whom an instance runs; under `pool` this draws and leases its uid.
 
     Raises what `uidpool` raises: PoolExhausted, UnfitDomain, RecordNotWritten.
@@ -47,7 +48,7 @@ def identity_for(host: Host, security: Security, record: InstanceRecord) -> Iden
     if security.model is SecurityModel.NONE:
         return Identity(Credentials(0, 0), "root", _NOBODY)
     account = (
-        _draw(host, record)
+        await _draw(host, record)
         if security.model is SecurityModel.POOL
         else _domain(host, str(security.domain))
     )
@@ -70,7 +71,7 @@ def _require_nobodys(host: Host, account: Account) -> None:
             raise UidHeld(account.uid, f"{known.instance or 'nobody'} (root {known.root})")
 
 
-def _draw(host: Host, record: InstanceRecord) -> Account:
+async def _draw(host: Host, record: InstanceRecord) -> Account:
     """Draw a uid that is still in the pool once it is leased.
 
     A change of the pool looks at the leases after it was written, a start at the pool after its
@@ -80,7 +81,8 @@ def _draw(host: Host, record: InstanceRecord) -> Account:
         cluster, _ = host.store.load()
         if cluster is None:
             raise NoCluster
-        lease = host.claims.draw(
+        lease = await leasing.draw(
+            host.claims,
             cluster.uid_pool,
             instance=record.name,
             generation=record.generation,
@@ -90,7 +92,7 @@ def _draw(host: Host, record: InstanceRecord) -> Account:
         account = find_account(lease.uid)
         if account is not None and now is not None and lease.uid in now.uid_pool:
             return account
-        host.claims.release(lease.key)
+        await leasing.release(host.claims, lease.key)
         if account is None:
             raise MissingUser(lease.uid)
     raise PoolChanges

@@ -181,8 +181,8 @@ class _Start:
         self.files.make()
         records.save(self.host.paths, self.record)
 
-    def take_identity(self) -> None:
-        self.identity = identity_for(self.host, self.security, self.record)
+    async def take_identity(self) -> None:
+        self.identity = await identity_for(self.host, self.security, self.record)
         self.note(uid=self.identity.uid, user=self.identity.user)
 
     async def open_images(self) -> None:

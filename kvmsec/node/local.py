@@ -170,7 +170,7 @@ class LocalNode:
         from kvmsec.node.uids import release_uid
 
         await self.reconcile()
-        return release_uid(self.host, uid)
+        return await release_uid(self.host, uid)
 
     async def apply_rules(self) -> None:
         """Put this root's packet rules in place. Raises FirewallError."""

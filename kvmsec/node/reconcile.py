@@ -13,8 +13,8 @@ from kvmsec.linux import processes
 from kvmsec.linux.errors import Fault, LockBusy
 from kvmsec.linux.files import remove_unfinished
 from kvmsec.linux.locks import FileLock
-from kvmsec.node import journal, records, taps
-from kvmsec.node.dismantle import KILL_TIMEOUT_S, Remains, dismantle, remove_files
+from kvmsec.node import journal, leasing, records, taps
+from kvmsec.node.dismantle import Remains, dismantle, remove_files, remove_group
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord, LastState, RecordUnreadable, names_in
 from kvmsec.node.turns import give_back, try_turn
@@ -36,7 +36,7 @@ async def reconcile(host: Host) -> tuple[str, ...]:
         async with _turn_if_left(host, name) as is_ours:
             if is_ours:
                 done += await _settle(host, name)
-    done += _release_orphaned_uids(host)
+    done += await _release_orphaned_uids(host)
     done += await _remove_leaks(host)
     done += _settle_rules(host)
     done += _remove_unfinished(host)
@@ -150,17 +150,17 @@ def _verdict(record: InstanceRecord, remains: Remains) -> tuple[InstanceState, s
     return InstanceState.CRASHED, remains.why
 
 
-def _release_orphaned_uids(host: Host) -> list[str]:
+async def _release_orphaned_uids(host: Host) -> list[str]:
     """Release what was drawn by starts of this root that left no record, and by other boots."""
     done = []
     for lease in host.claims.leases():
         if lease.boot_id != processes.boot_id():
-            done.append(_release(host, lease))
+            done.append(await _release(host, lease))
         elif lease.root == str(host.paths.root) and not _has_holder(host, lease):
             with try_turn(host.paths, lease.instance) as is_ours:
                 # Looked at again: its start may have gone all the way meanwhile.
                 if is_ours and not _has_holder(host, lease):
-                    done.append(_release(host, lease))
+                    done.append(await _release(host, lease))
     return done
 
 
@@ -173,16 +173,16 @@ def _has_holder(host: Host, lease: Lease) -> bool:
     return record is not None and record.generation == lease.generation
 
 
-def _release(host: Host, lease: Lease) -> str:
+async def _release(host: Host, lease: Lease) -> str:
     try:
-        outcome = str(host.claims.release(lease.key))
+        outcome = str(await leasing.release(host.claims, lease.key))
     except Fault as error:
         outcome = f"left as it is: {error}"
     return f"uid {lease.uid}: was {lease.instance}'s, {outcome}"
 
 
 async def _remove_leaks(host: Host) -> list[str]:
-    return [*await _remove_leaked_taps(host), *_remove_leaked_groups(host)]
+    return [*await _remove_leaked_taps(host), *await _remove_leaked_groups(host)]
 
 
 async def _remove_leaked_taps(host: Host) -> list[str]:
@@ -195,7 +195,7 @@ async def _remove_leaked_taps(host: Host) -> list[str]:
     return [f"tap {tap.name}: removed" for tap in leaked]
 
 
-def _remove_leaked_groups(host: Host) -> list[str]:
+async def _remove_leaked_groups(host: Host) -> list[str]:
     done = []
     names = records.names(host.paths)
     try:
@@ -206,14 +206,13 @@ def _remove_leaked_groups(host: Host) -> list[str]:
         with try_turn(host.paths, name) as is_ours:
             # Looked at again: a start may have made it since the names were listed.
             if is_ours and not host.paths.instance(name).directory.exists():
-                done += _remove_group(group)
+                done += await _remove_group(group)
     return done
 
 
-def _remove_group(group: InstanceCgroup) -> list[str]:
+async def _remove_group(group: InstanceCgroup) -> list[str]:
     try:
-        group.kill(KILL_TIMEOUT_S)
-        group.remove()
+        await remove_group(group)
     except (Fault, OSError) as error:
         return [f"cgroup left as it is: {error}"]
     return [f"cgroup {path}: removed" for path in group.paths]

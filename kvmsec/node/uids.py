@@ -7,6 +7,7 @@ from attrs import evolve
 
 from kvmsec.agent import UidState
 from kvmsec.errors import KvmsecError
+from kvmsec.node import leasing
 from kvmsec.node.host import Host
 from uidpool import claims
 from uidpool.accounts import find_account
@@ -57,9 +58,9 @@ def uid_states(host: Host, *, with_free: bool) -> tuple[UidState, ...]:
     return tuple(_named(one) for one in sorted([*seen, *idle, *free], key=lambda one: one.uid))
 
 
-def release_uid(host: Host, uid: int) -> UidState:
+async def release_uid(host: Host, uid: int) -> UidState:
     """Clean a quarantined uid and give it back. Raises UidNotClean, UidHeld and ClaimsError."""
-    outcome = host.claims.retry(uid)
+    outcome = await leasing.retry(host.claims, uid)
     if isinstance(outcome, Quarantined):
         raise UidNotClean(uid, outcome.reason)
     return _named(UidState(uid, None, "free"))
