@@ -1,8 +1,9 @@
 """Where everything lies: every path of kvmsec, below one root that can be moved.
 
 What belongs to the kernel does not move with it. A uid is the host's, whatever root an instance
-was started from, so leases and resting uids have one place for all roots; and the packet rules
-of each root go by a name of their own (`tag`), so that two roots never touch each other's.
+was started from, and so is an image: leases, resting uids and what says which images are open
+have one place for all roots. The packet rules of each root go by a name of their own (`tag`), so
+that two roots never touch each other's.
 """
 
 import hashlib
@@ -123,8 +124,13 @@ class Paths:
 
     @property
     def images_lock(self) -> Path:
-        """The lock under which it is decided who may open which image (no instance's name)."""
-        return self.run / "images.lock"
+        """The lock under which it is decided who may open which image: one for all roots."""
+        return _HOST_RUN / "images.lock"
+
+    @property
+    def image_holdings(self) -> Path:
+        """What instances have open: one place for all roots of this host."""
+        return _HOST_RUN / "images"
 
     @property
     def log(self) -> Path:
@@ -179,6 +185,7 @@ class Paths:
             self.instance_logs,
             _HOST_RUN,
             self.uid_leases,
+            self.image_holdings,
             _HOST_VAR,
             self.uid_state,
         ):

@@ -19,7 +19,7 @@ from kvmsec.linux import processes
 from kvmsec.linux.children import start_child
 from kvmsec.linux.errors import ChildTimedOut, Fault
 from kvmsec.model.security import SecurityModel
-from kvmsec.node import journal, leasing, output, taps
+from kvmsec.node import image_holdings, journal, leasing, output, taps
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord
 from kvmsec.node.waiting import collect, readable
@@ -87,6 +87,7 @@ async def dismantle(host: Host, record: InstanceRecord) -> Remains:
             journal.note(host.paths.instance_log(record.name), f"not put back: {lost}")
     finally:  # A tap that can't be put back keeps the record, but nobody's uid.
         quarantined = await _release_uid(host, record)
+    image_holdings.withdraw(host.paths, record)
     remove_files(host, record.name)
     _settle_rules(host, record.name)
     return Remains(ended, oom_kills, words, quarantined)

@@ -1,4 +1,4 @@
-"""Whether another instance has an image open: decided from kvmsec's own records.
+"""Whether another instance has an image open, of this root or another: decided from own records.
 
 QEMU's locks can't decide it, since whoever holds a locked descriptor can unlock it.
 """
@@ -10,19 +10,23 @@ from hypervisor.images import OpenImage, chain_of, open_chains
 from hypervisor.images.errors import ImageError
 from hypervisor.machine import Machine
 from kvmsec.linux.credentials import Credentials
+from kvmsec.node.image_holdings import Holding
 from kvmsec.node.records import ImageUse, InstanceRecord
 
 
 class ImageInUse(ImageError):
     """Another instance has the image open, and one of the two may write to it."""
 
-    def __init__(self, image: OpenImage, holder: str) -> None:
+    def __init__(self, image: OpenImage, holder: str, root: str | None = None) -> None:
+        whose = f" of the root {root}" if root else ""
+        how = f" (kvmsec --root {root} instance stop {holder})" if root else ""
         super().__init__(
             image.path,
-            f"is in use by the instance {holder}",
-            hint=f"stop {holder} first, or give this instance an image of its own",
+            f"is in use by the instance {holder}{whose}",
+            hint=f"stop {holder} first{how}, or give this instance an image of its own",
         )
         self.holder = holder
+        self.root = root
 
 
 def open_disks(
@@ -43,13 +47,21 @@ def uses_of(images: Iterable[OpenImage]) -> tuple[ImageUse, ...]:
     )
 
 
-def require_unused(images: Iterable[OpenImage], others: Iterable[InstanceRecord]) -> None:
-    """Raise ImageInUse when one of `images` is open elsewhere, unless both only read it."""
-    holders: dict[str, list[tuple[str, bool]]] = {}
+def require_unused(
+    images: Iterable[OpenImage], others: Iterable[InstanceRecord], elsewhere: Iterable[Holding]
+) -> None:
+    """Raise ImageInUse when one of `images` is open elsewhere, unless both only read it.
+
+    `others` are the other instances of this root, `elsewhere` is what those of other roots hold.
+    """
+    holders: dict[str, list[tuple[ImageUse, str, str | None]]] = {}
     for record in others:
         for use in record.images:
-            holders.setdefault(use.identity, []).append((record.name, use.is_written))
+            holders.setdefault(use.identity, []).append((use, record.name, None))
+    for holding in elsewhere:
+        for use in holding.images:
+            holders.setdefault(use.identity, []).append((use, holding.instance, holding.root))
     for image in images:
-        for holder, is_written in holders.get(str(image.identity), ()):
-            if is_written or not image.readonly:
-                raise ImageInUse(image, holder)
+        for use, holder, root in holders.get(str(image.identity), ()):
+            if use.is_written or not image.readonly:
+                raise ImageInUse(image, holder, root)

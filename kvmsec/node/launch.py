@@ -30,7 +30,16 @@ from kvmsec.linux.errors import Fault
 from kvmsec.linux.locks import FileLock
 from kvmsec.model.instance import InstanceDefinition
 from kvmsec.model.security import Security, SecurityModel
-from kvmsec.node import boot_files, images_in_use, journal, limits, output, records, taps
+from kvmsec.node import (
+    boot_files,
+    image_holdings,
+    images_in_use,
+    journal,
+    limits,
+    output,
+    records,
+    taps,
+)
 from kvmsec.node.dismantle import Remains, dismantle
 from kvmsec.node.engine import Engine
 from kvmsec.node.grants import Lent, place
@@ -190,12 +199,16 @@ class _Start:
             return
         lock = FileLock(self.host.paths.images_lock)
         await acquire(lock, IMAGES_TIMEOUT_S)
-        with lock:  # from the look at the others' records to the line in our own
+        try:  # from the look at the others' records to the line in our own
             disks = images_in_use.open_disks(self.machine, self.identity.inspector, self.opened)
             everything = [image for chain in disks for image in chain]
             others = [one for one in records.every(self.host.paths) if one.name != self.record.name]
-            images_in_use.require_unused(everything, others)
+            elsewhere = image_holdings.elsewhere(self.host.paths)
+            images_in_use.require_unused(everything, others, elsewhere)
             self.note(images=images_in_use.uses_of(everything))
+            image_holdings.publish(self.host.paths, self.record)
+        finally:
+            lock.discard()
         self.lent = evolve(self.lent, disks=disks)
 
     def open_boot_files(self) -> None:
@@ -280,6 +293,7 @@ class _Start:
         self.opened.callback(self.newborn.close)
         self.opened.callback(os.close, self.newborn.pidfd)
         self.note(process=self.newborn.process, argv=placed.argv)
+        image_holdings.publish(self.host.paths, self.record)
         return self.newborn
 
     def check_programs(self) -> None:

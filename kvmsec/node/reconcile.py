@@ -13,7 +13,7 @@ from kvmsec.linux import processes
 from kvmsec.linux.errors import Fault, LockBusy
 from kvmsec.linux.files import remove_unfinished
 from kvmsec.linux.locks import FileLock
-from kvmsec.node import journal, leasing, records, taps
+from kvmsec.node import image_holdings, journal, leasing, records, taps
 from kvmsec.node.dismantle import Remains, dismantle, remove_files, remove_group
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord, LastState, RecordUnreadable, names_in
@@ -54,9 +54,15 @@ def _settle_rules(host: Host) -> list[str]:
 def _remove_unfinished(host: Host) -> list[str]:
     """Remove what writers that were killed had begun; the store sees to its own."""
     paths = host.paths
-    places = (paths.run, paths.last_states, paths.instance_logs, paths.features)
+    places = (
+        paths.run,
+        paths.last_states,
+        paths.instance_logs,
+        paths.features,
+        paths.image_holdings,
+    )
     left: list[Path] = []
-    for place in places:
+    for place in (*places, paths.image_holdings):
         with contextlib.suppress(OSError):
             left += remove_unfinished(place, older_than_s=_UNFINISHED_S)
     return [f"{path}: removed, it was half written" for path in left]
@@ -182,7 +188,26 @@ async def _release(host: Host, lease: Lease) -> str:
 
 
 async def _remove_leaks(host: Host) -> list[str]:
-    return [*await _remove_leaked_taps(host), *await _remove_leaked_groups(host)]
+    return [
+        *await _remove_leaked_taps(host),
+        *await _remove_leaked_groups(host),
+        *_remove_stale_holdings(host),
+    ]
+
+
+def _remove_stale_holdings(host: Host) -> list[str]:
+    """Say no more that images are open which a record that is gone would have named."""
+    lock = FileLock(host.paths.images_lock)
+    try:
+        # Whoever has the lock, to open images, looks at them just so.
+        if not image_holdings.any_here(host.paths) or not lock.try_acquire():
+            return []
+        stale = image_holdings.remove_stale(host.paths)
+    except (Fault, OSError) as error:
+        return [f"images in use: left as they are: {error}"]
+    finally:
+        lock.discard()
+    return [f"{path}: removed, its instance is gone" for path in stale]
 
 
 async def _remove_leaked_taps(host: Host) -> list[str]:

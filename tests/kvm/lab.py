@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -97,7 +98,8 @@ class Lab:
         return tuple(line for line in done if "half written" not in line)
 
     def _half_written(self) -> list[str]:
-        return [str(path) for path in self.root.rglob(".*.*")]
+        shared = self.paths.image_holdings.glob(".*.*")
+        return [str(path) for path in (*self.root.rglob(".*.*"), *shared)]
 
     def rival(self, work: Callable[[Node], Awaitable[Any]], **options: Any) -> Rival:
         """Run a coroutine on a node in another process."""
@@ -133,6 +135,11 @@ class Lab:
         """The uids that this root's instances hold."""
         return [one for one in self.claims.leases() if one.root == str(self.root)]
 
+    def holdings(self) -> list[Any]:
+        """What this root's instances are said to have open, to other roots."""
+        found = [path.read_text() for path in self.paths.image_holdings.glob("[!.]*")]
+        return [one for one in found if json.loads(one)["root"] == str(self.root)]
+
     def groups(self) -> list[str]:
         """The control groups of this root, in every hierarchy."""
         ours = (f"{mount.path}/kvmsec/{self.paths.tag}" for mount in mounted())
@@ -149,6 +156,7 @@ class Lab:
             "half-written files": self._half_written(),
             "mounts": self._mounts(),
             "leases": self.leases(),
+            "images in use": self.holdings(),
             "quarantine": self.claims.quarantined(),
             "interfaces": [
                 name for _, name in socket.if_nameindex() if name not in self._interfaces

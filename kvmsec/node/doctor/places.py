@@ -41,7 +41,8 @@ def _directories(paths: Paths) -> tuple[Path, ...]:
         *(paths.var, paths.features, paths.last_states),
         *(paths.run, paths.instances, paths.locks),
         *(paths.log, paths.instance_logs),
-        *(paths.uid_leases.parent, paths.uid_leases, paths.uid_state.parent, paths.uid_state),
+        *(paths.uid_leases.parent, paths.uid_leases, paths.image_holdings),
+        *(paths.uid_state.parent, paths.uid_state),
     )
 
 

@@ -40,6 +40,8 @@ def test_another_root_moves_every_file_but_not_what_is_the_hosts(tmp_path: Path)
     ]
     assert all(path.is_relative_to(tmp_path.resolve()) for path in moved)
     assert (paths.uid_leases, paths.uid_state) == (Paths().uid_leases, Paths().uid_state)
+    assert paths.image_holdings == Paths().image_holdings == Path("/run/kvmsec/images")
+    assert paths.images_lock == Paths().images_lock
 
 
 def test_each_root_has_a_tag_of_its_own_however_it_is_spelt(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_every_directory_is_private_and_a_second_call_changes_nothing(tmp_path: 
     directories = [paths.etc, paths.definitions, paths.var, paths.features, paths.last_states]
     directories += [paths.run, paths.instances, paths.instance("web1").directory]
     directories += [paths.log, paths.instance_logs, paths.uid_leases, paths.uid_state]
-    directories += [paths.uid_leases.parent, paths.uid_state.parent]
+    directories += [paths.uid_leases.parent, paths.uid_state.parent, paths.image_holdings]
     for directory in directories:
         status = directory.stat()
         assert (directory, stat.S_IMODE(status.st_mode)) == (directory, 0o700)
