@@ -221,9 +221,12 @@ def _answer(
     function: Callable[[], Any], credentials: Credentials | None, parent: int
 ) -> memoryview:
     try:
+        # Before as well: what becomes a uid when its parent is gone comes after all that the next
+        # command does to have nothing left of that uid, and leaves keyrings of its own.
+        _end_with(parent)
         if credentials is not None:
             become(credentials)
-        _end_with(parent)
+            _end_with(parent)
         answer = json.dumps({"value": function()})
     except BaseException as error:
         detail = str(error)[:_DETAIL_LIMIT_CHARS]

@@ -17,7 +17,8 @@ class FileLock:
 
     The descriptor is close-on-exec, and no child that is made for other work keeps it
     (`children.start_child` and the jail close all but their lists): a lock is only as good as the
-    number of its holders.
+    number of its holders. A child that does what the lock is for does keep it: whoever is next
+    must wait for that child's end as well.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,6 +74,12 @@ class FileLock:
         except BaseException:
             os.close(descriptor)
             raise
+
+    def fileno(self) -> int:
+        """The descriptor of the lock while it is held: it is free once nobody has this open."""
+        if self._descriptor is None:
+            raise RuntimeError(f"{self.path} is not held by this object")
+        return self._descriptor
 
     def take_over(self, descriptor: int) -> None:
         """Take the lock that a waiter got, unless the path names another file by now."""

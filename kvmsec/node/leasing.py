@@ -49,11 +49,13 @@ async def retry(claims: Claims, uid: int) -> Released | Quarantined:
 
 async def _carry_out(claims: Claims, work: Work[_T]) -> _T:
     """`uidpool.steps.carry_out` for an event loop; a cancellation is the work's to undo, too."""
+    lock: FileLock | None = None
     try:
         step = next(work)
         while True:
             try:
-                answer = await _take(claims, step)
+                answer = await _take(claims, step, lock)
+                lock = step if isinstance(step, FileLock) else lock
             except BaseException as error:
                 step = work.throw(error)
             else:
@@ -63,14 +65,14 @@ async def _carry_out(claims: Claims, work: Work[_T]) -> _T:
         return result
 
 
-async def _take(claims: Claims, step: Step) -> Verdict | None:
+async def _take(claims: Claims, step: Step, lock: FileLock | None) -> Verdict | None:
     if isinstance(step, FileLock):
         await acquire(step, RELEASE_TIMEOUT_S)
         return None
     if is_evidently_clean(step.uid):
         return Verdict(is_clean=True, reason="nothing")
     try:
-        return await _take_in_child(claims, step)
+        return await _take_in_child(claims, step, lock)
     except (ChildFailed, ChildTimedOut) as error:
         if isinstance(step, Look):
             raise
@@ -78,11 +80,18 @@ async def _take(claims: Claims, step: Step) -> Verdict | None:
         return Verdict(is_clean=False, reason=error.message, is_incomplete=True)
 
 
-async def _take_in_child(claims: Claims, step: Look | Clean) -> Verdict:
+async def _take_in_child(claims: Claims, step: Look | Clean, lock: FileLock | None) -> Verdict:
+    """Have a child take it that holds the lock of the whole work, too.
+
+    Where the launcher is killed, nobody else cleans the uid, and gives it away as clean, before
+    this child has ended as well.
+    """
+
     def take() -> Any:
         let_look_deep()
         return msgspec.to_builtins(claims.take(step))
 
     doing = "cleaning" if isinstance(step, Clean) else "looking at"
-    child = start_child(take, what=f"{doing} uid {step.uid}")
+    keep = () if lock is None else (lock.fileno(),)
+    child = start_child(take, what=f"{doing} uid {step.uid}", keep=keep)
     return msgspec.convert(await collect(child, CLEANING_TIMEOUT_S), Verdict)
