@@ -31,6 +31,7 @@ CHECKS: Final = (
     Check("privileges", "privileges", kernel.check_privileges),
     Check("filter", "system call filter", kernel.check_filter),
     Check("ptrace", "ptrace", kernel.check_ptrace),
+    Check("io-uring", "io_uring", kernel.check_io_uring),
     Check("cgroups", "control groups", kernel.check_cgroups),
     Check("directories", "directories", places.check_directories),
     Check("configuration", "configuration", places.check_configuration),

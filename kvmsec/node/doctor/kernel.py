@@ -24,6 +24,7 @@ _NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
 _PR_SET_SECCOMP: Final = 22
 _SECCOMP_MODE_FILTER: Final = 2
 _YAMA: Final = Path("/proc/sys/kernel/yama/ptrace_scope")
+_IO_URING: Final = Path("/proc/sys/kernel/io_uring_disabled")
 _CONTAINER_HINT: Final = (
     "run kvmsec on the host itself, or in a container that is given all privileges"
 )
@@ -148,16 +149,55 @@ def check_filter(subject: Subject) -> Iterator[Answer]:
 
 
 def check_ptrace(subject: Subject) -> Iterator[Answer]:
-    """For information: under `pool` no two instances share a uid, so none may trace another."""
-    try:
-        scope = _YAMA.read_text().strip()
-    except FileNotFoundError:
+    """Under `pool` no two instances share a uid, but what broke out of one can trace its QEMU."""
+    scope = _setting(_YAMA)
+    if scope is None:
         yield ok("the kernel has no Yama: processes that share a uid may trace one another")
-        return
-    if scope == "0":
-        yield ok("Yama allows it: instances that share a user (model `user`) may trace one another")
+    elif scope == "0":
+        yield warning(
+            "Yama lets processes that share a uid trace one another (kernel.yama.ptrace_scope 0): "
+            "instances of one user under `user`, and whatever got out of a jail its own QEMU",
+            _sysctl_hint("kernel.yama.ptrace_scope", 1, "debuggers then need root to attach"),
+        )
     else:
         yield ok(f"Yama restricts it (ptrace_scope {scope})")
+
+
+def check_io_uring(subject: Subject) -> Iterator[Answer]:
+    """Whether an instance may use io_uring, which takes credentials along.
+
+    A process registers its credentials with a ring (io_uring_register(2),
+    IORING_REGISTER_PERSONALITY), and whoever has the ring acts with them after it has ended: so a
+    uid can be used that has no process any more, and no look at processes finds that.
+    """
+    disabled = _setting(_IO_URING)
+    if disabled is None:
+        yield ok("the kernel can't keep instances from it (Linux 6.6 can), or has none")
+    elif disabled == "0":
+        yield warning(
+            "instances may use it (kernel.io_uring_disabled 0): credentials that are registered "
+            "with a ring of somebody else's outlive the uid's processes",
+            _sysctl_hint(
+                "kernel.io_uring_disabled",
+                1,
+                'disks with aio = "io_uring" then need "native" or "threads"; 2 where root needs '
+                "none either",
+            ),
+        )
+    else:
+        yield ok(f"kept from instances (io_uring_disabled {disabled})")
+
+
+def _setting(path: Path) -> str | None:
+    """What a sysctl is set to; None where the kernel has no such one."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return None
+
+
+def _sysctl_hint(name: str, value: int, price: str) -> str:
+    return f"sysctl -w {name}={value}, and a line of that in /etc/sysctl.d ({price})"
 
 
 def check_cgroups(subject: Subject) -> Iterator[Answer]:

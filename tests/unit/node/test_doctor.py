@@ -180,6 +180,38 @@ def test_a_missing_system_call_is_named(subject: Subject, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
+    ("setting", "look", "name"),
+    [
+        ("_YAMA", kernel.check_ptrace, "kernel.yama.ptrace_scope"),
+        ("_IO_URING", kernel.check_io_uring, "kernel.io_uring_disabled"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("value", "severity"),
+    [("0\n", "warning"), ("1\n", "ok"), ("2\n", "ok"), (None, "ok")],
+)
+def test_what_a_kernel_could_forbid_and_does_not_is_a_warning_with_its_sysctl(
+    subject: Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    setting: str,
+    look: Any,
+    name: str,
+    value: str | None,
+    severity: str,
+) -> None:
+    path = tmp_path / "setting"
+    if value is not None:
+        path.write_text(value)
+    monkeypatch.setattr(kernel, setting, path)
+    (answer,) = look(subject)
+    assert answer.severity == severity
+    if severity == "warning":
+        assert f"{name} 0" in answer.message
+        assert f"sysctl -w {name}=1" in (answer.hint or "")
+
+
+@pytest.mark.parametrize(
     ("mounts", "tolerated", "severity"),
     [
         ((), (), "error"),
