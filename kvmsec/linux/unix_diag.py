@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from kvmsec.linux import netlink
+from kvmsec.linux.relay import RelayedSocket
 
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
@@ -32,7 +33,8 @@ def waits_for_accept(client: socket.socket) -> bool | None:
     None when the kernel can't say (it was built without CONFIG_UNIX_DIAG), or when the listener
     lives in another network namespace.
     """
-    inode = os.fstat(client.fileno()).st_ino
+    relayed = client if isinstance(client, RelayedSocket) else None
+    inode = relayed.far_inode if relayed else os.fstat(client.fileno()).st_ino
     try:
         return any(inode in inodes for inodes in _waiting_inodes())
     except OSError:

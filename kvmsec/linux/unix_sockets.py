@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from kvmsec.linux import relay
+
 _SO_PASSRIGHTS: Final = 83  # linux/include/uapi/asm-generic/socket.h, Linux 6.16
 
 
@@ -31,32 +33,43 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def connect(path: Path) -> socket.socket:
+def connect(path: Path, *, may_refuse: bool = True) -> socket.socket:
     """Connect without waiting; the socket does not block, and takes no descriptor.
 
-    Raises BlockingIOError while the other side's queue is full, and OSError.
+    Where the kernel can't refuse descriptors, and without `may_refuse` as if it could not, a child
+    of ours is between (see `relay`). Raises BlockingIOError while the other side's queue is full,
+    and OSError.
     """
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    near: relay.RelayedSocket | None = None
     try:
         client.setblocking(False)
-        _refuse_descriptors(client)
+        if not (may_refuse and _refuse_descriptors(client)):
+            near = relay.begin(client)
         with _short(path) as address:
             client.connect(address)
+        if near is not None:
+            relay.let_go(near, client)
     except BaseException:
+        if near is not None:
+            near.close()
         client.close()
         raise
-    return client
+    return client if near is None else near
 
 
-def _refuse_descriptors(client: socket.socket) -> None:
-    """Let nobody pass a descriptor to this socket, where the kernel can see to that.
+def _refuse_descriptors(client: socket.socket) -> bool:
+    """Let nobody pass a descriptor to this socket; False where the kernel can't see to that.
 
     Nothing here would take one, so the kernel closes it in the midst of our reading; and to close
     a TCP connection of the sender's can wait for as long as that has set (socket(7), SO_LINGER),
     which no deadline of ours ends.
     """
-    with contextlib.suppress(OSError):
+    try:
         client.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

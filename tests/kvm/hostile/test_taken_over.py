@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hypervisor.features import find_qemu
-from kvmsec.linux import command, readiness, tun
+from kvmsec.linux import command, readiness, tun, unix_sockets
 from kvmsec.linux.children import Child, run_in_child, start_child
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.errors import Fault
@@ -75,6 +75,16 @@ def can_refuse_descriptors() -> bool:
 def test_a_descriptor_that_it_passes_holds_nobody_up(lab: Any, start: Start) -> None:
     start("passes")
     assert seconds(lambda: lab.stop("passes", force=False, timeout_s=1)) < 5
+
+
+@pytest.mark.parametrize("name", ["passes", "mute"])
+def test_nor_does_it_where_the_kernel_can_not_refuse_it(
+    lab: Any, start: Start, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(unix_sockets, "_refuse_descriptors", lambda _: False)
+    start(name)
+    assert seconds(lambda: lab.stop(name, force=False, timeout_s=1)) < 5
+    assert not lab.leftovers()
 
 
 def test_a_mute_monitor_holds_a_stop_up_no_longer_than_it_was_told(lab: Any, start: Start) -> None:

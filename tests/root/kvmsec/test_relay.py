@@ -1,0 +1,252 @@
+"""A relay between us and a socket: bytes both ways, and only it is held up by what is passed."""
+
+import array
+import asyncio
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hypervisor.monitor import Monitor
+from kvmsec.linux import processes, relay, unix_sockets
+from kvmsec.linux.children import Child, start_child
+from kvmsec.linux.relay import RelayedSocket
+from kvmsec.linux.unix_diag import waits_for_accept
+
+pytestmark = pytest.mark.root
+DEADLINE_S = 20.0
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[socket.socket]:
+    with unix_sockets.listen(tmp_path / "sock") as listening:
+        listening.settimeout(DEADLINE_S)
+        yield listening
+
+
+@pytest.fixture
+def connected(tmp_path: Path, listener: socket.socket) -> Iterator[RelayedSocket]:
+    near = unix_sockets.connect(tmp_path / "sock", may_refuse=False)
+    assert isinstance(near, RelayedSocket)
+    yield near
+    near.close()
+
+
+def relays() -> list[int]:
+    """The children of this process."""
+    me = os.getpid()
+    return [int(pid) for pid in Path(f"/proc/{me}/task/{me}/children").read_text().split()]
+
+
+def read_all(near: socket.socket, count: int) -> bytes:
+    heard = b""
+    while len(heard) < count:
+        assert select.select([near], [], [], DEADLINE_S)[0]
+        data = near.recv(1 << 16)
+        assert data
+        heard += data
+    return heard
+
+
+def test_bytes_go_both_ways_in_any_amount(
+    connected: RelayedSocket, listener: socket.socket
+) -> None:
+    far, _ = listener.accept()
+    far.settimeout(DEADLINE_S)
+    text = os.urandom(1 << 20)
+    child = start_child(lambda: far.sendall(text), what="the sender", keep=[far.fileno()])
+    assert read_all(connected, len(text)) == text
+    child.collect(DEADLINE_S)
+    sent = 0
+    heard = b""
+    while len(heard) < len(text):
+        readable, writable, _ = select.select(
+            [far], [connected] if sent < len(text) else [], [], DEADLINE_S
+        )
+        assert readable or writable
+        if writable:
+            sent += connected.send(text[sent : sent + 65536])
+        if readable:
+            heard += far.recv(1 << 16)
+    assert heard == text
+
+
+def test_what_was_said_before_the_end_is_heard(
+    connected: RelayedSocket, listener: socket.socket
+) -> None:
+    far, _ = listener.accept()
+    far.send(b"last words")
+    far.close()
+    assert read_all(connected, 10) == b"last words"
+    assert select.select([connected], [], [], DEADLINE_S)[0]
+    assert connected.recv(1) == b""
+
+
+def test_a_relay_holds_no_more_than_its_buffers(
+    connected: RelayedSocket, listener: socket.socket
+) -> None:
+    far, _ = listener.accept()
+    far.setblocking(False)
+    sent = 0
+    while select.select([], [far], [], 0.5)[1]:
+        sent += far.send(bytes(1 << 16))
+    assert sent < 1 << 20
+    assert len(read_all(connected, sent)) == sent
+
+
+def test_a_relay_is_nobody_and_has_two_sockets(
+    connected: RelayedSocket, listener: socket.socket
+) -> None:
+    far, _ = listener.accept()
+    far.send(b"!")
+    read_all(connected, 1)
+    (pid,) = relays()
+    status = processes.read_status(pid)
+    assert status is not None
+    assert (set(status.uids), set(status.gids)) == ({65534}, {65534})
+    assert not any(status.capabilities)
+    links = [os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")]
+    kinds = sorted(link.split(":")[0] for link in links)
+    # stdin to stderr are /dev/null; the pipe of a child's result has nobody at its end.
+    assert kinds == ["/dev/null"] * 3 + ["pipe", "socket", "socket"]
+
+
+def test_a_closed_relay_ends(connected: RelayedSocket, listener: socket.socket) -> None:
+    far, _ = listener.accept()
+    (pid,) = relays()
+    pidfd = os.pidfd_open(pid)
+    connected.close()
+    assert select.select([pidfd], [], [], DEADLINE_S)[0]
+    os.close(pidfd)
+    relay._collect_ended()
+    assert relays() == []
+    assert far.recv(1) == b""
+
+
+def test_a_relay_ends_with_its_launcher(tmp_path: Path, listener: socket.socket) -> None:
+    def stay() -> None:
+        near = unix_sockets.connect(tmp_path / "sock", may_refuse=False)
+        signal.pause()
+        near.close()
+
+    launcher = start_child(stay, what="the launcher")
+    far, _ = listener.accept()
+    far.settimeout(DEADLINE_S)
+    launcher.kill()
+    assert far.recv(1) == b""
+
+
+@pytest.mark.parametrize("kind", ["missing", "refused", "full"])
+def test_a_connection_that_fails_leaves_no_relay(
+    tmp_path: Path, listener: socket.socket, kind: str
+) -> None:
+    path = tmp_path / ("nothing" if kind == "missing" else "sock")
+    waiting = []
+    if kind == "refused":
+        listener.close()
+    if kind == "full":
+        with pytest.raises(BlockingIOError):
+            while True:
+                waiting.append(unix_sockets.connect(path))
+    with pytest.raises(OSError):  # noqa: PT011: which one is the kernel's
+        unix_sockets.connect(path, may_refuse=False)
+    until = time.monotonic() + DEADLINE_S
+    while relays() and time.monotonic() < until:
+        relay._collect_ended()
+    assert relays() == []
+    for one in waiting:
+        one.close()
+
+
+def test_the_kernel_is_asked_about_the_socket_behind_a_relay(
+    connected: RelayedSocket, listener: socket.socket
+) -> None:
+    assert waits_for_accept(connected) is True
+    far, _ = listener.accept()
+    assert waits_for_accept(connected) is False
+    far.close()
+
+
+# --- what blocks
+
+
+def lingering() -> socket.socket:
+    """A connection whose close waits for an hour, since its peer takes nothing (socket(7))."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        dialler = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+    peer.detach()  # It stays open, and unread, as long as this process lives.
+    dialler.setblocking(False)
+    try:
+        while True:
+            dialler.send(bytes(4096))
+    except BlockingIOError:
+        pass
+    hour = array.array("i", [1, 3600]).tobytes()
+    dialler.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, hour)
+    return dialler
+
+
+@pytest.fixture
+def passer(tmp_path: Path, listener: socket.socket) -> Iterator[Callable[[bytes], Child]]:
+    """Has a child take one call, and pass such a connection along with what it says."""
+    children = []
+
+    def begin(text: bytes) -> Child:
+        def work() -> None:
+            line, _ = listener.accept()
+            passed = lingering()
+            socket.send_fds(line, [text], [passed.fileno()])
+            passed.close()
+            signal.pause()
+
+        children.append(start_child(work, what="the passer", keep=[listener.fileno()]))
+        return children[-1]
+
+    yield begin
+    for child in children:
+        child.close()
+
+
+GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
+
+
+def test_a_passed_descriptor_freezes_the_relay_and_nobody_else(
+    tmp_path: Path, passer: Callable[[bytes], Child]
+) -> None:
+    passer(GREETING)
+    children = set(relays())
+    near = unix_sockets.connect(tmp_path / "sock", may_refuse=False)
+    (pid,) = set(relays()) - children
+    # Nothing is heard: the relay waits in the close, in the midst of its first read.
+    assert not select.select([near], [], [], 1.0)[0]
+    with pytest.raises(BlockingIOError):
+        near.recv(1)
+    pidfd = os.pidfd_open(pid)
+    near.close()
+    assert select.select([pidfd], [], [], DEADLINE_S)[0], "a frozen relay is ended all the same"
+    os.close(pidfd)
+
+
+def test_a_monitor_that_passes_one_is_given_up_in_time(
+    tmp_path: Path, passer: Callable[[bytes], Child]
+) -> None:
+    passer(GREETING)
+
+    async def ask() -> int:
+        ticks = 0
+        connected = unix_sockets.connect(tmp_path / "sock", may_refuse=False)
+        asking = asyncio.create_task(Monitor.attach(connected, timeout_s=1))
+        while not asking.done():
+            await asyncio.sleep(0)
+            ticks += 1
+        with pytest.raises(Exception, match="did not greet within 1 s"):
+            await asking
+        return ticks
+
+    assert asyncio.run(ask()) > 100
