@@ -7,14 +7,14 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hypervisor.monitor import Monitor
 from kvmsec.linux import processes, relay, unix_sockets
-from kvmsec.linux.children import Child, start_child
+from kvmsec.linux.children import start_child
 from kvmsec.linux.relay import RelayedSocket
 from kvmsec.linux.unix_diag import waits_for_accept
 
@@ -153,7 +153,7 @@ def test_a_connection_that_fails_leaves_no_relay(
         with pytest.raises(BlockingIOError):
             while True:
                 waiting.append(unix_sockets.connect(path))
-    with pytest.raises(OSError):  # noqa: PT011: which one is the kernel's
+    with pytest.raises(OSError):  # noqa: PT011 (which one is the kernel's)
         unix_sockets.connect(path, may_refuse=False)
     until = time.monotonic() + DEADLINE_S
     while relays() and time.monotonic() < until:
@@ -192,37 +192,40 @@ def lingering() -> socket.socket:
     return dialler
 
 
-@pytest.fixture
-def passer(tmp_path: Path, listener: socket.socket) -> Iterator[Callable[[bytes], Child]]:
-    """Has a child take one call, and pass such a connection along with what it says."""
-    children = []
-
-    def begin(text: bytes) -> Child:
-        def work() -> None:
-            line, _ = listener.accept()
-            passed = lingering()
-            socket.send_fds(line, [text], [passed.fileno()])
-            passed.close()
-            signal.pause()
-
-        children.append(start_child(work, what="the passer", keep=[listener.fileno()]))
-        return children[-1]
-
-    yield begin
-    for child in children:
-        child.close()
-
-
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
 
 
-def test_a_passed_descriptor_freezes_the_relay_and_nobody_else(
-    tmp_path: Path, passer: Callable[[bytes], Child]
-) -> None:
-    passer(GREETING)
+@pytest.fixture
+def frozen(tmp_path: Path, listener: socket.socket) -> Iterator[tuple[RelayedSocket, int]]:
+    """A relay, and its pid, that reads what such a connection was passed along with."""
     children = set(relays())
     near = unix_sockets.connect(tmp_path / "sock", may_refuse=False)
+    assert isinstance(near, RelayedSocket)
     (pid,) = set(relays()) - children
+    os.kill(pid, signal.SIGSTOP)  # Else it may have read before the sender has closed its own.
+    reader, writer = os.pipe()
+
+    def work() -> None:
+        line, _ = listener.accept()
+        passed = lingering()
+        socket.send_fds(line, [GREETING], [passed.fileno()])
+        passed.close()
+        os.write(writer, b"!")
+        signal.pause()
+
+    with start_child(work, what="the passer", keep=[listener.fileno(), writer]):
+        os.close(writer)
+        assert os.read(reader, 1) == b"!"
+        os.close(reader)
+        os.kill(pid, signal.SIGCONT)
+        yield near, pid
+        near.close()
+
+
+def test_a_passed_descriptor_freezes_the_relay_and_nobody_else(
+    frozen: tuple[RelayedSocket, int],
+) -> None:
+    near, pid = frozen
     # Nothing is heard: the relay waits in the close, in the midst of its first read.
     assert not select.select([near], [], [], 1.0)[0]
     with pytest.raises(BlockingIOError):
@@ -234,14 +237,11 @@ def test_a_passed_descriptor_freezes_the_relay_and_nobody_else(
 
 
 def test_a_monitor_that_passes_one_is_given_up_in_time(
-    tmp_path: Path, passer: Callable[[bytes], Child]
+    frozen: tuple[RelayedSocket, int],
 ) -> None:
-    passer(GREETING)
-
     async def ask() -> int:
         ticks = 0
-        connected = unix_sockets.connect(tmp_path / "sock", may_refuse=False)
-        asking = asyncio.create_task(Monitor.attach(connected, timeout_s=1))
+        asking = asyncio.create_task(Monitor.attach(frozen[0], timeout_s=1))
         while not asking.done():
             await asyncio.sleep(0)
             ticks += 1
