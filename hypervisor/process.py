@@ -22,15 +22,17 @@ from hypervisor.jail import (
     enter,
     execute,
 )
-from kvmsec.linux import forking, processes
+from kvmsec.linux import forking, processes, syscalls
 from kvmsec.linux.credentials import acting_as
 from kvmsec.linux.errors import ChildTimedOut
 from kvmsec.linux.processes import ProcessId, ProcessStatus
-from kvmsec.linux.readiness import is_readable
+from kvmsec.linux.readiness import is_hung_up, is_readable
 
 _ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
 _GO: Final = b"g"
 _EXECUTING: Final = b"x"
+_ALONE: Final = 125
+"""The exit status of a child whose launcher is gone."""
 _KILLED: Final = "the process was killed before it could start QEMU"
 Witness = Callable[[], Any]
 """A few system calls of ours, made in the child as the instance's uid; answers as JSON has it."""
@@ -51,7 +53,7 @@ class Newborn:
     """A child that is being shut in and waits for `release` before it becomes QEMU.
 
     Between the fork and `release` the launcher writes down whose process this is. Should it die
-    before, the child reads the end of its pipe and ends: no unknown QEMU can be left behind.
+    before, the kernel ends the child with it: no unknown QEMU can be left behind.
     """
 
     def __init__(self, process: ProcessId, pidfd: int, go: int, report: int, jail: Jail) -> None:
@@ -174,11 +176,15 @@ def _become_qemu(
             # Above every number that the jail hands out, so that neither is overwritten.
             lowest = max(jail.descriptors, default=2) + 1
             go, report = (duplicate_above(descriptor, lowest) for descriptor in (go, report))
+            _end_with_launcher(go)
             if witness is not None:
-                _testify(jail, report, witness)
+                _testify(jail, go, report, witness)
+                _end_with_launcher(go)
             enter(jail)
+            _end_with_launcher(go)
             if os.read(go, 1) != _GO:
-                os._exit(125)
+                os._exit(_ALONE)
+            syscalls.outlive_parent()
             os.write(report, _EXECUTING)
             execute(jail, program, argv, _ENVIRONMENT)
         except JailFailed as error:
@@ -191,8 +197,20 @@ def _become_qemu(
         os._exit(126)
 
 
-def _testify(jail: Jail, report: int, witness: Witness) -> None:
+def _end_with_launcher(go: int) -> None:
+    """Be ended as soon as the launcher is; said again whenever ids change, which undoes it.
+
+    Once its launcher is gone another command may clean the uid and lease it anew: the child must
+    not take it after that.
+    """
+    syscalls.end_with_parent()
+    if is_hung_up(go):  # It was gone before; the first process of a namespace sees no parent.
+        os._exit(_ALONE)
+
+
+def _testify(jail: Jail, go: int, report: int, witness: Witness) -> None:
     with acting_as(jail.credentials):
+        _end_with_launcher(go)
         answer = witness()
     os.write(report, json.dumps(answer).encode() + b"\n")
 

@@ -12,6 +12,13 @@ def is_readable(descriptor: int, timeout_s: float) -> bool:
     return is_ready(descriptor, select.POLLIN, timeout_s)
 
 
+def is_hung_up(descriptor: int) -> bool:
+    """Whether nothing is left to read from a pipe and nobody is there to write any more."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return poll.poll(0) == [(descriptor, select.POLLHUP)]
+
+
 def is_ready(descriptor: int, events: int, timeout_s: float) -> bool:
     """Wait at most `timeout_s` seconds for one of the events of poll(2), an error or a hang-up."""
     poll = select.poll()

@@ -196,6 +196,11 @@ def end_with_parent() -> None:
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def outlive_parent() -> None:
+    """Take `end_with_parent` back."""
+    prctl(_PR_SET_PDEATHSIG, 0)
+
+
 class _FilterProgram(ctypes.Structure):
     """linux/filter.h, struct sock_fprog."""
 
