@@ -81,7 +81,7 @@ def test_every_extra_argument_that_is_allowed_is_there_and_no_other() -> None:
 
 
 def _toml_examples() -> Iterator[tuple[str, str, str]]:
-    for page in (*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"):
+    for page in (*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"):
         for example in _FENCE.finditer(page.read_text()):
             language, _, kind = example["info"].partition(" ")
             if language == "toml":

@@ -1,4 +1,4 @@
-"""docs/design.md tells the steps of a start in the code's order, and names files that exist."""
+"""The pages on the design tell the steps in the code's order, and name files that exist."""
 
 import re
 from pathlib import Path
@@ -10,15 +10,17 @@ from hypervisor import jail
 from kvmsec.node import launch
 
 ROOT = Path(__file__).resolve().parents[3]
-TEXT = (ROOT / "docs/design.md").read_text()
 _STEP = re.compile(r"^\| `(?P<name>[a-z -]+)` \|", re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-    ("heading", "steps"), [("A start", launch.STEPS), ("In the child", jail.STEPS)]
+    ("page", "heading", "steps"),
+    [("design.md", "A start", launch.STEPS), ("design/jail.md", "In the child", jail.STEPS)],
 )
-def test_the_steps_are_those_of_the_code_in_their_order(heading: str, steps: Any) -> None:
-    section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def test_the_steps_are_those_of_the_code_in_their_order(
+    page: str, heading: str, steps: Any
+) -> None:
+    section = (ROOT / "docs" / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
     assert _STEP.findall(section) == [step.name for step in steps]
 
@@ -26,7 +28,7 @@ def test_the_steps_are_those_of_the_code_in_their_order(heading: str, steps: Any
 def test_every_source_file_that_a_page_names_is_there() -> None:
     named = {
         path
-        for page in (ROOT / "docs").glob("*.md")
+        for page in (ROOT / "docs").rglob("*.md")
         for path in re.findall(
             r"\b(?:kvmsec|hypervisor|uidpool|firewall|tests)/[\w/]+\.py\b", page.read_text()
         )
