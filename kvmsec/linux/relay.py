@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import time
 from typing import Final
 
 from kvmsec.linux.children import fork_worker
@@ -36,8 +37,7 @@ class RelayedSocket(socket.socket):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             _ending.append(pidfd)
-            is_readable(pidfd, _END_S)  # Mostly it has ended by then.
-        _collect_ended()
+        collect_ended(_END_S)  # Mostly it has ended by then.
 
 
 _ending: Final[list[int]] = []
@@ -74,9 +74,11 @@ def let_go(near: RelayedSocket, far: socket.socket) -> None:
     far.close()  # Not the last hold on it, so nothing that waits in there is dropped here.
 
 
-def _collect_ended() -> None:
-    """Take the zombies of relays that have ended."""
+def collect_ended(timeout_s: float) -> None:
+    """Take the zombies of relays that have ended, or do within `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
     for pidfd in list(_ending):
+        is_readable(pidfd, max(0.0, deadline - time.monotonic()))
         try:
             ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:

@@ -17,7 +17,7 @@ from hypervisor import tiny
 from hypervisor.cgroup_mounts import mounted
 from kvmsec import InstanceDefinition, Node, definition_from
 from kvmsec.cluster import operations
-from kvmsec.linux import command, namespaces
+from kvmsec.linux import command, namespaces, relay
 from tests.kvm.census import census, descriptors, ends_by, running
 from tests.kvm.rival import Rival
 from tests.kvm.serial_line import Line
@@ -151,6 +151,7 @@ class Lab:
         Processes that are ending get ENDING_S for it, all together.
         """
         paths = self.paths
+        relay.collect_ended(ENDING_S)
         found = {
             "files": [*map(str, paths.instances.rglob("*")), *map(str, paths.locks.iterdir())],
             "half-written files": self._half_written(),

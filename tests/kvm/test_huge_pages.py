@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hypervisor.cgroup_mounts import mounted
 from kvmsec.errors import StartFailed
 
 pytestmark = pytest.mark.kvm
@@ -18,12 +19,22 @@ MIB = 1 << 20
 @pytest.fixture
 def pages() -> Iterator[int]:
     """Huge pages of 2 MiB, more than the node had before."""
-    before = POOL.read_text()
+    before, handed_down = POOL.read_text(), _handed_down()
     POOL.write_text(str(int(before) + 4))
     try:
         yield 4
     finally:
         POOL.write_text(before)
+        for control in _handed_down() - handed_down:
+            control.write_text("-hugetlb")
+
+
+def _handed_down() -> set[Path]:
+    """The roots of version 2 whose groups get the controller."""
+    roots = [
+        Path(mount.path, "cgroup.subtree_control") for mount in mounted() if mount.version == 2
+    ]
+    return {root for root in roots if "hugetlb" in root.read_text()}
 
 
 def _kib(proc: Path, name: str) -> int:

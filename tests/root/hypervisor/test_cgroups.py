@@ -205,7 +205,7 @@ def test_who_wants_more_memory_than_its_bound_is_killed_and_that_is_counted(
     assert group.oom_kills() == 0
     process = join(group, "held = b'x' * (256 << 20)")
     assert process.wait(30) == -9
-    assert group.oom_kills() == 1
+    assert group.oom_kills() >= 1  # Twice for one process where the whole group is killed.
 
 
 def test_a_fork_bomb_stops_at_its_bound(parent: str, join: Join) -> None:
