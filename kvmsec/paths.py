@@ -8,6 +8,7 @@ that two roots never touch each other's.
 
 import hashlib
 import os
+from functools import cached_property
 from pathlib import Path
 
 from attrs import field, frozen
@@ -102,11 +103,12 @@ class Paths:
         """How an instance ended, for those who ask later. Raises BadName."""
         return self.last_states / f"{require_name('an instance', name)}.json"
 
-    @property
+    # Kept: a start asks for a path of each instance several times.
+    @cached_property
     def run(self) -> Path:
         return self.root / "run/kvmsec"
 
-    @property
+    @cached_property
     def instances(self) -> Path:
         return self.run / "instances"
 

@@ -10,7 +10,7 @@ than free: a rest or a quarantine is there before its lease goes.
 
 import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
@@ -346,9 +346,12 @@ class Claims:
 
     # --- what is known
 
-    def leases(self) -> tuple[Lease, ...]:
-        """The leases of every root, by uid; those that can't be read are in `unreadable`."""
-        return tuple(one for one in self._ledger.leases() if isinstance(one, Lease))
+    def leases(self, *, besides: Collection[int] = ()) -> tuple[Lease, ...]:
+        """The leases of every root, by uid; those that can't be read are in `unreadable`.
+
+        Those of the uids `besides` are left out.
+        """
+        return tuple(one for one in self._ledger.leases(besides) if isinstance(one, Lease))
 
     def unreadable(self) -> tuple[RecordUnreadable, ...]:
         """The leases that can't be read. Their uids count as leased until `retry` frees them."""

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from itertools import filterfalse
 from pathlib import Path
@@ -165,9 +165,9 @@ class Ledger:
         """The lease of a uid, None when there is none. Raises RecordUnreadable."""
         return read_lease(self._leases / str(uid))
 
-    def leases(self) -> Iterator[Lease | RecordUnreadable]:
-        """Every lease, by uid; in place of one that can't be read, why."""
-        for uid in sorted(uids_of_names(_names_in(self._leases))):
+    def leases(self, besides: Collection[int] = ()) -> Iterator[Lease | RecordUnreadable]:
+        """Every lease but those of some uids, by uid; in place of one that can't be read, why."""
+        for uid in sorted(set(uids_of_names(_names_in(self._leases))).difference(besides)):
             try:
                 lease = self.lease(uid)
             except RecordUnreadable as error:

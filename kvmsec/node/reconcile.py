@@ -1,7 +1,7 @@
 """Putting right what killed processes, a reboot or a dying QEMU left on this node."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,15 +32,28 @@ async def reconcile(host: Host) -> tuple[str, ...]:
     right is said too, and the rest goes on.
     """
     done: list[str] = []
+    running: list[InstanceRecord] = []
     for name in _worked_on(host):
+        if (record := _running(host, name)) is not None:
+            running.append(record)
+            continue
         async with _turn_if_left(host, name) as is_ours:
             if is_ours:
                 done += await _settle(host, name)
-    done += await _release_orphaned_uids(host)
+    done += await _release_orphaned_uids(host, {one.uid for one in running if one.uid})
     done += await _remove_leaks(host)
     done += _settle_rules(host)
     done += _remove_unfinished(host)
     return tuple(done)
+
+
+def _running(host: Host, name: str) -> InstanceRecord | None:
+    """The record of an instance that runs as it says: whoever works on it, it is to be left."""
+    try:
+        record = records.load(host.paths, name)
+    except (Fault, OSError):
+        return None
+    return record if record is not None and is_true(record) else None
 
 
 def _settle_rules(host: Host) -> list[str]:
@@ -156,10 +169,13 @@ def _verdict(record: InstanceRecord, remains: Remains) -> tuple[InstanceState, s
     return InstanceState.CRASHED, remains.why
 
 
-async def _release_orphaned_uids(host: Host) -> list[str]:
-    """Release what was drawn by starts of this root that left no record, and by other boots."""
+async def _release_orphaned_uids(host: Host, running: Collection[int]) -> list[str]:
+    """Release what was drawn by starts of this root that left no record, and by other boots.
+
+    The leases of the uids that are `running` are not even read.
+    """
     done = []
-    for lease in host.claims.leases():
+    for lease in host.claims.leases(besides=running):
         if lease.boot_id != processes.boot_id():
             done.append(await _release(host, lease))
         elif lease.root == str(host.paths.root) and not _has_holder(host, lease):

@@ -6,6 +6,8 @@ nothing on another boot, and is not synced to disk.
 """
 
 import contextlib
+import os
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -25,6 +27,7 @@ from kvmsec.paths import Paths
 
 FORMAT: Final = 1
 _LIMIT_BYTES: Final = 1 << 20
+_SETTLED_NS: Final = 1_000_000_000
 
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
@@ -71,6 +74,11 @@ class InstanceRecord:
         return self.launcher.boot_id == boot_id()
 
 
+_Version = tuple[int, int, int, int]
+# What was read last: each start looks at every record, and most of them stay as they are.
+_read: Final[dict[Paths, dict[str, tuple[_Version, InstanceRecord]]]] = {}
+
+
 class RecordUnreadable(KvmsecError):
     """A record can't be read; what it stands for is left alone rather than guessed at."""
 
@@ -107,12 +115,23 @@ def advance(paths: Paths, record: InstanceRecord, **changes: Any) -> InstanceRec
 def load(paths: Paths, name: str) -> InstanceRecord | None:
     """The record of an instance; None when it has none. Raises RecordUnreadable."""
     path = paths.instance(name).record
+    known = _read.setdefault(paths, {})
     try:
-        return _decode(read_bounded(path, _LIMIT_BYTES))
+        status = os.stat(path)
+        version = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        if name in known and known[name][0] == version:
+            return known[name][1]
+        record = _decode(read_bounded(path, _LIMIT_BYTES))
     except FileNotFoundError:
+        known.pop(name, None)
         return None
     except (OSError, ValueError) as error:
         raise RecordUnreadable(path, str(error)) from error
+    # The clock of a filesystem ticks some times a second: what changed just now may change again
+    # without another time, and in an inode that is free again.
+    if time.time_ns() - status.st_ctime_ns > _SETTLED_NS:
+        known[name] = version, record
+    return record
 
 
 def names(paths: Paths) -> list[str]:
@@ -134,7 +153,11 @@ def read_all(paths: Paths) -> tuple[list[InstanceRecord], list[RecordUnreadable]
     """Every record, and an error for each that can't be read."""
     found: list[InstanceRecord] = []
     problems: list[RecordUnreadable] = []
-    for name in names(paths):
+    here = names(paths)
+    known = _read.get(paths, {})
+    for gone in known.keys() - here:
+        del known[gone]
+    for name in here:
         try:
             record = load(paths, name)
         except RecordUnreadable as error:

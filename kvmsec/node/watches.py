@@ -61,7 +61,7 @@ class Watches:
         if record.process is None or name in self._tasks:
             return
         pidfd = processes.open_pidfd(record.process)
-        task = asyncio.create_task(self._see_end(record, pidfd))
+        task = asyncio.create_task(self._see_end(name, record.generation, pidfd))
         self._tasks[name] = task
 
         def end(_: "asyncio.Task[None]") -> None:
@@ -94,21 +94,21 @@ class Watches:
         else:
             self.publish(name, last.state, last.reason)
 
-    async def _see_end(self, record: InstanceRecord, pidfd: int | None) -> None:
+    async def _see_end(self, name: str, generation: str, pidfd: int | None) -> None:
         if pidfd is not None:
             await readable(pidfd, None)
         try:
-            async with self._turn(record.name):
-                await self._after_end(record)
+            async with self._turn(name):
+                await self._after_end(name, generation)
         except (Fault, OSError) as error:
-            self.publish(record.name, InstanceState.UNKNOWN, str(error))
+            self.publish(name, InstanceState.UNKNOWN, str(error))
 
-    async def _after_end(self, record: InstanceRecord) -> None:
+    async def _after_end(self, name: str, generation: str) -> None:
         from kvmsec.node.reconcile import is_true, settle_record
 
-        now = records.load(self._host.paths, record.name)
-        if now is not None and (now.generation != record.generation or is_true(now)):
+        now = records.load(self._host.paths, name)
+        if now is not None and (now.generation != generation or is_true(now)):
             return  # Somebody else took it back, and started it again.
         if now is not None:
             await settle_record(self._host, now)
-        self.publish_end(record.name)
+        self.publish_end(name)

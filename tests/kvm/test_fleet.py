@@ -3,6 +3,7 @@
 import asyncio
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from uidpool.ranges import UidRanges
 pytestmark = pytest.mark.kvm
 
 FLEET = 30
+SETTLED_S = 1.2  # Longer than a record must have stayed the same to be remembered.
 
 
 def check_fleet(lab: Any) -> None:
@@ -62,6 +64,45 @@ def test_a_whole_pool_is_started_at_once_by_one_node_and_one_more_is_refused(lab
         assert line.ask(b"ehello\n") == "ECHO hello"
     lab.run(stop_all)
     check_all_is_released(lab)
+
+
+def test_a_start_opens_no_file_of_those_that_run_on(lab):
+    """Else each start would take longer than the one before."""
+
+    async def count_opened(node: Any) -> list[int]:
+        opened: list[str] = []
+        places = (f"{lab.root}/", f"{lab.paths.uid_leases}/")
+
+        def note(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "open" and str(arguments[0]).startswith(places):
+                opened.append(arguments[0])
+
+        sys.addaudithook(note)  # It can't be taken back, and ends with this process.
+        await node.start(lab.definition("first"))  # What is opened once for all of them.
+        counts = []
+        for fleet in (["a", "b"], [f"vm{number}" for number in range(12)]):
+            for name in fleet:
+                await node.start(lab.definition(name))
+            await asyncio.sleep(SETTLED_S)
+            await node.reconcile()
+            opened.clear()
+            await node.start(lab.definition(f"after-{len(fleet)}"))
+            counts.append(len(opened))
+        return counts
+
+    few, many = lab.rival(count_opened).outcome()["value"]
+    assert few == many > 0
+    for name in lab.instances():
+        lab.stop(name)
+
+
+def test_an_instance_holds_little_of_the_node_s_memory_besides_qemu(lab):
+    lab.start()
+    place = lab.paths.instance("web").directory
+    held = sum(path.lstat().st_blocks * 512 for path in [place, *place.rglob("*")])
+    lab.stop()
+
+    assert 0 < held <= 32 * 1024
 
 
 def test_a_whole_pool_is_started_at_once_by_several_processes(lab):
