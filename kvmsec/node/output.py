@@ -16,7 +16,7 @@ from kvmsec.linux.files import open_without_links, read_bounded, replace_atomica
 
 QEMU_LOG: Final = "qemu.log"
 SERIAL_LOG: Final = "serial.log"
-_RESERVED_BYTES: Final = 64 * 1024
+_RESERVED_BYTES: Final = 16 * 1024  # Memory that each instance takes up, used or not.
 _MAX_FILES: Final = 8
 
 
