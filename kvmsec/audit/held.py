@@ -13,6 +13,7 @@ from kvmsec.audit.process_files import ProcessFiles, TooMuch
 
 _DESCRIPTORS: Final = 8192
 _SHOWN: Final = 32
+_SECTOR_BYTES: Final = 512
 _PATH_CHARS: Final = 120
 _FLAGS: Final = re.compile(rb"^flags:\t(0[0-7]*)$", re.MULTILINE)
 _SOCKET: Final = re.compile(r"socket:\[(\d+)\]", re.ASCII)
@@ -80,8 +81,12 @@ def _is_grant(status: os.stat_result) -> bool:
 
 
 def _is_image(status: os.stat_result) -> bool:
-    """A block device, or a file that is there under a name: what a disk may be."""
+    """A block device, or a file that is there under a name: what a disk may be.
+
+    What doesn't fill a sector is none: libvirt has its QEMUs hold their locked pid files.
+    """
     is_file = stat.S_ISREG(status.st_mode) and status.st_nlink > 0
+    is_file = is_file and status.st_size >= _SECTOR_BYTES
     return is_file or stat.S_ISBLK(status.st_mode)
 
 
