@@ -227,8 +227,10 @@ def _remove_stale_holdings(host: Host) -> list[str]:
 
 
 async def _remove_leaked_taps(host: Host) -> list[str]:
-    known = [tap for record in records.read_all(host.paths)[0] for tap in record.taps]
     try:
+        if not taps.has_taps(host.paths.tag):
+            return []
+        known = [tap for record in records.read_all(host.paths)[0] for tap in record.taps]
         leaked = await taps.leaked_taps(known, tag=host.paths.tag)
         await taps.remove_taps(leaked)
     except (Fault, OSError) as error:

@@ -316,6 +316,11 @@ def _reclaim(descriptor: int, former: TapSettings, now: TapSettings) -> list[str
     return []
 
 
+def has_taps(tag: str) -> bool:
+    """Whether any interface of this host has a name that this root's taps have."""
+    return any(name.startswith(_name_start(tag)) for _, name in socket.if_nameindex())
+
+
 async def leaked_taps(known: Collection[TapRecord], *, tag: str) -> list[TapRecord]:
     """Taps that this root's instances left behind: no record knows them and nobody holds them.
 
