@@ -40,11 +40,15 @@ class Report:
 
 @frozen
 class Subject:
-    """A process to audit, and which instance of the node's it is, if any."""
+    """A process to audit, and which instance of the node's it is, if any.
+
+    `sockets` are the paths of an instance's sockets.
+    """
 
     pid: int
     instance: str | None = None
     tolerated: tuple[str, ...] = ()
+    sockets: tuple[str, ...] = ()
 
 
 def examine(subject: Subject, *, with_canary: bool = False) -> Report:
@@ -69,7 +73,7 @@ def examine_all(instances: Iterable[Subject] = (), *, with_canary: bool = False)
 
 
 def _read(subject: Subject) -> Facts:
-    facts = read_facts(subject.pid)
+    facts = read_facts(subject.pid, sockets=subject.sockets)
     return evolve(facts, instance=subject.instance, tolerated=subject.tolerated)
 
 

@@ -6,7 +6,7 @@ bounded, and each part that fails leaves the others whole: `Facts.unread` says w
 """
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -59,18 +59,22 @@ class ProcessChanges(Fault):
         self.pid = pid
 
 
-def read_facts(pid: int, *, deadline_s: float = DEADLINE_S) -> Facts:
+def read_facts(pid: int, *, sockets: Sequence[str] = (), deadline_s: float = DEADLINE_S) -> Facts:
     """What there is to know of a process itself, at one moment: read again if it changed meanwhile.
 
-    The packet rules are the host's, see `packets`. Each part has `deadline_s` seconds. The caller
-    has one thread. Raises ProcessGone, ProcessChanges and ManyThreads.
+    The packet rules are the host's, see `packets`. `sockets` are paths where files of its listeners
+    may be, which are else looked for. Each part has `deadline_s` seconds. The caller has one
+    thread. Raises ProcessGone, ProcessChanges and ManyThreads.
     """
     for _ in range(_ATTEMPTS):
         with ProcessFiles(pid) as files:
             if not files.is_there():
                 raise ProcessGone(pid)
             before = _signature(files)
-            facts = _Reader(files, deadline_s).read()
+            try:
+                facts = _Reader(files, sockets, deadline_s).read()
+            except (FileNotFoundError, ProcessLookupError):  # What stands in no `_part`.
+                raise ProcessGone(pid) from None
             if not files.is_there():
                 raise ProcessGone(pid)
             if _signature(files) == before:
@@ -98,8 +102,9 @@ def _executable(files: ProcessFiles) -> tuple[str | None, bool]:
 class _Reader:
     """Reads part by part, and notes why a part is missing."""
 
-    def __init__(self, files: ProcessFiles, deadline_s: float) -> None:
+    def __init__(self, files: ProcessFiles, sockets: Sequence[str], deadline_s: float) -> None:
         self._files = files
+        self._socket_paths = sockets
         self._deadline_s = deadline_s
         self._unread: dict[str, str] = {}
 
@@ -118,7 +123,7 @@ class _Reader:
             sharers=self._of(who, "sharers", Sharers, _sharers(files)),
             namespaces=self._at_once("namespaces", lambda: _namespaces(files)),
             descriptors=held.descriptors if held else None,
-            sockets=self._of(held, "sockets", Sockets, _sockets(files)),
+            sockets=self._of(held, "sockets", Sockets, _sockets(files, self._socket_paths)),
             tree=self._of(who, "tree", Tree, lambda found: read_tree(files, found)),
             control_group=self._at_once("control_group", lambda: read_control_group(files)),
             limits=self._at_once("limits", lambda: _limits(files)),
@@ -205,8 +210,8 @@ def _sharers(files: ProcessFiles) -> Callable[[Credentials], Sharers]:
     return lambda who: read_sharers(files, who.uids, is_qemu)
 
 
-def _sockets(files: ProcessFiles) -> Callable[[Held], Sockets]:
-    return lambda held: read_sockets(files, held.socket_inodes)
+def _sockets(files: ProcessFiles, paths: Sequence[str]) -> Callable[[Held], Sockets]:
+    return lambda held: read_sockets(files, held.socket_inodes, paths)
 
 
 def _namespaces(files: ProcessFiles) -> Namespaces:

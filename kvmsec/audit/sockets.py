@@ -10,7 +10,7 @@ import stat
 import struct
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 from attrs import frozen
@@ -56,9 +56,12 @@ class UnixSocket:
     listens: bool
 
 
-def read_sockets(files: ProcessFiles, inodes: Collection[int]) -> Sockets:
+def read_sockets(
+    files: ProcessFiles, inodes: Collection[int], paths: Sequence[str] = ()
+) -> Sockets:
     """Find each socket of the process in its own or the host's network namespace.
 
+    `paths` are where files of its listeners may be, beside the name that each was bound to.
     Raises OSError and TooMuch.
     """
     with open_host() as host:
@@ -69,7 +72,7 @@ def read_sockets(files: ProcessFiles, inodes: Collection[int]) -> Sockets:
     held = {inode: inet_own[inode] for inode in inodes if inode in inet_own} | held_of_host
     known = {*inet_own, *inet_of_host, *unix_own, *unix_of_host}
     listeners = [
-        _describe(inode, unix_of_host.get(inode) or unix_own[inode], inode in unix_of_host)
+        _describe(inode, unix_of_host.get(inode) or unix_own[inode], inode in unix_of_host, paths)
         for inode in inodes
         if _listens(inode, unix_own) or _listens(inode, unix_of_host)
     ]
@@ -156,7 +159,7 @@ def _inodes(table: bytes, place: int) -> Iterator[int]:
 # Who may connect -----------------------------------------------------------------------------
 
 
-def _describe(inode: int, row: UnixSocket, is_of_host: bool) -> UnixListener:
+def _describe(inode: int, row: UnixSocket, is_of_host: bool, paths: Sequence[str]) -> UnixListener:
     """A listener and who may connect; an abstract name asks nobody for a permission (unix(7))."""
     shown = escaped(row.path, limit_chars=_PATH_CHARS)
     if not row.path:
@@ -164,7 +167,7 @@ def _describe(inode: int, row: UnixSocket, is_of_host: bool) -> UnixListener:
     if row.path.startswith(b"@"):
         return UnixListener(path=shown, mode=None, is_open=is_of_host)
     try:
-        path = _file_of(inode, os.fsdecode(row.path))
+        path = _file_of(inode, (os.fsdecode(row.path), *paths))
     except TooMuch:
         return UnixListener(path=shown, mode=None, is_open=None)
     if path is None:  # Removed since, or in a tree that the host doesn't show.
@@ -174,15 +177,18 @@ def _describe(inode: int, row: UnixSocket, is_of_host: bool) -> UnixListener:
     return UnixListener(path=escaped(path, limit_chars=_PATH_CHARS), mode=mode, is_open=is_open)
 
 
-def _file_of(inode: int, path: str) -> str | None:
-    """Where the listener's file is on the host: by its name, else looked for on its filesystem."""
+def _file_of(inode: int, paths: Sequence[str]) -> str | None:
+    """Where the listener's file is on the host: its name first, else looked for on its filesystem.
+
+    A launcher may have bound it by a name of its own, such as /proc/self/fd/3/qmp.sock.
+    """
     try:
         wanted = unix_diag.listening_files().get(inode)
     except OSError:
         wanted = None
     if wanted is None:
-        return path if _is_socket(path) else None
-    return path if _is_at(path, wanted) else _search(wanted)
+        return paths[0] if _is_socket(paths[0]) else None
+    return next((path for path in paths if _is_at(path, wanted)), None) or _search(wanted)
 
 
 def _is_socket(path: str) -> bool:

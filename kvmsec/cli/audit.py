@@ -85,7 +85,7 @@ def _subject_of(session: Session, name: str) -> Subject:
     info = session.run(lambda node: node.info(name))
     if info.pid is None:
         raise NotRunning(name, info.state)
-    return Subject(info.pid, name, _tolerated(session))
+    return Subject(info.pid, name, _tolerated(session), _sockets(session, name))
 
 
 def _examine_all(session: Session, with_canary: bool) -> list[Report]:
@@ -109,13 +109,23 @@ def _instances(session: Session) -> Sequence[Subject]:
     except (Fault, OSError) as error:
         warn(f"which of them are instances of this root is not known: {error}")
         return ()
-    return [Subject(one.pid, one.name, tolerated) for one in known if one.pid is not None]
+    return [
+        Subject(one.pid, one.name, tolerated, _sockets(session, one.name))
+        for one in known
+        if one.pid is not None
+    ]
 
 
 def _tolerated(session: Session) -> tuple[str, ...]:
     from kvmsec.config import load_config
 
     return load_config(session.paths.config).confinement.may_be_missing
+
+
+def _sockets(session: Session, name: str) -> tuple[str, ...]:
+    """Where its sockets are: on a filesystem with many files a search for them would give up."""
+    place = session.paths.instance(name)
+    return str(place.qmp_socket), str(place.serial_socket)
 
 
 # People --------------------------------------------------------------------------------------

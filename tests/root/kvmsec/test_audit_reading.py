@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmsec.audit import reading, sockets
 from kvmsec.audit.process_files import ProcessFiles, ProcessGone
 from kvmsec.audit.reading import ProcessChanges, read_facts
 
@@ -246,6 +247,24 @@ def test_who_may_connect_to_a_unix_socket(
     assert (listener.path, listener.mode, listener.is_open) == (str(place / "q"), mode, is_open)
 
 
+def test_a_listener_is_found_where_its_file_is_said_to_be(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a filesystem with more files than a search looks at."""
+    pid = run(
+        f"s = socket.socket(socket.AF_UNIX); directory = os.open({str(tmp_path)!r}, os.O_PATH);"
+        "s.bind(f'/proc/self/fd/{directory}/q'); s.listen(); ready()"
+    )
+    monkeypatch.setattr(sockets, "_ENTRIES", 0)
+
+    searched = read_facts(pid).sockets
+    told = read_facts(pid, sockets=("/run/elsewhere", str(tmp_path / "q"))).sockets
+
+    assert searched is not None and told is not None
+    assert [one.is_open for one in searched.unix_listeners] == [None]
+    assert [one.path for one in told.unix_listeners] == [str(tmp_path / "q")]
+
+
 def test_an_abstract_socket_is_open_to_its_network_namespace(run: Callable[..., int]) -> None:
     script = "s = socket.socket(socket.AF_UNIX); s.bind('\\0audit\\x1b'); s.listen(); ready()"
     shared = read_facts(run(script)).sockets
@@ -298,6 +317,20 @@ def _fork_with_pid(pid: int) -> int:
         os._exit(0)
     assert child == pid
     return child
+
+
+def test_one_that_ends_in_the_midst_of_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is read next of it: an audit of all is not to end with one that ended."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+
+        def end_it(files: ProcessFiles) -> Callable[[object], None]:
+            process.kill()
+            process.wait()
+            return lambda who: None
+
+        monkeypatch.setattr(reading, "_sharers", end_it)
+        with pytest.raises(ProcessGone):
+            read_facts(process.pid)
 
 
 def test_a_zombie_is_gone() -> None:
