@@ -187,4 +187,5 @@ def disk_paths(facts: Facts) -> Verdict:
 
 
 def _with_mode(files: Sequence[File], bit: int) -> list[str]:
-    return [file.path for file in files if file.mode & bit]
+    """Each once, however many descriptors QEMU has of it."""
+    return list(dict.fromkeys(file.path for file in files if file.mode & bit))

@@ -282,6 +282,15 @@ def test_what_comes_on_top_never_passes_ten() -> None:
     assert sum(point.weight for point in ON_TOP) > 0
 
 
+def test_a_disk_of_two_descriptors_is_named_once() -> None:
+    file = f.File(path="/srv/disk", mode=0o644, uid=0, is_written=True)
+    facts = evolve(SEALED, descriptors=evolve(HELD, files=(file, file)))
+
+    (found,) = (one for one in judge(facts) if one.code == "disk-paths")
+
+    assert found.message == "every user of the host may read /srv/disk"
+
+
 def test_an_instance_has_its_own_name_and_others_the_one_they_claim() -> None:
     claimed = evolve(SEALED, arguments=f.Arguments(sandbox=DENIED, name="shop"))
     assert claimed.name == "shop"
