@@ -46,7 +46,7 @@ class HostState:
         return cls(
             users=frozenset(_users()),
             rules=frozenset(_rules()),
-            files=frozenset(_files()),
+            files=frozenset(_files(uids)),
             processes=frozenset(_processes(root, tag, uids)),
             mounts=frozenset(_mounts()),
             cgroups=frozenset(_cgroups(tag)),
@@ -92,10 +92,14 @@ def _rules() -> Iterator[str]:
         yield from (f"{argv[0]} {number}: {line}" for number, line in enumerate(rules))
 
 
-def _files() -> Iterator[str]:
+def _files(uids: Container[int]) -> Iterator[str]:
+    """All of them, but for what is kept of other uids: that comes and goes with other roots."""
     for directory in HOST_DIRECTORIES:
         if directory.exists():
-            yield from map(str, (directory, *directory.rglob("*")))
+            for path in (directory, *directory.rglob("*")):
+                uid = path.name.partition(".")[0]
+                if not uid.isdecimal() or int(uid) in uids:
+                    yield str(path)
 
 
 def _processes(root: Path, tag: str, uids: Container[int]) -> Iterator[str]:

@@ -20,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from attacks import Attempt, attempts_on, packet_attempts, try_all
+from attacks import Tried, attempts_on, packet_attempts, try_all
 from host_state import HOST_DIRECTORIES, HostState, remove_host_directories
+from screen import heading, say, table
 
 from hypervisor import tiny
 
@@ -36,27 +37,6 @@ class DemoFailed(Exception):
     """Something did not go as it should; the message says what."""
 
 
-# What a person sees --------------------------------------------------------------------------
-
-
-def say(text: str = "") -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-def heading(text: str) -> None:
-    bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    say(f"\n{bold}== {text}{plain}")
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    lines = [list(headings), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        say("  " + "   ".join(padded).rstrip())
-
-
 # The demo ------------------------------------------------------------------------------------
 
 
@@ -69,6 +49,7 @@ class Demo:
         self.uids = range(0)
         self.has_cluster = False
         self.started: list[str] = []
+        self.bare: subprocess.Popen[bytes] | None = None
         self.accelerator = "kvm"
         self.problems: list[str] = []
 
@@ -211,34 +192,83 @@ class Demo:
         before = self.ask("firewall", "show")
         if before["backend"] != backend:
             raise DemoFailed(f"{backend} was asked for, and {before['backend']} serves")
-        rows = try_all(packet_attempts(), self._uid_of("web"))
+        rows = try_all(packet_attempts(), self.ask("instance", "info", "web"))
         after = self.ask("firewall", "show")
-        self._show(rows)
+        shown = [(row.attempt.what, row.outside, row.as_root) for row in rows]
+        table(("tries to", "the kernel's answer", "the same as root"), shown)
+        self._judge(rows)
         counts = []
         for family in before["families"]:
             was, now = before["dropped"][family], after["dropped"][family]
             counts.append(f"{family} {was} -> {now}")
-            if now <= was and any(family in row.what.lower() and row.is_refused for row in rows):
+            if now <= was and any(
+                family in row.attempt.what.lower() and row.is_refused for row in rows
+            ):
                 self.problems.append(f"the drop counter of {backend} for {family} did not rise")
         say(f"  dropped packets, before -> after: {', '.join(counts)}")
 
     def attack(self) -> None:
-        heading("Suppose that web broke out of its guest, out of QEMU and out of its jail")
-        db = self.ask("instance", "info", "db")
-        say(
-            f"  A process with web's uid {self._uid_of('web')}, in none of its namespaces, tries:\n"
+        heading("Suppose that each of them broke out of its guest, and out of QEMU")
+        guests = [self.ask("instance", "info", name) for name in NAMES]
+        tried = [
+            one
+            for attacker in guests
+            for victim in guests
+            if attacker is not victim
+            for one in try_all(attempts_on(victim, self.root), attacker, also_in_jail=True)
+        ]
+        pairs = len(NAMES) * (len(NAMES) - 1)
+        say(f"  With each one's uid, each of them tries it on both of the others ({pairs} pairs):")
+        say("  in its jail, where QEMU is; out of the jail, in none of its namespaces; as root.\n")
+        head = ("tries to", "in its jail", "refused by", "out of it", "refused by", "as root")
+        by_kind: dict[str, list[Tried]] = {}
+        for one in tried:
+            by_kind.setdefault(one.attempt.what, []).append(one)
+        table(head, [_row(what, rows) for what, rows in by_kind.items()])
+        self._judge(tried)
+        refused = sum(one.is_refused for one in tried)
+        say(f"\n  {refused} of {len(tried)} attempts refused, each in both places.")
+        say("  What else refuses (system calls, limits) is attacked by `./dev test attacks`.")
+
+    def _judge(self, rows: Sequence[Tried]) -> None:
+        self.problems += [problem for row in rows for problem in row.problems]
+
+    def audit(self) -> None:
+        heading("How well is each confined? And a QEMU that root starts by hand?")
+        program = self.ask("instance", "info", "web")["qemu"]
+        words = ["-display", "none", "-nodefaults", "-m", "4", "-bios", "tiny.rom"]
+        argv = [program, *words, "-accel", self.accelerator]
+        say(f"$ {shlex.join(argv)} &")
+        self.bare = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=self.root,
+            env={**os.environ, "KVMSEC_ROOT": str(self.root)},
+            start_new_session=True,
         )
-        self._show(try_all(attempts_on(db, self.root), self._uid_of("web")))
+        subjects = {f"instance {name}": [name] for name in NAMES}
+        subjects["QEMU by hand"] = ["--pid", str(self.bare.pid)]
+        rows, scores = [], []
+        for called, whom in subjects.items():
+            say(f"$ kvmsec audit {shlex.join(whom)} --json")
+            (report,) = self.ask("audit", *whom)
+            worst = sorted(report["findings"], key=lambda one: -one["exposure"])
+            codes = ", ".join(one["code"] for one in worst[:4] if one["exposure"])
+            scores.append(report["score"])
+            rows.append((called, f"{report['score']:.1f}", report["rating"], codes))
+        say("  0.0 is sealed, 10.0 is open; docs/audit.md has the points\n")
+        table(("audited", "score", "rating", "most exposed by"), rows)
+        if max(scores[:-1]) >= scores[-1]:
+            self.problems.append("an instance is no better confined than a QEMU by hand")
+        self._end_bare()
 
-    def _show(self, rows: Sequence[Attempt]) -> None:
-        shown = [(row.what, row.as_instance, row.as_root) for row in rows]
-        table(("tries to", "the kernel's answer", "the same as root"), shown)
-        for row in rows:
-            if row.problem:
-                self.problems.append(row.problem)
-
-    def _uid_of(self, name: str) -> int:
-        return int(self.ask("instance", "info", name)["uid"])
+    def _end_bare(self) -> None:
+        if self.bare is not None:
+            self.bare.kill()
+            self.bare.wait()
+            self.bare = None
 
     def stop_all(self) -> None:
         heading("The end: each guest powers down, and its uid rests")
@@ -252,6 +282,7 @@ class Demo:
     def clean_up(self) -> None:
         """Take everything back; goes on past what fails, and says so."""
         heading("Cleaning up")
+        self._end_bare()
         for name in tuple(self.started):
             self._take_back("instance", "stop", name, "--force")
         if self.has_cluster:
@@ -290,6 +321,16 @@ def _pool_of(uids: range) -> str:
     return f"{uids[0]}-{uids[-1]}"
 
 
+def _row(what: str, rows: Sequence[Tried]) -> tuple[str, ...]:
+    """The same attempt by and on different guests: one answer, unless something is wrong."""
+    attempt = rows[0].attempt
+    jailed, outside, root = (
+        "/".join(sorted({str(answer) for answer in answers}))
+        for answers in zip(*((row.in_jail, row.outside, row.as_root) for row in rows), strict=True)
+    )
+    return what, jailed, attempt.in_jail.lock, outside, attempt.outside.lock, root
+
+
 def _answer(line: socket.socket, wanted: str) -> str:
     """The next whole line of the guest's that begins as it should."""
     heard = b""
@@ -319,7 +360,7 @@ def main() -> int:
     say(f"$ cd {root}; export KVMSEC_ROOT=$PWD    # all files of the demo, but {_shared()}")
     steps = (
         *(demo.look_at_the_host, demo.make_a_cluster, demo.start_three, demo.talk),
-        *(demo.refuse_packets, demo.attack, demo.stop_all),
+        *(demo.refuse_packets, demo.attack, demo.audit, demo.stop_all),
     )
     try:
         for step in steps:
