@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,11 +67,17 @@ def asked(monkeypatch: pytest.MonkeyPatch, node: Any) -> list[Any]:
     return calls
 
 
-def test_an_instance_is_found_by_name(run: Any, asked: list[Any]) -> None:
+def web(root: Path, *tolerated: str) -> Subject:
+    """The instance, with where its sockets are."""
+    place = root / "run/kvmsec/instances/web"
+    return Subject(7, "web", tolerated, (str(place / "qmp.sock"), str(place / "serial.sock")))
+
+
+def test_an_instance_is_found_by_name(run: Any, root: Path, asked: list[Any]) -> None:
     page = run("audit", "web")
 
     assert page.exit_code == 0
-    assert asked == [(Subject(7, "web"), False)]
+    assert asked == [(web(root), False)]
     assert page.stdout.startswith("instance web: pid 7, uid 5, /usr/bin/\\x1b[2Jqemu\n")
     assert "seccomp: The kernel.\n  hint: add one\n" in page.stdout
     assert page.stdout.endswith("Overall exposure of web: 0.7 SAFE\n")
@@ -87,10 +94,10 @@ def test_one_that_does_not_run_says_so(run: Any, asked: list[Any]) -> None:
     assert run("audit", "nobody").stderr.startswith("kvmsec: there is no instance nobody\n")
 
 
-def test_any_process_is_audited_by_its_pid(run: Any, asked: list[Any]) -> None:
+def test_any_process_is_audited_by_its_pid(run: Any, root: Path, asked: list[Any]) -> None:
     assert run("audit", "--pid", "9").exit_code == 0
     assert run("audit", "--pid", "7").exit_code == 0
-    assert asked == [(Subject(9), False), (Subject(7, "web"), False)]
+    assert asked == [(Subject(9), False), (web(root), False)]
 
     gone = run("audit", "--pid", "404")
     assert gone.exit_code == 1
@@ -153,10 +160,10 @@ def test_wrong_usage_is_status_2(run: Any, asked: list[Any], arguments: list[str
     assert asked == []
 
 
-def test_the_canary_is_sent_when_asked(run: Any, asked: list[Any]) -> None:
+def test_the_canary_is_sent_when_asked(run: Any, root: Path, asked: list[Any]) -> None:
     run("audit", "web", "--canary")
 
-    assert asked == [(Subject(7, "web"), True)]
+    assert asked == [(web(root), True)]
 
 
 def test_what_the_node_tolerates_goes_along(run: Any, asked: list[Any], root: Any) -> None:
@@ -167,8 +174,8 @@ def test_what_the_node_tolerates_goes_along(run: Any, asked: list[Any], root: An
     run("audit", "web")
     run("audit", "--all")
 
-    assert asked[0][0] == Subject(7, "web", ("cgroup",))
-    assert [subject for subject, _ in asked[1:]] == [Subject(9), Subject(7, "web", ("cgroup",))]
+    assert asked[0][0] == web(root, "cgroup")
+    assert [subject for subject, _ in asked[1:]] == [Subject(9), web(root, "cgroup")]
 
 
 def test_who_is_not_root_is_warned_and_may_look(
