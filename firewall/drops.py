@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from attrs import asdict, frozen
 
+from firewall.policy import UidPairs
 from firewall.routes import DISCARD_PORT
 
 _KERNEL_LOG: Final = Path("/dev/kmsg")
@@ -40,14 +41,14 @@ class Drop:
         return asdict(self)
 
 
-def read_last_drops(prefix: str) -> tuple[Drop, ...]:
-    """The last ten lines with the prefix, oldest first, from /dev/kmsg.
+def read_last_drops(prefix: str, uids: UidPairs) -> tuple[Drop, ...]:
+    """The last ten lines with the prefix, oldest first, from /dev/kmsg; see `parse_drops`.
 
     Raises OSError where the log may not be read (no such device, no CAP_SYSLOG).
     """
     descriptor = os.open(_KERNEL_LOG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        return parse_drops(_records(descriptor), prefix, time.time() - time.monotonic())
+        return parse_drops(_records(descriptor), prefix, uids, time.time() - time.monotonic())
     finally:
         os.close(descriptor)
 
@@ -63,15 +64,23 @@ def _records(descriptor: int) -> Iterator[str]:
                 return
 
 
-def parse_drops(records: Iterable[str], prefix: str, boot_time_s: float) -> tuple[Drop, ...]:
-    """The drops among records of /dev/kmsg; `boot_time_s` is when its clock stood at zero."""
+def parse_drops(
+    records: Iterable[str], prefix: str, uids: UidPairs, boot_time_s: float
+) -> tuple[Drop, ...]:
+    """The drops among records of /dev/kmsg; `boot_time_s` is when its clock stood at zero.
+
+    Those of other uids are other rules', which may have the same prefix. A packet that has no uid
+    any more may be anybody's.
+    """
     last: collections.deque[Drop] = collections.deque(maxlen=_SHOWN)
     for record in records:
         head, _, message = record.partition(";")
         if message.startswith(prefix):
             microseconds = int(head.split(",")[2])
             line = message.split("\n", 1)[0].removeprefix(prefix)
-            last.append(_parse(line, boot_time_s + microseconds / 1e6))
+            drop = _parse(line, boot_time_s + microseconds / 1e6)
+            if drop.uid is None or any(first <= drop.uid <= end for first, end in uids):
+                last.append(drop)
     return tuple(last)
 
 

@@ -20,7 +20,7 @@ from firewall.backend import (
 from firewall.canary import Carrier, Report, probe
 from firewall.drops import read_last_drops
 from firewall.errors import BackendUnavailable, NotProved, PolicyError, RulesUnreadable
-from firewall.policy import DEFAULT_TAG, FAMILIES, Policy, format_uids
+from firewall.policy import DEFAULT_TAG, FAMILIES, Policy, UidPairs, format_uids
 from kvmsec.linux.errors import ChildFailed, ChildTimedOut
 
 _VERIFY_HINT: Final = "see what `kvmsec firewall verify` finds, and `kvmsec firewall show`"
@@ -229,7 +229,7 @@ def _is_readable(backend: Backend) -> bool:
 
 def _describe(backend: Backend, installed: Installed) -> dict[str, Any]:
     log = _find_log(installed.rules)
-    drops, note = _last_drops(log)
+    drops, note = _last_drops(log, installed.uids)
     return {
         "backend": backend.name,
         "tag": backend.tag,
@@ -254,7 +254,9 @@ def _find_log(rules: tuple[str, ...]) -> dict[str, Any] | None:
     return None
 
 
-def _last_drops(log: dict[str, Any] | None) -> tuple[list[dict[str, Any]], str | None]:
+def _last_drops(
+    log: dict[str, Any] | None, uids: UidPairs
+) -> tuple[list[dict[str, Any]], str | None]:
     if log is None:
         return [], "the rules log nothing"
     if log["group"] is not None:
@@ -263,6 +265,6 @@ def _last_drops(log: dict[str, Any] | None) -> tuple[list[dict[str, Any]], str |
             f"drops go to log group {log['group']}: read them there (ulogd, tcpdump -i nflog)",
         )
     try:
-        return [drop.plain() for drop in read_last_drops(log["prefix"])], None
+        return [drop.plain() for drop in read_last_drops(log["prefix"], uids)], None
     except OSError as error:
         return [], f"the kernel's log can't be read here: {error.strerror}"

@@ -2,6 +2,7 @@
 
 from firewall.drops import parse_drops
 
+POOL = ((220000, 220099),)
 IPV4 = (
     "4,812,5000000,-;kvmsec-drop: IN= OUT=eth0 SRC=192.0.2.2 DST=198.51.100.7 LEN=60 TOS=0x00 "
     "PREC=0x00 TTL=64 ID=1 DF PROTO=TCP SPT=40000 DPT=25 WINDOW=64240 RES=0x00 SYN URGP=0 "
@@ -14,7 +15,7 @@ IPV6_CANARY = (
 
 
 def test_a_line_says_who_what_and_where():
-    (drop,) = parse_drops([IPV4], "kvmsec-drop: ", 1_000_000_000.0)
+    (drop,) = parse_drops([IPV4], "kvmsec-drop: ", POOL, 1_000_000_000.0)
     assert drop.plain() == {
         "at": "2001-09-09T01:46:45.000+00:00",
         "uid": 220001,
@@ -28,18 +29,25 @@ def test_a_line_says_who_what_and_where():
 
 
 def test_our_own_canary_is_told_apart():
-    (drop,) = parse_drops([IPV6_CANARY], "kvmsec-drop: ", 0)
+    (drop,) = parse_drops([IPV6_CANARY], "kvmsec-drop: ", POOL, 0)
     assert drop.is_canary
     assert drop.uid == 220002
 
 
 def test_other_lines_are_passed_over_and_ten_are_kept():
     other = "6,1,2,-;eth0: link up kvmsec-drop: not ours\n"
-    drops = parse_drops([other, *[IPV4] * 30, IPV6_CANARY], "kvmsec-drop: ", 0)
+    drops = parse_drops([other, *[IPV4] * 30, IPV6_CANARY], "kvmsec-drop: ", POOL, 0)
     assert len(drops) == 10
     assert drops[-1].is_canary
 
 
 def test_an_icmp_line_has_no_port():
-    (drop,) = parse_drops(["4,1,2,-;p: OUT=lo SRC=a DST=b LEN=84 PROTO=ICMP TYPE=8\n"], "p: ", 0)
+    (drop,) = parse_drops(
+        ["4,1,2,-;p: OUT=lo SRC=a DST=b LEN=84 PROTO=ICMP TYPE=8\n"], "p: ", POOL, 0
+    )
     assert (drop.port, drop.uid, drop.protocol) == (None, None, "icmp")
+
+
+def test_drops_of_other_rules_with_the_same_prefix_are_passed_over():
+    drops = parse_drops([IPV4, IPV6_CANARY], "kvmsec-drop: ", ((220002, 220002),), 0)
+    assert [drop.uid for drop in drops] == [220002]
