@@ -48,7 +48,10 @@ def audit(
     canary: bool,
     as_json: bool,
 ) -> None:
-    """How well is a running QEMU confined? Scored from 0.0, sealed, to 10.0."""
+    """How well is a running QEMU confined? A score, and each fix.
+
+    The score goes from 0.0, sealed, to 10.0. With a NAME or --pid, point by point.
+    """
     if sum((name is not None, pid is not None, everything)) > 1:
         raise WrongUsage("a NAME, --pid and --all exclude each other")
     if canary:

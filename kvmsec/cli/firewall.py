@@ -75,7 +75,10 @@ def apply(session: Session) -> None:
 @json_option
 @pass_session
 def verify(session: Session, as_json: bool) -> None:
-    """Compare the rules with what they must be, and send a packet that must be refused."""
+    """Compare the rules with what they must be, and try them.
+
+    A packet is sent that must be refused.
+    """
     conclude(session.run(lambda node: node.verify_rules()), as_json=as_json)
 
 

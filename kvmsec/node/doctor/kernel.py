@@ -175,13 +175,14 @@ def check_io_uring(subject: Subject) -> Iterator[Answer]:
         yield ok("the kernel can't keep instances from it (Linux 6.6 can), or has none")
     elif disabled == "0":
         yield warning(
-            "instances may use it (kernel.io_uring_disabled 0): credentials that are registered "
-            "with a ring of somebody else's outlive the uid's processes",
+            "nothing but the filter of system calls keeps instances from it "
+            "(kernel.io_uring_disabled 0): credentials that are registered with a ring of somebody "
+            "else's outlive the uid's processes",
             _sysctl_hint(
                 "kernel.io_uring_disabled",
                 1,
-                'disks with aio = "io_uring" then need "native" or "threads"; 2 where root needs '
-                "none either",
+                "other programs' users then need the group kernel.io_uring_group; 2 where root "
+                "needs none either",
             ),
         )
     else:
