@@ -31,7 +31,7 @@ def definition_of(
         return _from_file(name, path, kept, given)
     if given:
         return _from_options(name, given)
-    raise _nothing_said(path)
+    raise _nothing_said(path, is_known=paths.instance(name).directory.exists())
 
 
 def _from_file(
@@ -64,10 +64,13 @@ def _read_kept(path: Path) -> dict[str, object] | None:
         return None
 
 
-def _nothing_said(path: Path) -> BadDefinition:
+def _nothing_said(path: Path, *, is_known: bool) -> BadDefinition:
+    """Options are not kept: an instance that runs by them alone can't be started by its name."""
     from kvmsec.errors import BadDefinition
 
     hint = "write it, or say what to start: --spec FILE, or options such as --disk PATH"
+    if is_known:
+        hint = f"{path.stem} was started without it: `kvmsec instance info {path.stem}`; or {hint}"
     return BadDefinition(str(path), ["there is no such file"], hint=hint)
 
 

@@ -45,6 +45,9 @@ def instance() -> None:
 @_name_argument
 @click.option("--spec", type=PATH, metavar="FILE", help="A definition, TOML or JSON; options win.")
 @click.option("--memory", "memory_mib", type=WHOLE_NUMBER, metavar="MIB", help="Memory in MiB.")
+@click.option(
+    "--hugepages", type=click.Choice(["2M", "1G"]), help="Memory of huge pages of this size."
+)
 @click.option("--vcpus", type=WHOLE_NUMBER, metavar="N", help="Virtual CPUs.")
 @click.option("--machine", help="pc, q35, microvm or a version of one.")
 @click.option("--cpu", help="The CPU's model.")
@@ -54,7 +57,7 @@ def instance() -> None:
     type=DISK,
     multiple=True,
     metavar="PATH[,format=…,readonly=…]",
-    help="A disk image or block device; may be repeated.",
+    help="A disk image or block device, with any key of a definition's; may be repeated.",
 )
 @click.option(
     "--nic",
@@ -62,13 +65,18 @@ def instance() -> None:
     type=NIC,
     multiple=True,
     metavar="tap=…|bridge=…[,mac=…]",
-    help="A network card; may be repeated.",
+    help="A network card, with any key of a definition's; may be repeated.",
 )
 @click.option("--firmware", type=PATH, metavar="PATH", help="What the machine boots from.")
 @click.option("--kernel", type=PATH, metavar="PATH", help="A Linux kernel to boot.")
 @click.option("--initrd", type=PATH, metavar="PATH", help="Its initial RAM disk.")
 @click.option("--append", metavar="TEXT", help="Its command line.")
-@click.option("--cpu-weight", type=WHOLE_NUMBER, metavar="N", help="Its weight; 100 is average.")
+@click.option(
+    "--cpu-weight",
+    type=WHOLE_NUMBER,
+    metavar="N",
+    help="Its share of CPU time, 1 to 10000; 100 is everybody's.",
+)
 @click.option(
     "--cpu-quota",
     "cpu_quota_percent",
@@ -76,15 +84,24 @@ def instance() -> None:
     metavar="PERCENT",
     help="The most CPU time; 100 is one CPU.",
 )
-@click.option("--io-weight", type=WHOLE_NUMBER, metavar="N", help="The same for disk I/O.")
+@click.option(
+    "--io-weight",
+    type=WHOLE_NUMBER,
+    metavar="N",
+    help="Its share of disk I/O, 1 to 10000; 100 is everybody's.",
+)
 @click.option(
     "--accel",
     "accelerator",
     type=click.Choice(["kvm", "tcg", "auto"]),
-    help="Hardware virtualization (kvm, unless told) or emulation.",
+    help="Hardware virtualization (kvm, unless told) or emulation, which is no boundary.",
 )
-@click.option("--security-model", type=SECURITY_MODEL, help="Whose uid it gets.")
-@click.option("--security-domain", metavar="USER", help="The user of the security model user.")
+@click.option(
+    "--security-model",
+    type=SECURITY_MODEL,
+    help="Whose uid it gets: root's, one user's or one of the pool; the cluster's unless told.",
+)
+@click.option("--security-domain", metavar="USER", help="The user to run as under `user`.")
 @click.option("--qemu", type=PATH, metavar="PATH", help="The QEMU to run.")
 @pass_session
 def start(session: Session, /, name: str, spec: Path | None, **options: Any) -> None:

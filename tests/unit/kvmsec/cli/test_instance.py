@@ -117,6 +117,13 @@ def test_options_win_over_a_file(
     assert (machine.memory_mib, machine.vcpus, machine.disks) == (96, 2, (Disk(Path("/a")),))
 
 
+def test_huge_pages_are_an_option(run: Any, started: Any) -> None:
+    machine = started("--memory", "96", "--hugepages", "2M").machine
+
+    assert (machine.memory_mib, machine.hugepages) == (96, "2M")
+    assert run("instance", "start", "web", "--hugepages", "4M").exit_code == 2
+
+
 @pytest.mark.parametrize("quota", ["150", "150%"])
 def test_limits_are_options_of_their_own(started: Any, quota: str) -> None:
     limits = started("--cpu-weight", "50", "--cpu-quota", quota, "--io-weight", "7").machine.limits
@@ -159,8 +166,18 @@ def test_no_definition_at_all_is_an_error_that_names_the_file(
 
     assert result.exit_code == 1
     place = root / "etc/kvmsec/instances/web.toml"
-    assert result.stderr.startswith(f"kvmsec: {place}: there is no such file\nhint: ")
+    assert result.stderr.startswith(f"kvmsec: {place}: there is no such file\nhint: write it")
     assert node.calls == []
+
+
+@pytest.mark.root
+def test_no_definition_of_one_that_runs_by_options_says_so(run: Any, root: Path) -> None:
+    (root / "run/kvmsec/instances/web").mkdir(parents=True)
+
+    result = run("instance", "start", "web")
+
+    assert result.exit_code == 1
+    assert "hint: web was started without it: `kvmsec instance info web`" in result.stderr
 
 
 def test_every_fault_of_a_file_is_told(run: Any, node: Any, tmp_path: Path) -> None:
