@@ -196,6 +196,9 @@ def _read(path: Path) -> dict[str, object]:
         return {}
     except UntrustedPath as error:
         raise BadConfig(path, [error.message], hint=error.hint) from error
+    except PermissionError as error:
+        hint = "run it as root, or with sudo"
+        raise BadConfig(path, [describe_failure(error)], hint=hint) from error
     except (OSError, ValueError) as error:
         raise BadConfig(path, [describe_failure(error)]) from error
 

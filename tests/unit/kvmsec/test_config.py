@@ -12,6 +12,7 @@ from hypervisor.machine import MAX_QUOTA, MAX_WEIGHT
 from kvmsec import config as config_module
 from kvmsec.config import Config, load_config, parse_config, show_config
 from kvmsec.errors import BadConfig
+from kvmsec.linux.credentials import NOBODY, Credentials, acting_as
 from kvmsec.model.security import SecurityModel
 from uidpool.ranges import UidRanges
 
@@ -140,6 +141,17 @@ def test_all_faults_are_named_together_with_table_and_key() -> None:
         "limits.log_kib",
         "security.weakest_model",
     ]
+
+
+@pytest.mark.root
+def test_who_may_not_read_the_file_is_sent_to_root(place: Path) -> None:
+    place.write_text(WHOLE)
+    place.chmod(0o600)
+
+    with acting_as(Credentials(NOBODY, NOBODY)), pytest.raises(BadConfig) as caught:
+        load_config(place)
+
+    assert caught.value.hint == "run it as root, or with sudo"
 
 
 def test_an_unknown_key_is_refused_with_the_one_that_was_meant() -> None:
