@@ -13,7 +13,14 @@ import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A machine that is busy with something else is slow, and no example is wrong for that.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 _INSIDE = "KVMSEC_TEST_SANDBOX"
 _CHECKOUT = Path(__file__).resolve().parents[1]
