@@ -305,13 +305,19 @@ def group() -> Any:
 def test_a_control_group_with_a_fork_loop_is_emptied_and_removed(
     group: cgroups.InstanceCgroup,
 ) -> None:
-    def join_and_fork() -> None:
-        for file in group.procs_files:
-            Path(file).write_text("0")
-        os.closerange(3, 64)
-        fork_for_ever()
+    reader, writer = os.pipe()
 
-    with start_child(join_and_fork, what="a fork loop"):
+    def join_and_fork() -> None:
+        for path in group.paths:
+            Path(path, "cgroup.procs").write_text("0")
+        fork_for_ever()
+        os.write(writer, b"in")
+        signal.pause()
+
+    with start_child(join_and_fork, what="a fork loop", keep=(writer,)):
+        os.close(writer)
+        assert os.read(reader, 2) == b"in"
+        os.close(reader)
         asyncio.run(dismantle.remove_group(group))
     assert not any(Path(path).exists() for path in group.paths)
 
