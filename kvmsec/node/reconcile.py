@@ -75,7 +75,7 @@ def _remove_unfinished(host: Host) -> list[str]:
         paths.image_holdings,
     )
     left: list[Path] = []
-    for place in (*places, paths.image_holdings):
+    for place in places:
         with contextlib.suppress(OSError):
             left += remove_unfinished(place, older_than_s=_UNFINISHED_S)
     return [f"{path}: removed, it was half written" for path in left]
