@@ -22,15 +22,10 @@ from kvmsec.node.doctor.subject import Answer, Subject, error, ok, warning
 _TRIAL_BYTES: Final = 64 << 20
 _NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
 _PR_SET_SECCOMP: Final = 22
-_SECCOMP_MODE_FILTER: Final = 2
 _YAMA: Final = Path("/proc/sys/kernel/yama/ptrace_scope")
 _IO_URING: Final = Path("/proc/sys/kernel/io_uring_disabled")
 _CONTAINER_HINT: Final = (
     "run kvmsec on the host itself, or in a container that is given all privileges"
-)
-_CGROUP_HINT: Final = (
-    "mount one that has it: mount -t cgroup2 none /sys/fs/cgroup; or do without, in kvmsec.toml: "
-    "confinement.may_be_missing = [{}]"
 )
 _KINDS: Final = {
     "mount": namespaces.CLONE_NEWNS,
@@ -112,7 +107,7 @@ def check_namespaces(subject: Subject) -> Iterator[Answer]:
 def check_privileges(subject: Subject) -> Iterator[Answer]:
     """A process of our own gives up everything for good, and the kernel filters system calls."""
     try:
-        syscalls.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER)
+        syscalls.prctl(_PR_SET_SECCOMP, syscalls.SECCOMP_MODE_FILTER)
     except OSError as failure:
         # EFAULT: the filter that we didn't give could not be read, so filters are known (prctl(2)).
         if failure.errno != errno.EFAULT:
@@ -164,7 +159,7 @@ def check_ptrace(subject: Subject) -> Iterator[Answer]:
 
 
 def check_io_uring(subject: Subject) -> Iterator[Answer]:
-    """Whether an instance may use io_uring, which takes credentials along.
+    """Whether the kernel keeps instances from io_uring too, as kvmsec's filter does.
 
     A process registers its credentials with a ring (io_uring_register(2),
     IORING_REGISTER_PERSONALITY), and whoever has the ring acts with them after it has ended: so a
@@ -172,7 +167,7 @@ def check_io_uring(subject: Subject) -> Iterator[Answer]:
     """
     disabled = _setting(_IO_URING)
     if disabled is None:
-        yield ok("the kernel can't keep instances from it (Linux 6.6 can), or has none")
+        yield ok("the kernel can't keep instances from it as well (Linux 6.6 can), or has none")
     elif disabled == "0":
         yield warning(
             "nothing but the filter of system calls keeps instances from it "
@@ -186,7 +181,7 @@ def check_io_uring(subject: Subject) -> Iterator[Answer]:
             ),
         )
     else:
-        yield ok(f"kept from instances (io_uring_disabled {disabled})")
+        yield ok(f"the kernel keeps it from instances, too (io_uring_disabled {disabled})")
 
 
 def _setting(path: Path) -> str | None:
@@ -225,8 +220,7 @@ def check_cgroups(subject: Subject) -> Iterator[Answer]:
     refused = [one for one in group.lacks if one not in tolerated]
     if refused:
         found = "; ".join([hierarchy.layout or "none is mounted", *map(str, refused)])
-        pieces = ", ".join(f'"{one.piece}"' for one in refused)
-        yield error(f"{found}: no instance can start", _CGROUP_HINT.format(pieces))
+        yield error(f"{found}: no instance can start", limits.NoCgroup(refused).hint)
     elif tolerated:
         found = "; ".join([hierarchy.layout or "none is mounted", *map(str, tolerated)])
         yield ok(f"{found} (kvmsec.toml says that it may be missing)")

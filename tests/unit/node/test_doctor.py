@@ -254,6 +254,9 @@ def test_a_limit_of_the_nodes_own_wants_its_controller_whatever_is_tolerated(
 
     assert first.severity == "error"
     assert "cgroup-cpu" in first.message
+    assert first.hint is not None
+    assert "may_be_missing" not in first.hint
+    assert "ask for no limit of cpu" in first.hint
 
 
 @pytest.mark.parametrize(("tolerated", "severity"), [((), "error"), (("seccomp",), "warning")])
