@@ -15,8 +15,8 @@ _BOUNDS: Final = {
     "msgqueue size": 819_200,  # The kernel's default, linux/resource.h MQ_BYTES_MAX.
 }
 _MISSING_HINT: Final = (
-    "a host without that controller: name `cgroup` in confinement.may_be_missing only where the "
-    "guests are trusted not to fill it"
+    "give the host what it lacks, and take out of confinement.may_be_missing what `kvmsec doctor` "
+    "finds to be there"
 )
 
 
