@@ -349,7 +349,7 @@ STEPS: Final = (
     Step("taps", _Start.open_taps, "up and without IPv6 before a guest is behind them"),
     Step("sockets", _Start.bind_sockets, "root's alone; QEMU gets them listening"),
     Step("output", _Start.mount_output, "the only place that the instance may fill"),
-    Step("cgroup", _Start.make_cgroup, "the child joins it before anything else"),
+    Step("cgroup", _Start.make_cgroup, "the child is born in it, or joins it first of all"),
     Step("fork", _Start.fork, "its packet is refused, then it builds its jail and waits"),
     Step("programs", _Start.check_programs, "nobody else's to change, while the jail is built"),
     Step("release", _Start.release, "from here on the record leads to the process"),
