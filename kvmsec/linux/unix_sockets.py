@@ -33,18 +33,18 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def connect(path: Path, *, may_refuse: bool = True) -> socket.socket:
+def connect(path: Path) -> socket.socket:
     """Connect without waiting; the socket does not block, and takes no descriptor.
 
-    Where the kernel can't refuse descriptors, and without `may_refuse` as if it could not, a child
-    of ours is between (see `relay`). Raises BlockingIOError while the other side's queue is full,
-    and OSError.
+    Where the kernel can't refuse descriptors a child of ours is between (see `relay`), for which
+    the caller has one thread. Raises BlockingIOError while the other side's queue is full,
+    ManyThreads, and OSError.
     """
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     near: relay.RelayedSocket | None = None
     try:
         client.setblocking(False)
-        if not (may_refuse and _refuse_descriptors(client)):
+        if not _refuse_descriptors(client):
             near = relay.begin(client)
         with _short(path) as address:
             client.connect(address)

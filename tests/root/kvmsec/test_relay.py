@@ -38,9 +38,16 @@ def no_child_of_another_test() -> Iterator[None]:
     _others.clear()
 
 
+def connect_by_relay(path: Path) -> socket.socket:
+    """As on a kernel that can't refuse descriptors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unix_sockets, "_refuse_descriptors", lambda _: False)
+        return unix_sockets.connect(path)
+
+
 @pytest.fixture
 def connected(tmp_path: Path, listener: socket.socket) -> Iterator[RelayedSocket]:
-    near = unix_sockets.connect(tmp_path / "sock", may_refuse=False)
+    near = connect_by_relay(tmp_path / "sock")
     assert isinstance(near, RelayedSocket)
     yield near
     near.close()
@@ -140,7 +147,7 @@ def test_a_closed_relay_ends(connected: RelayedSocket, listener: socket.socket) 
 
 def test_a_relay_ends_with_its_launcher(tmp_path: Path, listener: socket.socket) -> None:
     def stay() -> None:
-        near = unix_sockets.connect(tmp_path / "sock", may_refuse=False)
+        near = connect_by_relay(tmp_path / "sock")
         signal.pause()
         near.close()
 
@@ -164,7 +171,7 @@ def test_a_connection_that_fails_leaves_no_relay(
             while True:
                 waiting.append(unix_sockets.connect(path))
     with pytest.raises(OSError):
-        unix_sockets.connect(path, may_refuse=False)
+        connect_by_relay(path)
     relay.collect_ended(DEADLINE_S)
     assert relays() == []
     for one in waiting:
@@ -207,7 +214,7 @@ GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
 def frozen(tmp_path: Path, listener: socket.socket) -> Iterator[tuple[RelayedSocket, int]]:
     """A relay, and its pid, that reads what such a connection was passed along with."""
     children = set(relays())
-    near = unix_sockets.connect(tmp_path / "sock", may_refuse=False)
+    near = connect_by_relay(tmp_path / "sock")
     assert isinstance(near, RelayedSocket)
     (pid,) = set(relays()) - children
     os.kill(pid, signal.SIGSTOP)  # Else it may have read before the sender has closed its own.
