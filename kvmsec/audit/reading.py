@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from hypervisor import limits
 from hypervisor.foreign_text import escaped
 from kvmsec.audit.arguments import parse_cmdline, read_arguments
 from kvmsec.audit.control_groups import read_control_group
@@ -241,10 +242,8 @@ def _limits(files: ProcessFiles) -> dict[str, Limit]:
 
 def parse_limits(text: bytes) -> Iterator[tuple[str, Limit]]:
     """The rows of a /proc/PID/limits: `open files`, `processes`, `core file size` and so on."""
-    for line in text.decode(errors="replace").splitlines()[1:]:
-        if line.startswith("Max ") and len(line) > 26:
-            soft, hard = line[26:].split()[:2]
-            yield line[4:26].strip(), Limit(*map(_limit, (soft, hard)))
+    for name, shown in limits.parse_limits(text.decode(errors="replace")).items():
+        yield name.removeprefix("Max "), Limit(*map(_limit, shown))
 
 
 def _limit(word: str) -> int | None:
