@@ -51,7 +51,8 @@ class CgroupBusy(HypervisorError):
 class Lack:
     """A piece of what an instance's groups are for that can't be had here, and why.
 
-    `piece` is `cgroup` (there is no group at all) or `cgroup-` and a controller's name.
+    `piece` is `cgroup-` and a controller's name, or `cgroup`: there is no group at all, or none of
+    version 2 where that is mounted, by which all of it is ended at once.
     """
 
     piece: str
@@ -195,7 +196,7 @@ class Hierarchy:
         """
         limits = limits or GroupLimits()
         wanted = limits.controllers
-        lacks, failures = list(self.lacks(wanted)), []
+        lacks, failures, of_version_2 = list(self.lacks(wanted)), [], []
         paths: list[str] = []
         held: list[tuple[str, Setting]] = []
         useful = [mount for mount in self.mounts if mount.version == 2 or mount.offers(wanted)]
@@ -207,14 +208,15 @@ class Hierarchy:
             except OSError as error:
                 failures.append(f"{error.filename or mount.path}: {error.strerror}")
                 lacks += [Lack.of(name, failures[-1]) for name in sorted(controllers)]
+                of_version_2 += failures[-1:] if mount.version == 2 else []
                 continue
             there = controllers - withheld.keys()
             written, unwritten = write_bounds(path, settings_for(limits, there, mount.version))
             paths.append(path)
             held += written
             lacks += [Lack.of(*one) for one in sorted({**withheld, **unwritten}.items())]
-        if failures and not paths:
-            lacks.insert(0, Lack("cgroup", "; ".join(dict.fromkeys(failures))))
+        if whole := of_version_2 if paths else failures:
+            lacks.insert(0, Lack("cgroup", "; ".join(dict.fromkeys(whole))))
         return InstanceCgroup(tuple(paths), tuple(lacks), tuple(held))
 
     def leaked(

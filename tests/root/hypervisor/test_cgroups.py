@@ -149,6 +149,18 @@ def test_an_empty_leftover_is_replaced_and_a_populated_one_is_not_taken_over(
     assert "earlier start" in refused.problem
 
 
+def test_without_its_version_two_group_it_has_not_all_that_ends_it(parent: str, join: Join) -> None:
+    """The others count and bound it; to end it at once and to know it empty takes that one."""
+    hierarchy = Hierarchy.detect()
+    left = hierarchy.create("kvmsec_1", "guest", parent)
+    assert left.unified is not None
+    join(InstanceCgroup((left.unified,)), _SLEEP)
+    refused = hierarchy.create("kvmsec_1", "guest", parent)
+    assert refused.unified is None
+    assert refused.lacks[0].piece == "cgroup"
+    assert f"{left.unified}: processes of an earlier start" in refused.lacks[0].problem
+
+
 def test_leaked_groups_are_those_of_the_tag_that_nobody_knows(parent: str) -> None:
     hierarchy = Hierarchy.detect()
     made = {name: hierarchy.create("kvmsec_1", name, parent) for name in ("a.b", "a-b", "tasks")}
