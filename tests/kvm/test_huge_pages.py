@@ -1,5 +1,6 @@
 """A guest whose memory is of huge pages, from a pool that the test makes and takes away."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,22 +20,18 @@ MIB = 1 << 20
 @pytest.fixture
 def pages() -> Iterator[int]:
     """Huge pages of 2 MiB, more than the node had before."""
-    before, handed_down = POOL.read_text(), _handed_down()
+    before = POOL.read_text()
+    controls = [Path(one.path, "cgroup.subtree_control") for one in mounted() if one.version == 2]
+    handed_down = [control for control in controls if "hugetlb" in control.read_text()]
     POOL.write_text(str(int(before) + 4))
     try:
         yield 4
     finally:
         POOL.write_text(before)
-        for control in _handed_down() - handed_down:
-            control.write_text("-hugetlb")
-
-
-def _handed_down() -> set[Path]:
-    """The roots of version 2 whose groups get the controller."""
-    roots = [
-        Path(mount.path, "cgroup.subtree_control") for mount in mounted() if mount.version == 2
-    ]
-    return {root for root in roots if "hugetlb" in root.read_text()}
+        for control in controls:
+            if control not in handed_down:
+                with contextlib.suppress(OSError):  # Other instances of this host have it by now.
+                    control.write_text("-hugetlb")
 
 
 def _kib(proc: Path, name: str) -> int:
