@@ -64,7 +64,7 @@ def _works(use: Callable[[], None]) -> bool:
         use()
     except OSError as failure:
         # What is asked for does not exist or is senseless: said by a kernel that has the call.
-        return failure.errno in (errno.ENOENT, errno.EINVAL)
+        return failure.errno in (errno.ENOENT, errno.EINVAL, errno.EBADF)
     return True
 
 
@@ -82,10 +82,19 @@ def _change_no_mount() -> None:
     syscalls.set_mount_attributes("/proc/no such mount", syscalls.MOUNT_ATTR_NODEV)
 
 
+def _fork_into_no_group() -> None:
+    nowhere = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
+    try:
+        syscalls.clone3(0, nowhere)  # Refused, and so no fork: that is no control group.
+    finally:
+        os.close(nowhere)
+
+
 _CALLS: Final = {
     "openat2": _open_by_rules,
     "pidfd_open and pidfd_send_signal": _signal_by_descriptor,
     "mount_setattr": _change_no_mount,
+    "clone3": _fork_into_no_group,
 }
 
 

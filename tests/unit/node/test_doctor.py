@@ -168,15 +168,20 @@ def test_a_processor_of_another_kind_is_refused(
     assert "aarch64" in answer.message
 
 
-def test_a_missing_system_call_is_named(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("call", "name"), [("set_mount_attributes", "mount_setattr"), ("clone3", "clone3")]
+)
+def test_a_missing_system_call_is_named(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, call: str, name: str
+) -> None:
     def refuse(*_: object, **__: object) -> int:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(syscalls, "set_mount_attributes", refuse)
+    monkeypatch.setattr(syscalls, call, refuse)
 
     (answer,) = kernel.check_system_calls(subject)
 
-    assert (answer.severity, answer.message) == ("error", "not available: mount_setattr")
+    assert (answer.severity, answer.message) == ("error", f"not available: {name}")
 
 
 @pytest.mark.parametrize(
