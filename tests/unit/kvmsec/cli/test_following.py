@@ -91,11 +91,16 @@ def test_following_ends_with_the_instance(
 ) -> None:
     """Also when the instance's files have been put away by then."""
     monkeypatch.setattr(following, "_PAUSE_S", 0.05)
-    with subprocess.Popen(["sleep", "0.3"]) as process:
+    with subprocess.Popen(["sleep", "60"]) as process:
         said = iter(["a", "ab"])
 
         async def log(name: str) -> InstanceLog:
-            return InstanceLog("", "", "" if process.poll() is not None else next(said, "abc"))
+            if process.poll() is not None:
+                return InstanceLog("", "", "")
+            words = next(said, "abc")
+            if words == "abc":
+                process.kill()
+            return InstanceLog("", "", words)
 
         monkeypatch.setattr(node, "log", log)
         node.infos = [InstanceInfo(name="web", state=InstanceState.RUNNING, pid=process.pid)]
