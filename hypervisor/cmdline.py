@@ -253,6 +253,7 @@ def _images(index: int, disk: Disk, chain: Sequence[ImageGrant]) -> Iterator[str
             "node-name": f"{_node(index, depth)}-file",
             "filename": _set_path(grant.descriptor),
             "aio": disk.aio,
+            "locking": "off",  # it is locked already, and QEMU may not lock: see `images.locks`
             **common,
         }
         image = {

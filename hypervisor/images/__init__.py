@@ -5,12 +5,14 @@ from hypervisor.images.errors import (
     BackingMismatch,
     HeaderRefused,
     ImageError,
+    ImageLocked,
     ImageNotOpened,
     ImageUsedTwice,
     InspectionFailed,
     NotAnImage,
 )
 from hypervisor.images.identity import ImageIdentity
+from hypervisor.images.locks import lock
 from hypervisor.images.opening import OpenImage, open_chains
 
 __all__ = (
@@ -19,11 +21,13 @@ __all__ = (
     "ImageError",
     "ImageFile",
     "ImageIdentity",
+    "ImageLocked",
     "ImageNotOpened",
     "ImageUsedTwice",
     "InspectionFailed",
     "NotAnImage",
     "OpenImage",
     "chain_of",
+    "lock",
     "open_chains",
 )

@@ -49,5 +49,16 @@ class ImageUsedTwice(ImageError):
         self.other = other
 
 
+class ImageLocked(ImageError):
+    """Another program uses the image in a way that excludes ours, or holds a lock on it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            path,
+            "is locked: another program uses it",
+            hint="end it first (`lslocks` shows who locks files, `fuser FILE` who has it open)",
+        )
+
+
 class InspectionFailed(ImageError):
     """The child that reads headers ended without a result, or not in time."""

@@ -26,6 +26,7 @@ kernel remembers which calls are always allowed).
 """
 
 import errno
+import fcntl
 from enum import Enum
 from typing import Final, Literal
 
@@ -48,6 +49,7 @@ class Answer(Enum):
     KILL = 0x80000000
     NOT_PERMITTED = _SECCOMP_RET_ERRNO | errno.EPERM
     NO_SUCH_CALL = _SECCOMP_RET_ERRNO | errno.ENOSYS
+    NO_LOCKS = _SECCOMP_RET_ERRNO | errno.ENOLCK
     NO_SUCH_FAMILY = _SECCOMP_RET_ERRNO | errno.EAFNOSUPPORT
 
     @property
@@ -112,6 +114,12 @@ _OTHER_PROTOCOLS: Final = (  # all but the family's own (0), TCP (6) and UDP (17
     *(Comparison(2, "equal", protocol) for protocol in (1, 2, 3, 4, 5, 7, 16)),
     Comparison(2, "masked", 8, 8),  # 8 to 15
     Comparison(2, "greater", 17),
+)
+
+_INT: Final = 0xFFFFFFFF
+_LOCKS_OF_FILES: Final = tuple(
+    Comparison(1, "masked", command, _INT)
+    for command in (fcntl.F_SETLK, fcntl.F_SETLKW, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW)
 )
 
 RULES: Final = (
@@ -208,6 +216,15 @@ RULES: Final = (
         Answer.NO_SUCH_CALL,
         "queues outlive their maker",
         "mq_overview(7)",
+    ),
+    # What the kernel keeps for a process and charges to nobody
+    Rule(
+        ("fcntl",),
+        Answer.NO_LOCKS,
+        "a lock for each byte of a file, 200 bytes of the kernel's each, past the control group; "
+        "flock(2) has one a file. Images are locked for QEMU: see hypervisor.images.locks",
+        "fcntl(2), F_OFD_SETLK",
+        _LOCKS_OF_FILES,
     ),
     # Parts of the kernel with a history of holes, none of which QEMU needs
     Rule(

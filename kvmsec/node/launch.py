@@ -18,7 +18,7 @@ from typing import Any, Final
 from attrs import evolve, frozen
 
 from firewall import canary
-from hypervisor import cgroups, huge_pages, process
+from hypervisor import cgroups, huge_pages, images, process
 from hypervisor.closure import require_trusted_parts
 from hypervisor.jail import Jail
 from hypervisor.monitor import Monitor, MonitorClosed, MonitorUnreachable
@@ -205,6 +205,8 @@ class _Start:
             others = [one for one in records.every(self.host.paths) if one.name != self.record.name]
             elsewhere = image_holdings.elsewhere(self.host.paths)
             images_in_use.require_unused(everything, others, elsewhere)
+            for image in everything:
+                images.lock(image)
             self.note(images=images_in_use.uses_of(everything))
             image_holdings.publish(self.host.paths, self.record)
         finally:

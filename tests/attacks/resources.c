@@ -53,6 +53,19 @@ static void hog_descriptors(char **words)
     succeeded("has %d descriptors", most);
 }
 
+/* COUNT: what the kernel keeps for each is charged to no control group. */
+static void hog_locks(char **words)
+{
+    int most = atoi(words[0]), file = must(memfd_create("locked", 0));
+    for (int each = 0; each < most; each++) {
+        /* Two bytes apart, or they become one; and from the end, where the kernel searches least. */
+        struct flock one = {
+            .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = 2L * (most - each), .l_len = 1};
+        must(fcntl(file, each % 2 ? F_SETLK : F_OFD_SETLK, &one));
+    }
+    succeeded("has %d locks", most);
+}
+
 /* PLACE MIB */
 static void fill(char **words)
 {
@@ -112,6 +125,7 @@ const struct attack resources[] = {
     {"fork-bomb", fork_bomb},
     {"hog-memory", hog_memory},
     {"hog-descriptors", hog_descriptors},
+    {"hog-locks", hog_locks},
     {"fill", fill},
     {"fill-with-files", fill_with_files},
     {"dump-core", dump_core},

@@ -15,6 +15,7 @@ CAP_SYS_RESOURCE: Final = 24  # linux/include/uapi/linux/capability.h
 KILLED: Final = Refusal("seccomp", "SIGSYS")  # What QEMU never does: see hypervisor.seccomp.rules.
 NOT_PERMITTED: Final = Refusal("seccomp", "EPERM")
 NO_SUCH_CALL: Final = Refusal("seccomp", "ENOSYS")
+NO_LOCKS: Final = Refusal("seccomp", "ENOLCK")
 NO_SUCH_FAMILY: Final = Refusal("seccomp", "EAFNOSUPPORT")
 OPEN: Final = Refusal("seccomp alone", "succeeded")
 PIDS: Final = Refusal("PID namespace", "ESRCH")
@@ -366,6 +367,8 @@ RESOURCES: Final = in_room(
         Refusal("limits", "EMFILE"),
         control=Control("hog-descriptors {many}"),
     ),
+    # The second lock would be the control group's, and the kernel charges it nothing for these.
+    Attack("lock-hog", "hog-locks 2000", NO_LOCKS, second=OPEN),
     Attack("fork-bomb", "fork-bomb 4000", Refusal("control group", "EAGAIN")),
     # The last: it may end the whole instance.
     Attack("memory-hog", "hog-memory 2048", Refusal("control group", "SIGKILL|ENDED|ENOMEM")),

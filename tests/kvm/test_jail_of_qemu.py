@@ -75,7 +75,7 @@ def argv(accelerator: str) -> list[str]:
         *("-chardev", f"socket,id=m,fd={QMP},server=on,wait=off", "-mon", "m,mode=control"),
         *("-chardev", f"socket,id=s,fd={SERIAL},server=on,wait=off,logfile=/output/serial.log"),
         *("-serial", "chardev:s", "-add-fd", f"fd={DISK},set=1"),
-        *("-blockdev", "driver=file,filename=/dev/fdset/1,node-name=f,read-only=off"),
+        *("-blockdev", "driver=file,filename=/dev/fdset/1,node-name=f,read-only=off,locking=off"),
         *("-blockdev", "driver=raw,file=f,node-name=d", "-device", "ide-hd,drive=d"),
     ]
 

@@ -1,6 +1,7 @@
 """The table of denied system calls: what stands in it, and that the compiled program says it."""
 
 import errno
+import fcntl
 import os
 import socket
 
@@ -69,7 +70,8 @@ def test_what_qemus_own_filter_lets_through_is_denied() -> None:
     }
     denied = {call for rule in RULES if not rule.when for call in rule.calls}
     assert wanted <= denied
-    assert {rule.calls for rule in RULES if rule.when} == {("clone",), ("socket",), ("socketpair",)}
+    partly = {("clone",), ("fcntl",), ("socket",), ("socketpair",)}
+    assert {rule.calls for rule in RULES if rule.when} == partly
 
 
 def test_a_masked_comparison_can_come_true() -> None:
@@ -160,6 +162,17 @@ def test_no_clone_makes_a_namespace(flags: int) -> None:
     assert said == (KILL if flags & new else ALLOW)
 
 
+@given(st.integers(0, 2**64 - 1))
+def test_no_fcntl_locks_a_part_of_a_file(command: int) -> None:
+    for one in (fcntl.F_SETLK, fcntl.F_SETLKW, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW):
+        for shown in (one, one | command << 32 & 2**64 - 1):  # the kernel takes an int for it
+            said = answer(PROGRAM, number_of("fcntl"), (3, shown, 0))
+            assert said == Answer.NO_LOCKS.value
+    locks = {fcntl.F_SETLK, fcntl.F_SETLKW, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW}
+    if command & 0xFFFFFFFF not in locks:
+        assert answer(PROGRAM, number_of("fcntl"), (3, command, 0)) == ALLOW
+
+
 def test_threads_can_be_made() -> None:
     pthread_create = 0x3D0F00  # glibc 2.36: VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, ...
     assert answer(PROGRAM, number_of("clone"), (pthread_create,)) == ALLOW
@@ -198,6 +211,7 @@ def test_answers_are_the_errors_that_programs_know() -> None:
         "KILL": None,
         "NOT_PERMITTED": errno.EPERM,
         "NO_SUCH_CALL": errno.ENOSYS,
+        "NO_LOCKS": errno.ENOLCK,
         "NO_SUCH_FAMILY": errno.EAFNOSUPPORT,
     }
 
