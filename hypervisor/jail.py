@@ -20,7 +20,7 @@ from attrs import field, frozen
 
 from hypervisor.errors import HypervisorError
 from hypervisor.limits import ProcessLimits
-from hypervisor.seccomp import TICKET_BYTES, Filter
+from hypervisor.seccomp import IO_SETUP, TICKET_BYTES, Filter
 from kvmsec.linux import children, credentials, namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
 
@@ -63,6 +63,8 @@ class Jail:
     mount_point: an empty directory of the host's on which the new root is built.
     output: a directory on the host, a sized tmpfs that belongs to the instance; /output inside.
     log: a descriptor for stdout and stderr.
+    has_native_aio: whether a disk is read by the kernel's own queues (io_setup(2)); all of a node
+        share one number of them (fs.aio-max-nr), which an instance without need must not use up.
     born_in: the version 2 control group of the child from its birth; None where there is none.
     cgroups: the files of version 1 groups to write "0" to, which joins them.
     descriptors: descriptor number inside -> the launcher's; the only ones that reach QEMU.
@@ -80,6 +82,7 @@ class Jail:
     system_calls: Filter | None
     boot_files: tuple[BootFile, ...] = ()
     has_kvm: bool = False
+    has_native_aio: bool = False
     born_in: str | None = None
     cgroups: tuple[str, ...] = ()
     limits: ProcessLimits = field(factory=ProcessLimits)
@@ -272,7 +275,8 @@ def _drop_privileges(jail: Jail) -> None:
 def _filter_system_calls(jail: Jail) -> None:
     if jail.filter_in_force is None:
         return
-    syscalls.filter_system_calls(jail.filter_in_force.with_gate(jail.ticket))
+    absent = () if jail.has_native_aio else (IO_SETUP,)
+    syscalls.filter_system_calls(jail.filter_in_force.with_gate(jail.ticket, absent))
     if syscalls.seccomp_mode() != syscalls.SECCOMP_MODE_FILTER:
         raise PermissionError("the kernel shows no filter")
     try:

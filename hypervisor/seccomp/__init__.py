@@ -7,17 +7,18 @@ finished bytes to the kernel.
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from attrs import field, frozen
 
 from hypervisor.identity import FileIdentity, Memory
-from hypervisor.seccomp.gate import FIRST_OF_RULES, INSTRUCTION, TICKET_BYTES, gate
+from hypervisor.seccomp.gate import FIRST_OF_RULES, INSTRUCTION, IO_SETUP, TICKET_BYTES, gate
 from hypervisor.seccomp.library import Library, NoFilter, load_library
 from hypervisor.seccomp.rules import RULES
 
-__all__ = ["TICKET_BYTES", "Filter", "NoFilter", "find_filter"]
+__all__ = ["IO_SETUP", "TICKET_BYTES", "Filter", "NoFilter", "find_filter"]
 
 _LIMIT: Final = 4096  # linux/bpf_common.h, BPF_MAXINSNS
 _MACHINE: Final = "x86_64"  # what `gate` has the numbers for
@@ -47,9 +48,9 @@ class Filter:
         """How many instructions the kernel is given."""
         return len(self.with_gate(bytes(TICKET_BYTES))) // INSTRUCTION.size
 
-    def with_gate(self, ticket: bytes) -> bytes:
+    def with_gate(self, ticket: bytes, absent: Sequence[int] = ()) -> bytes:
         """The whole program, for one process: see `hypervisor.seccomp.gate`."""
-        return gate(ticket) + self.program
+        return gate(ticket, absent) + self.program
 
 
 @frozen

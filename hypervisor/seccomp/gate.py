@@ -10,6 +10,7 @@ PTRACE_SECCOMP_GET_FILTER). Whoever guesses wrong is killed.
 """
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from hypervisor.seccomp.rules import NEWEST, Answer
@@ -18,6 +19,7 @@ TICKET_BYTES: Final = 24
 ARCHITECTURE: Final = 0xC000003E  # linux/audit.h, AUDIT_ARCH_X86_64
 X32_BIT: Final = 0x40000000  # asm/unistd.h, __X32_SYSCALL_BIT
 EXECVE: Final = 59
+IO_SETUP: Final = 206
 INSTRUCTION: Final = struct.Struct("<HBBI")  # linux/filter.h, struct sock_filter
 
 # linux/bpf_common.h
@@ -35,18 +37,19 @@ FIRST_OF_RULES: Final = b"\x20\0\0\0\4\0\0\0"
 """How a compiled program begins: it loads for itself the architecture that the call is of."""
 
 
-def gate(ticket: bytes) -> bytes:
+def gate(ticket: bytes, absent: Sequence[int] = ()) -> bytes:
     """Instructions that let an execve with this ticket pass, and no other.
 
-    Calls above NEWEST are unknown here. All the rest, other architectures too, goes on to the
-    instruction that follows these.
+    Calls above NEWEST are unknown here, and so are those of `absent`, which one process has no use
+    for and another may have. All the rest, other architectures too, goes on to the instruction
+    that follows these.
     """
     if len(ticket) != TICKET_BYTES:
         raise ValueError(f"a ticket has {TICKET_BYTES} bytes, not {len(ticket)}")
     words = struct.unpack("<6I", ticket)
     # Words 0 and 1 are the fourth argument's low and high half, and so on.
     shown = [(_ARGUMENTS + 8 * 3 + 4 * index, word) for index, word in enumerate(words)]
-    allow = 6 + 2 * len(shown)
+    allow = 6 + len(absent) + 2 * len(shown)
     kill, unknown, rules = allow + 1, allow + 2, allow + 3
     program = [
         (_LOAD, 0, 0, _ARCHITECTURE),
@@ -54,8 +57,10 @@ def gate(ticket: bytes) -> bytes:
         (_LOAD, 0, 0, _NUMBER),
         (_IF_AT_LEAST, rules - 4, 0, X32_BIT),
         (_IF_GREATER, unknown - 5, 0, NEWEST),
-        (_IF_EQUAL, 0, rules - 6, EXECVE),
     ]
+    for number in absent:
+        program.append((_IF_EQUAL, unknown - len(program) - 1, 0, number))
+    program.append((_IF_EQUAL, 0, rules - len(program) - 1, EXECVE))
     for offset, word in shown:
         program += [
             (_LOAD, 0, 0, offset),

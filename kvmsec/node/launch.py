@@ -285,6 +285,7 @@ class _Start:
             system_calls=self.engine.system_calls,
             boot_files=self.lent.boot_files,
             has_kvm=self.engine.accelerator == "kvm",
+            has_native_aio=any(disk.aio == "native" for disk in self.machine.disks),
             born_in=self.cgroup.unified,
             cgroups=self.cgroup.tasks_files,
             limits=self.allotment.process,

@@ -53,6 +53,14 @@ static void hog_descriptors(char **words)
     succeeded("has %d descriptors", most);
 }
 
+/* COUNT: queues for as many requests, of those that all processes of the node share. */
+static void hog_requests(char **words)
+{
+    unsigned long queues = 0;
+    must(syscall(SYS_io_setup, atoi(words[0]), &queues));
+    succeeded("has queues for %s requests", words[0]);
+}
+
 /* COUNT: what the kernel keeps for each is charged to no control group. */
 static void hog_locks(char **words)
 {
@@ -126,6 +134,7 @@ const struct attack resources[] = {
     {"hog-memory", hog_memory},
     {"hog-descriptors", hog_descriptors},
     {"hog-locks", hog_locks},
+    {"hog-requests", hog_requests},
     {"fill", fill},
     {"fill-with-files", fill_with_files},
     {"dump-core", dump_core},

@@ -369,6 +369,7 @@ RESOURCES: Final = in_room(
     ),
     # The second lock would be the control group's, and the kernel charges it nothing for these.
     Attack("lock-hog", "hog-locks 2000", NO_LOCKS, second=OPEN),
+    Attack("aio-hog", "hog-requests 128", NO_SUCH_CALL, second=OPEN),
     Attack("fork-bomb", "fork-bomb 4000", Refusal("control group", "EAGAIN")),
     # The last: it may end the whole instance.
     Attack("memory-hog", "hog-memory 2048", Refusal("control group", "SIGKILL|ENDED|ENOMEM")),

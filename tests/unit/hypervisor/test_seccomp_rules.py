@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypervisor.seccomp import TICKET_BYTES, find_filter
-from hypervisor.seccomp.gate import ARCHITECTURE, EXECVE, X32_BIT, gate
+from hypervisor.seccomp.gate import ARCHITECTURE, EXECVE, IO_SETUP, X32_BIT, gate
 from hypervisor.seccomp.library import NoFilter, load_library
 from hypervisor.seccomp.rules import NEWEST, RULES, Answer, Comparison, Rule
 from tests.unit.hypervisor.bpf import ALLOW, I386, X86_64, answer
@@ -112,6 +112,18 @@ def test_the_program_answers_each_call_as_the_table_says() -> None:
 def test_a_call_that_nobody_looked_at_does_not_exist() -> None:
     for number in (NEWEST + 1, 467, 1000, X32_BIT - 1):
         assert answer(PROGRAM, number) == Answer.NO_SUCH_CALL.value
+
+
+def test_what_a_process_has_no_use_for_does_not_exist_and_all_else_is_as_it_was() -> None:
+    whole = find_filter().with_gate(TICKET, (IO_SETUP,))
+    assert number_of("io_setup") == IO_SETUP
+    assert answer(whole, IO_SETUP) == Answer.NO_SUCH_CALL.value
+    assert answer(whole, EXECVE, (0, 0, 0, *SHOWN)) == ALLOW
+    for architecture in (X86_64, I386):
+        for number in (*range(NEWEST + 2), X32_BIT, X32_BIT + IO_SETUP):
+            if number != IO_SETUP or architecture != X86_64:
+                wanted = answer(PROGRAM, number, architecture=architecture)
+                assert answer(whole, number, architecture=architecture) == wanted, number
 
 
 def test_calls_of_another_architecture_end_the_process() -> None:
