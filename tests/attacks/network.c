@@ -223,6 +223,19 @@ static void second_tap(char **words)
     succeeded("has another tap");
 }
 
+/* Have the kernel log whatever is done with its tap, and that for ever again. */
+static void log_by_tap(char **words)
+{
+    int size, held = tap();
+    (void)words;
+    if (getuid() == 0 && ioctl(held, TUNGETIFF, &(struct ifreq){0}) < 0)
+        make_tap(held);
+    must(ioctl(held, TUNSETDEBUG, 0xffff));
+    must(ioctl(held, TUNGETSNDBUF, &size));
+    ioctl(held, TUNSETDEBUG, 0);
+    succeeded("the kernel's log has a line for it");
+}
+
 /* The namespace of its tap's other end, which is the node's. */
 static void namespace_of_tap(char **words)
 {
@@ -263,6 +276,7 @@ const struct attack network[] = {
     {"leave-orphan", leave_orphan},
     {"use-inherited", use_inherited},
     {"second-tap", second_tap},
+    {"log-by-tap", log_by_tap},
     {"namespace-of-tap", namespace_of_tap},
     {"namespace-of-socket", namespace_of_socket},
     {0},

@@ -335,6 +335,7 @@ NETWORKS: Final = in_room(
         Refusal("descriptors", "EEXIST"),
         rules=Refusal("descriptors", "EEXIST"),
     ),
+    Attack("log-by-tap", "log-by-tap", NOT_PERMITTED, second=OPEN),
     Attack("namespace-of-tap", "namespace-of-tap", CAPABILITIES, rules=CAPABILITIES),
     Attack("namespace-of-socket", "namespace-of-socket", CAPABILITIES, rules=CAPABILITIES),
 )

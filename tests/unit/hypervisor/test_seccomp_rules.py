@@ -70,7 +70,7 @@ def test_what_qemus_own_filter_lets_through_is_denied() -> None:
     }
     denied = {call for rule in RULES if not rule.when for call in rule.calls}
     assert wanted <= denied
-    partly = {("clone",), ("fcntl",), ("socket",), ("socketpair",)}
+    partly = {("clone",), ("fcntl",), ("ioctl",), ("socket",), ("socketpair",)}
     assert {rule.calls for rule in RULES if rule.when} == partly
 
 
@@ -183,6 +183,16 @@ def test_no_fcntl_locks_a_part_of_a_file(command: int) -> None:
     locks = {fcntl.F_SETLK, fcntl.F_SETLKW, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW}
     if command & 0xFFFFFFFF not in locks:
         assert answer(PROGRAM, number_of("fcntl"), (3, command, 0)) == ALLOW
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_no_ioctl_has_the_kernel_log_what_is_done_with_a_tap(high: int) -> None:
+    debug = 0x400454C9  # linux/if_tun.h, TUNSETDEBUG
+    ioctl = number_of("ioctl")
+    shown = (debug | high << 32) & 2**64 - 1
+    assert answer(PROGRAM, ioctl, (3, shown, 1)) == Answer.NOT_PERMITTED.value
+    if high & 0xFFFFFFFF != debug:
+        assert answer(PROGRAM, ioctl, (3, high, debug)) == ALLOW
 
 
 def test_threads_can_be_made() -> None:
