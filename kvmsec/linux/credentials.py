@@ -10,6 +10,7 @@ from attrs import frozen
 
 from kvmsec.linux import keyrings, syscalls
 
+_PR_SET_DUMPABLE: Final = 4
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_GET_NO_NEW_PRIVS: Final = 39
 _PR_CAPBSET_READ: Final = 23
@@ -67,6 +68,7 @@ def acting_as(credentials: Credentials) -> Iterator[None]:
 def become(credentials: Credentials) -> None:
     """Take the uid and gid, with no group, no capability and no way to gain one (no_new_privs).
 
+    Until the caller executes a program, no process of that uid can trace it or read its memory.
     Uid 0 may be among them: what is left then is the owner of root's files without a capability.
     Verified by reading it back: a drop that silently did nothing raises PermissionError. Raises
     OSError. See capabilities(7).
@@ -80,6 +82,8 @@ def become(credentials: Credentials) -> None:
     os.setresgid(credentials.gid, credentials.gid, credentials.gid)
     os.setresuid(credentials.uid, credentials.uid, credentials.uid)
     syscalls.set_capabilities(0, 0, 0)
+    # A change of uid sees to that on most hosts: not where fs.suid_dumpable is 1, and not for root.
+    syscalls.prctl(_PR_SET_DUMPABLE, 0)
     syscalls.prctl(_PR_SET_NO_NEW_PRIVS, 1)
     verify(credentials)
 

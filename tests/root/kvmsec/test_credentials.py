@@ -41,6 +41,13 @@ def test_nothing_is_left_but_the_ids(who: Credentials) -> None:
     assert told == [[who.uid] * 4, [who.gid] * 4, [], [0] * 5, True]
 
 
+@pytest.mark.parametrize("who", [SOMEBODY, ROOT])
+def test_no_other_process_of_the_uid_can_trace_it(who: Credentials) -> None:
+    """Its memory is the launcher's, of which it is a copy, until it executes something else."""
+    get_dumpable = 3
+    assert as_somebody(lambda: syscalls.prctl(get_dumpable), who) == 0
+
+
 def attempts(directory: Path) -> dict[str, Callable[[], Any]]:
     return {
         "mount": lambda: namespaces.mount("x", str(directory), "tmpfs", 0),
