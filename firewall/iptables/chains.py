@@ -36,6 +36,12 @@ _KERNEL_HINT: Final = (
     "xt_connmark, xt_limit and xt_LOG (modprobe ip_tables ip6_tables), or set the firewall's "
     "backend to nftables"
 )
+_LIBRARY_HINT: Final = (
+    "python-iptables does not fit this release of iptables (1.2.0 doesn't fit 1.8.11): set the "
+    "firewall's backend to nftables"
+)
+_UNFIT: Final = "no such parameter"
+"""What python-iptables says of an option that it can't find in iptables' own table of them."""
 _PRIVILEGE_HINT: Final = "run as root, with CAP_NET_ADMIN in this network namespace"
 _LOCK_HINT: Final = "another tool is changing packet rules: wait for it, then try again"
 
@@ -85,9 +91,9 @@ class IptablesBackend:
                 self._require(policy)
             except (ChildFailed, ChildTimedOut, RulesRefused) as error:
                 self._put_back(before)
-                raise RulesRefused(
-                    self.name, "apply the rules", error.message, hint=_KERNEL_HINT
-                ) from error
+                hint = _LIBRARY_HINT if _UNFIT in error.message else _KERNEL_HINT
+                problem = error.message
+                raise RulesRefused(self.name, "apply the rules", problem, hint=hint) from error
         return True
 
     def _require(self, policy: Policy) -> None:
