@@ -9,10 +9,9 @@ import os
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from hypervisor import tiny
 from kvmsec.audit.discovery import find_qemus
 from kvmsec.audit.examination import Report, Subject, examine, examine_all
 from kvmsec.audit.process_files import ProcessGone
-from kvmsec.linux import command, namespaces
+from kvmsec.linux import command
 from tests.kvm.test_cli import Shell
 
 pytestmark = pytest.mark.kvm
@@ -48,11 +47,20 @@ def start(accelerator_in_use: str) -> Iterator[Callable[..., int]]:
     """Starts a QEMU by hand; returns its pid once its machine is there, and ends it."""
     with contextlib.ExitStack() as stack:
 
-        def begin(*arguments: str, program: str = PROGRAM, accel: str = "", **options: Any) -> int:
+        def begin(
+            *arguments: str,
+            program: str = PROGRAM,
+            accel: str = "",
+            within: Sequence[str] = (),
+            **options: Any,
+        ) -> int:
             machine = ["-M", "pc", "-accel", accel or accelerator_in_use, "-m", "1", "-nodefaults"]
             ready = stack.enter_context(Ready())
             qemu = subprocess.Popen(
-                [program, *machine, "-bios", str(tiny.rom_path()), *ready.arguments, *arguments],
+                [
+                    *(*within, program, *machine, "-bios", str(tiny.rom_path())),
+                    *(*ready.arguments, *arguments),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[ready.theirs.fileno()],
@@ -196,29 +204,23 @@ def test_what_is_asked_for_by_arguments_is_told_without_a_secret(start: Any) -> 
     shutil.rmtree(place)
 
 
-def as_libvirt() -> None:
-    """In the child: another uid, a mount namespace with a small /dev, nothing else."""
-    namespaces.unshare(namespaces.CLONE_NEWNS)
-    namespaces.mount(None, "/", None, namespaces.MS_REC | namespaces.MS_PRIVATE)
-    nodes = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "urandom": (1, 9), "kvm": (10, 232)}
-    flags = namespaces.MS_NOSUID | namespaces.MS_NOEXEC
-    namespaces.mount("devfs", "/dev", "tmpfs", flags, "size=64k,mode=755")
-    for name, numbers in nodes.items():
-        os.mknod(f"/dev/{name}", stat.S_IFCHR | 0o666, os.makedev(*numbers))
-        os.chmod(f"/dev/{name}", 0o666)
-    os.umask(0o002)
-    os.setgroups([])
-    os.setresgid(LIBVIRT_UID, LIBVIRT_UID, LIBVIRT_UID)
-    os.setresuid(LIBVIRT_UID, LIBVIRT_UID, LIBVIRT_UID)
-
-
+# Another uid, a mount namespace with a small /dev, nothing else; "$@" is QEMU.
+AS_LIBVIRT = """
+mount -t tmpfs -o nosuid,noexec,size=64k,mode=755 devfs /dev
+umask 0
+mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/zero c 1 5; mknod -m 666 /dev/full c 1 7
+mknod -m 666 /dev/urandom c 1 9; mknod -m 666 /dev/kvm c 10 232
+umask 0002
+exec setpriv --reuid "$0" --regid "$0" --clear-groups -- "$@"
+"""
+WITHIN_LIBVIRT = ("unshare", "--mount", "sh", "-c", AS_LIBVIRT, str(LIBVIRT_UID))
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 def test_a_qemu_as_libvirt_has_it_stands_in_between(start: Any) -> None:
     """One shared uid, the host's tree and namespaces but for the mounts, QEMU's own filter."""
     first, second = (
-        start("-display", "none", "-sandbox", SANDBOX, preexec_fn=as_libvirt) for _ in range(2)
+        start("-display", "none", "-sandbox", SANDBOX, within=WITHIN_LIBVIRT) for _ in range(2)
     )
 
     report = examine(Subject(first))
