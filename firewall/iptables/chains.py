@@ -12,7 +12,7 @@ from attrs import define, field
 from firewall.backend import BackendName, Dropped, Finding, Installed
 from firewall.errors import BackendUnavailable, RulesRefused, RulesUnreadable
 from firewall.iptables import ruleset, saved
-from firewall.iptables.commit import TableChange, commit
+from firewall.iptables.commit import TableChange, commit, restore_text
 from firewall.iptables.counters import read_dropped, tables_in_use
 from firewall.iptables.ruleset import Rule
 from firewall.iptables.saved import Tables
@@ -36,12 +36,9 @@ _KERNEL_HINT: Final = (
     "xt_connmark, xt_limit and xt_LOG (modprobe ip_tables ip6_tables), or set the firewall's "
     "backend to nftables"
 )
-_LIBRARY_HINT: Final = (
-    "python-iptables does not fit this release of iptables (1.2.0 doesn't fit 1.8.11): set the "
-    "firewall's backend to nftables"
-)
 _UNFIT: Final = "no such parameter"
-"""What python-iptables says of an option that it can't find in iptables' own table of them."""
+"""What python-iptables says of an option that it can't find in iptables' own table of them: 1.2.0
+reads that table in the layout that it had before iptables 1.8.11."""
 _PRIVILEGE_HINT: Final = "run as root, with CAP_NET_ADMIN in this network namespace"
 _LOCK_HINT: Final = "another tool is changing packet rules: wait for it, then try again"
 
@@ -83,18 +80,31 @@ class IptablesBackend:
             if not changes:
                 return False
             try:
-                run_in_child(
-                    lambda: commit(changes),
-                    what="changing the rules",
-                    timeout_s=_COMMIT_DEADLINE_S,
-                )
+                self._commit(changes, before)
                 self._require(policy)
-            except (ChildFailed, ChildTimedOut, RulesRefused) as error:
+            except (ChildFailed, ChildTimedOut, CommandFailed, CommandTimedOut) as error:
                 self._put_back(before)
-                hint = _LIBRARY_HINT if _UNFIT in error.message else _KERNEL_HINT
-                problem = error.message
-                raise RulesRefused(self.name, "apply the rules", problem, hint=hint) from error
+                raise RulesRefused(
+                    self.name, "apply the rules", error.message, hint=_KERNEL_HINT
+                ) from error
+            except RulesRefused:
+                self._put_back(before)
+                raise
         return True
+
+    def _commit(self, changes: Sequence[TableChange], before: Mapping[Family, Tables]) -> None:
+        """By python-iptables; where it does not fit this iptables, by iptables-restore."""
+        try:
+            run_in_child(
+                lambda: commit(changes), what="changing the rules", timeout_s=_COMMIT_DEADLINE_S
+            )
+        except ChildFailed as error:
+            # It is found while rules are made, which is before the first commit.
+            if _UNFIT not in error.message:
+                raise
+            for change in changes:
+                present = saved.chain_of(before[change.family], change.table, change.chain) or ()
+                _restore(change.family, restore_text(change, present))
 
     def _require(self, policy: Policy) -> None:
         """A commit that the library thinks well of must also read back right."""

@@ -1,5 +1,8 @@
 """The change of the legacy tables itself, by python-iptables: run it in a child process only.
 
+Where python-iptables doesn't fit the installed iptables, `restore_text` is the same change for
+iptables-restore.
+
 python-iptables keeps table handles for the life of a process, bound to the network namespace it
 had; it is not safe with threads; a few hundred bad parameters make it unusable, and some crash
 it. A forked child of a process that has not used it has none of these, and a crash there is an
@@ -16,7 +19,7 @@ from attrs import frozen
 
 from firewall.iptables.counters import read_counters
 from firewall.iptables.ruleset import HOOK, Part, Rule
-from firewall.iptables.saved import NO_COUNTERS, Counters
+from firewall.iptables.saved import NO_COUNTERS, Counters, Line
 from firewall.policy import PREFIX_LIMIT_BYTES, Family
 
 # struct xt_nflog_info of linux/netfilter/xt_NFLOG.h: the prefix follows a u32 and four u16 ...
@@ -60,6 +63,27 @@ def commit(changes: Sequence[TableChange]) -> None:
     prepared = [_prepare(iptc, change) for change in changes]
     for edit in prepared:
         edit()
+
+
+def restore_text(change: TableChange, present: Sequence[Line]) -> str:
+    """The change as iptables-restore --noflush --counters takes it, in one commit as well.
+
+    `present`: the lines of the chain now, from which counters go on.
+    """
+    # Named again, a chain is emptied.
+    lines = [f"*{change.table}", f":{change.chain} - [0:0]"]
+    if change.misplaced_jumps is not None:
+        lines += [f"-D {HOOK} -j {change.chain}"] * change.misplaced_jumps
+        lines.append(f"-I {HOOK} 1 -j {change.chain}")
+    for rule, places in change.rules:
+        packets, size = _sum([present[place].counters for place in places])
+        lines.append(f"[{packets}:{size}] {rule.line(change.chain)}")
+    return "\n".join([*lines, "COMMIT", ""])
+
+
+def _sum(counters: Sequence[Counters]) -> Counters:
+    packets, size = (sum(values) for values in zip(NO_COUNTERS, *counters, strict=True))
+    return packets, size
 
 
 def _silence() -> None:
@@ -145,8 +169,7 @@ class _Encoder:
 
     def set_counters(self, entry: Any, counters: Sequence[Counters]) -> None:
         """Let the entry start from the sum of the counters."""
-        packets, size = (sum(values) for values in zip(NO_COUNTERS, *counters, strict=True))
-        struct.pack_into("=QQ", entry, self._counters_at, packets, size)
+        struct.pack_into("=QQ", entry, self._counters_at, *_sum(counters))
 
     def _make(self, rule: Rule) -> Any:
         built = _build(self._rule_type, rule)

@@ -148,16 +148,3 @@ def test_a_lock_that_somebody_keeps_is_named(host, monkeypatch):
         os.close(holder)
     assert "another tool" in caught.value.hint
     assert Firewall("iptables").apply(host.policy())
-
-
-def test_a_library_that_does_not_fit_is_told_from_a_kernel_that_lacks_something(
-    host: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(changes: object) -> None:
-        raise ValueError("b'owner': no such parameter b'socket-exists'")
-
-    monkeypatch.setattr("firewall.iptables.chains.commit", fail)
-    with pytest.raises(RulesRefused, match="no such parameter") as caught:
-        Firewall("iptables").apply(host.policy())
-    assert "python-iptables does not fit this release of iptables" in (caught.value.hint or "")
-    assert host.rules() == ""

@@ -1,8 +1,10 @@
 """The rules of the legacy tables, and what iptables-save says of them."""
 
 import pytest
+from attrs import evolve
 
 from firewall.iptables import saved
+from firewall.iptables.commit import TableChange, restore_text
 from firewall.iptables.ruleset import format_rate, rules
 from firewall.policy import LogSettings, Policy
 
@@ -158,3 +160,18 @@ def test_a_restore_puts_rules_jumps_and_counters_back():
 
 def test_without_rules_before_and_now_there_is_nothing_to_restore():
     assert saved.restore_script({}, {}, "kvmsec") == ""
+
+
+def test_a_change_for_the_restore_has_its_jump_first_and_goes_on_counting():
+    wanted = rules(evolve(POLICY, log=LogSettings(prefix="kvmsec drop: ")))["filter"]
+    present = [saved.Line.parse("-j DROP", (3, 30)), saved.Line.parse("-j LOG", (4, 40))]
+    counted = ((0, 1), *[()] * (len(wanted) - 1))
+    places = tuple(zip(wanted, counted, strict=True))
+    change = TableChange("ipv6", "filter", "T", places, misplaced_jumps=2)
+    assert restore_text(change, present).splitlines() == [
+        *("*filter", ":T - [0:0]", "-D OUTPUT -j T", "-D OUTPUT -j T", "-I OUTPUT 1 -j T"),
+        *(f"[{'7:70' if line is FILTER[0] else '0:0'}] {line}" for line in FILTER),
+        "COMMIT",
+    ]
+    alone = restore_text(evolve(change, misplaced_jumps=None), present)
+    assert "OUTPUT" not in alone
