@@ -74,9 +74,19 @@ class InstanceRecord:
         return self.launcher.boot_id == boot_id()
 
 
-_Version = tuple[int, int, int, int]
-# What was read last: each start looks at every record, and most of them stay as they are.
-_read: Final[dict[Paths, dict[str, tuple[_Version, InstanceRecord]]]] = {}
+@frozen
+class _Read:
+    """A record as it was read last, and what shows that its file is still that one.
+
+    Each start looks at every record several times, and most of them stay as they are.
+    """
+
+    path: str
+    version: tuple[int, int, int, int]
+    record: InstanceRecord
+
+
+_read: Final[dict[Paths, dict[str, _Read]]] = {}
 
 
 class RecordUnreadable(KvmsecError):
@@ -114,23 +124,24 @@ def advance(paths: Paths, record: InstanceRecord, **changes: Any) -> InstanceRec
 
 def load(paths: Paths, name: str) -> InstanceRecord | None:
     """The record of an instance; None when it has none. Raises RecordUnreadable."""
-    path = paths.instance(name).record
     known = _read.setdefault(paths, {})
+    last = known.get(name)
+    path = str(paths.instance(name).record) if last is None else last.path
     try:
         status = os.stat(path)
         version = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        if name in known and known[name][0] == version:
-            return known[name][1]
-        record = _decode(read_bounded(path, _LIMIT_BYTES))
+        if last is not None and last.version == version:
+            return last.record
+        record = _decode(read_bounded(Path(path), _LIMIT_BYTES))
     except FileNotFoundError:
         known.pop(name, None)
         return None
     except (OSError, ValueError) as error:
-        raise RecordUnreadable(path, str(error)) from error
+        raise RecordUnreadable(Path(path), str(error)) from error
     # The clock of a filesystem ticks some times a second: what changed just now may change again
     # without another time, and in an inode that is free again.
     if time.time_ns() - status.st_ctime_ns > _SETTLED_NS:
-        known[name] = version, record
+        known[name] = _Read(path, version, record)
     return record
 
 
@@ -143,9 +154,9 @@ def names_in(directory: Path) -> list[str]:
     """The entries of a directory that have the name of an instance; sorted."""
     found = []
     with contextlib.suppress(FileNotFoundError):
-        for entry in directory.iterdir():
+        for entry in os.listdir(directory):
             with contextlib.suppress(KvmsecError):
-                found.append(require_name("an instance", entry.name))
+                found.append(require_name("an instance", entry))
     return sorted(found)
 
 
