@@ -258,7 +258,10 @@ def test_a_uid_of_its_own_with_rules_for_ipv4_alone_is_half_a_lock(
 
 
 def test_a_program_that_was_replaced_is_told(start: Any, tmp_path: Path) -> None:
-    copy = tmp_path / "qemu-kvm"
+    copy = tmp_path / "bin/qemu-kvm"
+    copy.parent.mkdir()
+    # It looks for its modules beside itself, that of TCG among them.
+    (tmp_path / "lib").symlink_to("/usr/lib")
     shutil.copy(shutil.which(PROGRAM) or "", copy)
     pid = start("-display", "none", program=str(copy))
     copy.unlink()
