@@ -44,6 +44,8 @@ def check_life(lab: Any, **machine: Any) -> None:
         assert filters_of(started.pid) <= {2, None}
         assert len(threads_of(started.pid)) > 1
         lab.run(lambda node: node.reboot("web"))
+        # The power button is one that it heeds only once it is up again.
+        assert line.hear_line().startswith("KVMSEC-TINY up")
     assert lab.stop(force=False).reason == "powered down"
 
 
