@@ -181,13 +181,16 @@ def _orphans_come_here() -> Iterator[None]:
         syscalls.prctl(set_child_subreaper, 0)
 
 
-def test_a_launcher_that_ignores_its_children_is_told_what_failed(build: Build) -> None:
+@pytest.mark.parametrize("witness", [None, os.getpid])
+def test_a_launcher_that_ignores_its_children_is_told_what_failed(
+    build: Build, witness: process.Witness | None
+) -> None:
     jail = build(binds=(("/nowhere", "/nowhere"),))
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         for _ in range(10):
             with pytest.raises(JailFailed, match="programs"):
-                child = process.spawn(jail, "/bin/true", ["true"])
+                child = process.spawn(jail, "/bin/true", ["true"], witness=witness)
                 child.release()
                 try:
                     child.executed()
