@@ -120,8 +120,9 @@ PURE = {
     *("Path", "PurePosixPath", "TypeVar", "datetime", "logging.Logger", "re.compile"),
     *("signal.valid_signals", "struct.Struct", "attrs.fields_dict", "msgspec.Meta"),
     *("define", "field", "frozen"),
-    # Our own: the makers of validators, of the table of foreign ranges, and of a constant answer.
-    *("_at_most", "_between", "_matches", "_one_of", "_rule", "_foreign", "UidRanges.of"),
+    # Our own: the makers of validators, of the tables of foreign ranges and of calls, and of a
+    # constant answer.
+    *("_at_most", "_between", "_calls", "_matches", "_one_of", "_rule", "_foreign", "UidRanges.of"),
     *("rules.list_of", "rules.one_of", "rules.seconds", "rules.whole_number", "warning"),
     *("_converter", "reach.namespace"),
 }

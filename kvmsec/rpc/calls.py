@@ -1,0 +1,99 @@
+"""Every call that a node answers: its messages, who may make it, and how long it may take."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Final
+
+from attrs import frozen
+
+from kvmsec.rpc import messages as m
+
+PROTOCOL: Final = 1
+OLDEST_PROTOCOL: Final = 1
+
+
+class Right(StrEnum):
+    """Who may make a call."""
+
+    CANDIDATE = "candidate"
+    """A master candidate, over the network; and root of this host."""
+    LOCAL = "local"
+    """Root of this host alone."""
+    JOINER = "joiner"
+    """Whoever knows the join token, while this node belongs to no cluster."""
+
+
+@frozen(kw_only=True)
+class Call:
+    """One call. `is_order` says that it changes something; it is logged then."""
+
+    name: str
+    request: type[m.Message]
+    response: type[m.Message]
+    timeout_s: float
+    is_order: bool = False
+    right: Right = Right.CANDIDATE
+    since: int = 1
+
+
+_QUICK_S: Final = 10.0
+_SLOW_S: Final = 120.0
+
+
+def _calls() -> tuple[Call, ...]:
+    def look(name: str, request: type[m.Message], response: type[m.Message]) -> Call:
+        return Call(name=name, request=request, response=response, timeout_s=_QUICK_S)
+
+    def order(name: str, request: type[m.Message], response: type[m.Message]) -> Call:
+        return Call(name=name, request=request, response=response, timeout_s=_SLOW_S, is_order=True)
+
+    return (
+        look("node.info", m.Nothing, m.NodeInfo),
+        look("node.doctor", m.Nothing, m.Findings),
+        look("node.examine", m.PoolRequest, m.Examination),
+        order("node.reconcile", m.Nothing, m.Lines),
+        order("node.leave", m.Nothing, m.Nothing),
+        look("users.check", m.PoolRequest, m.Problems),
+        order("users.provision", m.PoolRequest, m.Provisioned),
+        look("uids.held", m.Nothing, m.Held),
+        look("uids.states", m.UidStatesRequest, m.UidStates),
+        order("uids.release", m.UidRequest, m.UidState),
+        order("uids.forget_resting", m.Nothing, m.Nothing),
+        look("rules.show", m.Nothing, m.Shown),
+        look("rules.verify", m.Nothing, m.Findings),
+        order("rules.apply", m.Nothing, m.Nothing),
+        order("rules.sync", m.Nothing, m.Nothing),
+        order("rules.remove", m.Forced, m.Nothing),
+        look("instance.list", m.Nothing, m.Instances),
+        look("instance.info", m.InstanceRequest, m.Instance),
+        look("instance.log", m.InstanceRequest, m.Log),
+        look("instance.events", m.EventsRequest, m.Events),
+        order("instance.start", m.StartRequest, m.Instance),
+        order("instance.stop", m.StopRequest, m.Instance),
+        order("instance.reboot", m.InstanceRequest, m.Nothing),
+        look("state.get", m.Nothing, m.State),
+        order("state.put", m.State, m.Revision),
+        order("certificates.prepare", m.PrepareRequest, m.Prepared),
+        order("certificates.commit", m.CommitRequest, m.Nothing),
+        order("certificates.rollback", m.Nothing, m.Nothing),
+        order("certificates.finish", m.FinishRequest, m.Nothing),
+        order("files.put", m.FileRequest, m.Nothing),
+        Call(
+            name="join.hello",
+            request=m.JoinRequest,
+            response=m.JoinAnswer,
+            timeout_s=_QUICK_S,
+            right=Right.JOINER,
+        ),
+        Call(
+            name="join.admit",
+            request=m.AdmitRequest,
+            response=m.NodeInfo,
+            timeout_s=_QUICK_S,
+            is_order=True,
+            right=Right.JOINER,
+        ),
+    )
+
+
+CALLS: Final[Mapping[str, Call]] = {call.name: call for call in _calls()}
