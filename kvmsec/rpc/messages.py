@@ -10,16 +10,15 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import msgspec
-from msgspec import Meta
 
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
-Words = Annotated[str, Meta(max_length=1 << 16)]
-Uids = Annotated[str, Meta(max_length=1 << 16)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Words = Annotated[str, msgspec.Meta(max_length=1 << 16)]
+Uids = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 """Ranges as people write them (`uidpool.ranges`)."""
-Pem = Annotated[str, Meta(max_length=1 << 16)]
-Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Timeout = Annotated[float, Meta(ge=0, le=86400)]
-Time = Annotated[datetime, Meta(tz=True)]
+Pem = Annotated[str, msgspec.Meta(max_length=1 << 16)]
+Fingerprint = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Timeout = Annotated[float, msgspec.Meta(ge=0, le=86400)]
+Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -151,7 +150,7 @@ class UidStates(Message, frozen=True, kw_only=True):
 
 
 class UidRequest(Message, frozen=True, kw_only=True):
-    uid: Annotated[int, Meta(ge=1, lt=2**31)]
+    uid: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
 
 
 class Forced(Message, frozen=True, kw_only=True):
@@ -230,7 +229,7 @@ class EventsRequest(Message, frozen=True, kw_only=True):
     """Wait at most `timeout_s` for events after `cursor` (None: from now on)."""
 
     cursor: int | None = None
-    timeout_s: Annotated[float, Meta(ge=0, le=60)] = 30.0
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 30.0
 
 
 class Event(Message, frozen=True, kw_only=True):
