@@ -91,6 +91,26 @@ class Paths:
         return self.var / "cluster.json"
 
     @property
+    def key_files(self) -> Path:
+        """The directory of the certificates and keys (`kvmsec.pki.files.KeyFiles`)."""
+        return self.var
+
+    @property
+    def node_identity(self) -> Path:
+        """The node's uuid, and when its copy of the cluster's state was last confirmed."""
+        return self.var / "node.json"
+
+    @property
+    def renewal(self) -> Path:
+        """A renewal of certificates that is under way; on the master only."""
+        return self.var / "renewal.json"
+
+    @property
+    def invitations(self) -> Path:
+        """The join tokens that are not spent; on the master only."""
+        return self.var / "invitations.json"
+
+    @property
     def features(self) -> Path:
         """The directory where QEMU's features are kept once they were asked for."""
         return self.var / "features"
@@ -133,6 +153,11 @@ class Paths:
     def image_holdings(self) -> Path:
         """What instances have open: one place for all roots of this host."""
         return _HOST_RUN / "images"
+
+    @property
+    def node_socket(self) -> Path:
+        """Where the command line reaches this node's daemon."""
+        return self.run / "node.sock"
 
     @property
     def log(self) -> Path:

@@ -119,6 +119,7 @@ PURE = {
     *("dict.fromkeys", "frozenset", "range", "sorted", "tuple"),
     *("Path", "PurePosixPath", "TypeVar", "datetime", "logging.Logger", "re.compile"),
     *("signal.valid_signals", "struct.Struct", "attrs.fields_dict", "msgspec.Meta"),
+    *("len", "timedelta"),
     *("define", "field", "frozen"),
     # Our own: the makers of validators, of the tables of foreign ranges and of calls, and of a
     # constant answer.

@@ -1,0 +1,1 @@
+"""Certificates, key files, and the judgement of a peer by its certificate."""

@@ -1,0 +1,71 @@
+"""TLS contexts: 1.3 only, a certificate on both sides, nothing that outlives a connection.
+
+Names are not OpenSSL's to check: `judgement` does, with the uuid. Make a context before the process
+is confined: it reads the key through /proc/self/fd.
+"""
+
+import os
+import ssl
+
+from kvmsec.pki.certificates import require_whole
+from kvmsec.pki.errors import BadPem
+from kvmsec.pki.join_certificates import join_anchor, make_joining_pair
+from kvmsec.pki.pems import Pair
+
+
+def server_context(own: Pair, anchors_pem: str) -> ssl.SSLContext:
+    """What a node serves with. Raises BadPem.
+
+    `anchors_pem` has the cluster's certificate, both of them during a renewal, and the common
+    certificate of the last resort while it is valid.
+    """
+    context = _context(ssl.PROTOCOL_TLS_SERVER, own, anchors_pem)
+    # A ticket would bring a session back without its certificate being shown again.
+    context.num_tickets = 0
+    return context
+
+
+def client_context(own: Pair, anchors_pem: str) -> ssl.SSLContext:
+    """What a node calls with. Raises BadPem."""
+    return _context(ssl.PROTOCOL_TLS_CLIENT, own, anchors_pem)
+
+
+def joining_server_context(secret: bytes) -> ssl.SSLContext:
+    """What a node serves with that belongs to no cluster yet.
+
+    Only who knows the token's secret gets through the handshake: both sides show a temporary
+    certificate signed with a key that is derived from it (`join_certificates.make_joining_pair`).
+    """
+    return server_context(make_joining_pair(secret), join_anchor(secret))
+
+
+def joining_client_context(secret: bytes) -> ssl.SSLContext:
+    """What the master calls a node with that joins."""
+    return client_context(make_joining_pair(secret), join_anchor(secret))
+
+
+def _context(protocol: ssl._SSLMethod, own: Pair, anchors_pem: str) -> ssl.SSLContext:
+    require_whole(own, "the pair to serve and call with")
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION
+    try:
+        context.load_verify_locations(cadata=anchors_pem)
+        _load_pair(context, own)
+    except (ssl.SSLError, ValueError) as error:
+        raise BadPem("the pair to serve and call with", f"TLS refuses it ({error})") from None
+    return context
+
+
+def _load_pair(context: ssl.SSLContext, own: Pair) -> None:
+    """ssl takes paths only: a file without a name, which is gone with its descriptor."""
+    descriptor = os.memfd_create("kvmsec-pair", os.MFD_CLOEXEC)
+    try:
+        left = memoryview(own.pem.encode())
+        while left:
+            left = left[os.write(descriptor, left) :]
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
