@@ -11,7 +11,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from kvmsec.model.names import require_name
-from kvmsec.pki.errors import BadPem, RequestRefused
+from kvmsec.pki.errors import BadLifetime, BadPem, RequestRefused
 from kvmsec.pki.issuing import (
     MOST_CN,
     authority_builder,
@@ -75,7 +75,7 @@ def make_cluster_pair(
 ) -> Pair:
     """The trust anchor of a cluster and its key, which signs the nodes' certificates.
 
-    Raises BadName, and ValueError when it would last less than a day.
+    Raises BadName and BadLifetime.
     """
     require_name("a cluster", name)
     key = make_key(kind)
@@ -118,7 +118,7 @@ def sign_request(
 
     The names are the caller's; of the request only its key counts, which the request's signature
     shows to be the sender's. It ends with the cluster's certificate at the latest. Raises
-    RequestRefused, BadName, and BadPem for the cluster's pair.
+    RequestRefused, BadName, BadLifetime, and BadPem for the cluster's pair.
     """
     require_name("a node", node_name)
     key = load_key(cluster.key_pem, "server.key")
@@ -144,13 +144,15 @@ def sign_request(
 def make_certless_pair(cluster_name: str, *, now: datetime, lifetime: timedelta) -> Pair:
     """The common pair of the last resort: self-signed, marked, never with the cluster's key.
 
-    It lasts at most a week. Raises BadName and ValueError.
+    It lasts at most a week. Raises BadName and BadLifetime.
     """
     require_name("a cluster", cluster_name)
     if not timedelta(0) < lifetime <= CERTLESS_MOST:
-        raise ValueError(f"the common certificate lasts up to {CERTLESS_MOST.days} days")
+        raise BadLifetime("the common certificate", f"up to {CERTLESS_MOST.days} days")
     key = make_key()
-    made_at, subject = whole_seconds(now), subject_of(cluster_name)
+    made_at = whole_seconds(now)
+    # With the cluster's own subject OpenSSL would take it for a certificate of the cluster's.
+    subject = subject_of(cluster_name, unit="without client certificates")
     builder = (
         leaf_builder(subject, key.public_key(), made_at - CLOCK_BACK, made_at + lifetime)
         .issuer_name(subject)

@@ -103,6 +103,13 @@ class PeerRefused(PkiError):
         self.reason = reason
 
 
+class BadLifetime(PkiError):
+    """A certificate or invitation that should last longer, or shorter, than one may."""
+
+    def __init__(self, what: str, rule: str) -> None:
+        super().__init__(f"{what} can't last that long or that short", hint=f"it lasts {rule}")
+
+
 class BadToken(PkiError):
     """A join token that can't be read, is mistyped or is over."""
 
@@ -123,6 +130,16 @@ class NoInvitation(PkiError):
             hint=f"run `kvmsec node invite {node_name}` on the master and carry the token over",
         )
         self.node_name = node_name
+
+
+class PassphraseTooShort(PkiError):
+    """A passphrase that could be guessed."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__(
+            f"the passphrase has less than {least} characters",
+            hint="let kvmsec choose one, or take a longer one",
+        )
 
 
 class SealBroken(PkiError):

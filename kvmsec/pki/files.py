@@ -5,6 +5,7 @@ between any two steps, it is called again and goes on. `client.pem` is replaced 
 by a pair that belongs together and that an anchor in `server.pem` has signed.
 """
 
+import contextlib
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +23,15 @@ from kvmsec.pki.certificates import (
     require_whole,
 )
 from kvmsec.pki.chain import anchor_of
-from kvmsec.pki.errors import CANDIDATES_FILE, BadCandidates, BadPem, KeyFileRefused, PkiError
-from kvmsec.pki.keys import KeyKind, dump_key, load_key, make_key, public_bytes
+from kvmsec.pki.errors import (
+    CANDIDATES_FILE,
+    BadCandidates,
+    BadPem,
+    KeyFileRefused,
+    PeerRefused,
+    PkiError,
+)
+from kvmsec.pki.keys import KeyKind, dump_key, kind_of, load_key, make_key, public_bytes
 from kvmsec.pki.pems import Pair, split_pems
 from kvmsec.pki.private_files import read_private, write_private
 
@@ -31,6 +39,10 @@ HandedOut = Literal["server.pem", "server.key", "certless.pem"]
 
 _FROM_MASTER: Final = "run `kvmsec node readd NAME` on the master, which hands it out again"
 _OWN: Final = "run `kvmsec cluster renew-crypto --node NAME` or `kvmsec node readd NAME` there"
+_NAMES: Final = (
+    *("server.pem", "server.key", "client.pem", CANDIDATES_FILE, "certless.pem"),
+    *("client.pem.next", "client.pem.previous", "server.pem.previous", "server.next"),
+)
 
 
 class KeyFiles:
@@ -155,7 +167,8 @@ class KeyFiles:
 
         The pair last: a node without one belongs to no cluster. Raises BadPem.
         """
-        _require_signed(own.certificate_pem, anchors)
+        self._remove_unfinished()
+        _require_signed(own.certificate_pem, anchors_of(anchors))
         require_whole(own, "client.pem")
         self.forget_renewal()
         write_private(self._anchors, anchors)
@@ -169,6 +182,7 @@ class KeyFiles:
         """Forget the cluster; a missing file is fine. The pair first, so that nobody uses it."""
         for path in (self._own, self._cluster_key, self._certless, self._candidates):
             remove_file(path)
+        self._remove_unfinished()
         self.forget_renewal()
         self.forget_next_cluster()
         remove_file(self._anchors)
@@ -186,12 +200,21 @@ class KeyFiles:
     ) -> str | None:
         """Trust these anchors from now on; with `wants_key` returns a request for a new key.
 
-        Called again, it returns a request for the key that it made before. Raises BadPem when the
-        node's own certificate would not be trusted any more, or for what is no anchor.
+        Called again, it returns a request for the key that it made before. A pair that is missing
+        or was not trusted before is no hindrance: this is how it is mended. Raises BadPem when one
+        that was would not be any more, or for what is no anchor.
         """
-        _require_signed(self.own().certificate_pem, anchors)
-        if read_private(self._previous_anchors, hint=_FROM_MASTER) is None:
-            write_private(self._previous_anchors, self.anchors())
+        self._remove_unfinished()
+        before = self._usable_anchors()
+        own = self._usable_own()
+        wanted = anchors_of(anchors)
+        if own is not None and before is not None and _is_signed(own, anchors_of(before)):
+            _require_signed(own.certificate_pem, wanted)
+        if before is not None and anchors_of(before) != wanted:
+            # What an earlier renewal kept, and never finished, belongs to anchors that are gone.
+            if read_private(self._previous_anchors, hint=_FROM_MASTER) not in (None, before):
+                remove_file(self._previous_own)
+            write_private(self._previous_anchors, before)
         write_private(self._anchors, anchors)
         if not wants_key:
             return None
@@ -200,33 +223,51 @@ class KeyFiles:
     def _next_key_pem(self, kind: KeyKind) -> str:
         kept = read_private(self._next_key, hint=_OWN)
         if kept is not None:
-            return dump_key(load_key(kept, "client.pem.next"))
+            with contextlib.suppress(BadPem):
+                key = load_key(kept, "client.pem.next")
+                if kind_of(key.public_key()) is kind:
+                    return dump_key(key)
         made = dump_key(make_key(kind))
         write_private(self._next_key, made)
         return made
+
+    def _usable_own(self) -> Pair | None:
+        """None for what is missing or no pair; what others could reach is still an error."""
+        text = read_private(self._own, hint=_OWN)
+        with contextlib.suppress(BadPem):
+            return None if text is None else self._pair(self._own, text)
+        return None
+
+    def _usable_anchors(self) -> str | None:
+        text = read_private(self._anchors, hint=_FROM_MASTER)
+        with contextlib.suppress(BadPem):
+            if text is not None:
+                anchors_of(text)
+                return text
+        return None
 
     def commit(self, certificate: str) -> None:
         """Serve and call with this certificate of the key that was prepared.
 
         Raises BadPem for one of another key, or that no anchor has signed; nothing changes then.
         """
-        own = self._required(self._own, _OWN)
-        if fingerprint_of(self._pair(self._own, own).certificate_pem) == fingerprint_of(
-            certificate
-        ):
+        self._remove_unfinished()
+        own = self._usable_own()
+        if own is not None and fingerprint_of(own.certificate_pem) == fingerprint_of(certificate):
             remove_file(self._next_key)
             return
         hint = "begin again with `kvmsec cluster renew-crypto --node NAME`"
         pair = Pair(certificate, self._required(self._next_key, hint))
         require_whole(pair, "the new certificate")
-        _require_signed(certificate, self.anchors())
-        if read_private(self._previous_own, hint=_OWN) is None:
-            write_private(self._previous_own, own)
+        _require_signed(certificate, self.anchors_der())
+        if own is not None and read_private(self._previous_own, hint=_OWN) is None:
+            write_private(self._previous_own, own.pem)
         write_private(self._own, pair.pem)
         remove_file(self._next_key)
 
     def rollback(self) -> None:
         """Be as before `prepare`. The pair first: both anchors are trusted until it is back."""
+        self._remove_unfinished()
         own = read_private(self._previous_own, hint=_OWN)
         if own is not None:
             self._pair(self._previous_own, own)
@@ -246,7 +287,8 @@ class KeyFiles:
         other nodes have dropped the anchor that signed it. Raises BadPem, and changes nothing,
         when the node's own certificate would not be trusted any more.
         """
-        _require_signed(self.own().certificate_pem, anchors)
+        self._remove_unfinished()
+        _require_signed(self.own().certificate_pem, anchors_of(anchors))
         self.forget_renewal()
         write_private(self._anchors, anchors)
 
@@ -274,6 +316,12 @@ class KeyFiles:
     def forget_next_cluster(self) -> None:
         remove_file(self._next_cluster)
 
+    def _remove_unfinished(self) -> None:
+        """Remove what a writer that was killed has left: it may hold a key."""
+        for name in _NAMES:
+            for leftover in self.directory.glob(f".{name}.*"):
+                remove_file(leftover)
+
     def _required(self, path: Path, hint: str) -> str:
         text = read_private(path, hint=hint)
         if text is None:
@@ -284,6 +332,17 @@ class KeyFiles:
         return require_whole(Pair.parse(text, str(path)), str(path))
 
 
-def _require_signed(certificate_pem: str, anchors: str) -> None:
+def _require_signed(certificate_pem: str, anchors: tuple[bytes, ...]) -> None:
     """Refuse a certificate that these anchors have not signed, by the rules that peers judge by."""
-    anchor_of(load_certificate(certificate_pem), anchors_of(anchors))
+    try:
+        anchor_of(load_certificate(certificate_pem), anchors)
+    except PeerRefused as error:
+        raise BadPem("this node's certificate", error.reason) from error
+
+
+def _is_signed(own: Pair, anchors: tuple[bytes, ...]) -> bool:
+    try:
+        _require_signed(own.certificate_pem, anchors)
+    except BadPem:
+        return False
+    return True

@@ -8,17 +8,22 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from kvmsec.pki.errors import BadLifetime
 from kvmsec.pki.keys import KeyKind, PrivateKey, PublicKey, kind_of
 
 MOST_CN: Final = 64
 """ub-common-name, RFC 5280 appendix A.1"""
 
 _SERIAL_BITS: Final = 159  # The most that RFC 5280 4.1.2.2 has room for in 20 positive octets.
+_MOST_DAYS: Final = 36500
 _USAGES: Final = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
-def subject_of(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+def subject_of(name: str, *, unit: str | None = None) -> x509.Name:
+    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, name)]
+    if unit is not None:
+        attributes.insert(0, x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, unit))
+    return x509.Name(attributes)
 
 
 def authority_builder(
@@ -63,8 +68,9 @@ def whole_seconds(now: datetime) -> datetime:
 
 
 def days(count: int) -> timedelta:
-    if count < 1:
-        raise ValueError("a certificate lasts at least a day")
+    """So many days. Raises BadLifetime."""
+    if not 1 <= count <= _MOST_DAYS:
+        raise BadLifetime("a certificate", f"1 to {_MOST_DAYS} days")
     return timedelta(days=count)
 
 

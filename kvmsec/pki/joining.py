@@ -23,7 +23,7 @@ from attrs import field, frozen
 
 from kvmsec.errors import BadName
 from kvmsec.model.names import require_name
-from kvmsec.pki.errors import BadToken
+from kvmsec.pki.errors import BadLifetime, BadToken
 
 SECRET_BYTES: Final = 16
 LIFETIME: Final = timedelta(hours=1)
@@ -68,10 +68,10 @@ class Invitation:
 def invite(
     node_name: str, anchor_fingerprint: str, *, now: datetime, lifetime: timedelta = LIFETIME
 ) -> Invitation:
-    """A new invitation, of at most a week. Raises BadName and ValueError."""
+    """A new invitation, of at most a week. Raises BadName and BadLifetime."""
     require_name("a node", node_name)
     if not timedelta(0) < lifetime <= LONGEST:
-        raise ValueError(f"an invitation lasts up to {LONGEST.days} days")
+        raise BadLifetime("an invitation", f"up to {LONGEST.days} days")
     expires_at = (now + lifetime).astimezone(UTC).replace(microsecond=0)
     return Invitation(
         secret=secrets.token_bytes(SECRET_BYTES),

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from kvmsec.pki.errors import BadPem
+from kvmsec.pki.pems import is_key, split_pems
 
 PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey | rsa.RSAPublicKey
@@ -63,8 +64,12 @@ def load_key(pem: str, what: str = "the key") -> PrivateKey:
 
     Raises BadPem, which never shows the text; `what` says in it which key that was.
     """
+    # OpenSSL puts a block with the parameters of a curve before a traditional key on it.
+    blocks = [block for block in split_pems(pem, what) if is_key(block)]
+    if len(blocks) != 1:
+        raise BadPem(what, f"it has {len(blocks)} keys, not one")
     try:
-        key = serialization.load_pem_private_key(pem.encode(), password=None)
+        key = serialization.load_pem_private_key(blocks[0].encode(), password=None)
         kind_of(key.public_key())
     except TypeError as error:  # it is encrypted
         hint = "store the key without a passphrase; its file is 0600 and root's"

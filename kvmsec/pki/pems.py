@@ -9,8 +9,10 @@ from kvmsec.pki.errors import BadPem
 
 LIMIT_CHARS: Final = 1 << 16
 _MOST_BLOCKS: Final = 16
-# RFC 7468. Nothing in a block has a hyphen, so that the search takes time linear in the text.
-_BLOCK: Final = re.compile(r"-----BEGIN ([A-Z0-9 ]{1,40})-----[^-]*-----END \1-----", re.ASCII)
+# RFC 7468. No block has five hyphens inside, so that the search takes time linear in the text.
+_BLOCK: Final = re.compile(
+    r"-----BEGIN ([A-Z0-9 ]{1,40})-----(?:[^-]|-(?!----))*-----END \1-----", re.ASCII
+)
 CERTIFICATE_LABEL: Final = "CERTIFICATE"
 
 
@@ -34,7 +36,7 @@ class Pair:
         """
         blocks = split_pems(text, what)
         certificates = [block for block in blocks if label_of(block) == CERTIFICATE_LABEL]
-        keys = [block for block in blocks if label_of(block).endswith("PRIVATE KEY")]
+        keys = [block for block in blocks if is_key(block)]
         if len(certificates) != 1 or len(keys) != 1:
             raise BadPem(
                 what, f"it has {len(certificates)} certificates and {len(keys)} keys, not one each"
@@ -63,3 +65,8 @@ def split_pems(text: str, what: str = "the text") -> tuple[str, ...]:
 def label_of(block: str) -> str:
     """What stands behind BEGIN in a block that `split_pems` returned."""
     return block.partition("-----BEGIN ")[2].partition("-----")[0]
+
+
+def is_key(block: str) -> bool:
+    """Whether a block holds a private key, PKCS #8 or traditional, encrypted or not."""
+    return label_of(block).endswith("PRIVATE KEY")

@@ -14,7 +14,7 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from kvmsec.pki.errors import SealBroken, WrongPassphrase
+from kvmsec.pki.errors import PassphraseTooShort, SealBroken, WrongPassphrase
 
 LIMIT_BYTES: Final = 1 << 18
 SHORTEST_PASSPHRASE: Final = 12
@@ -41,11 +41,11 @@ def make_passphrase() -> str:
 
 
 def seal(document: bytes, passphrase: str) -> bytes:
-    """Seal at most 256 KiB. Raises ValueError for more, and for a passphrase that is too short."""
+    """Seal at most 256 KiB. Raises ValueError for more, and PassphraseTooShort."""
     if len(document) > LIMIT_BYTES:
         raise ValueError(f"a sealed document has at most {LIMIT_BYTES} bytes")
-    if len(passphrase) < SHORTEST_PASSPHRASE:
-        raise ValueError(f"a passphrase has at least {SHORTEST_PASSPHRASE} characters")
+    if len(passphrase.strip()) < SHORTEST_PASSPHRASE:
+        raise PassphraseTooShort(SHORTEST_PASSPHRASE)
     salt, nonce = secrets.token_bytes(_SALT_BYTES), secrets.token_bytes(_NONCE_BYTES)
     key, check = _stretched(passphrase, salt)
     head = _HEADER + salt + check + nonce
