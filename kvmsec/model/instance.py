@@ -6,9 +6,9 @@ A definition is one flat table: the machine's keys (see `hypervisor.machine`) an
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from attrs import frozen
+from attrs import AttrsInstance, fields, frozen, has
 
 from hypervisor.machine import Machine
 from kvmsec.errors import BadDefinition, SecurityRefused
@@ -82,6 +82,38 @@ def definition_from(
     if problems:
         raise BadDefinition(source, problems)
     return InstanceDefinition(machine=machine, **own)
+
+
+def document_of(definition: InstanceDefinition) -> dict[str, object]:
+    """The table that a file with this definition would hold; `definition_from` makes it again.
+
+    What was not chosen is left out, so a reader's own defaults for it hold.
+    """
+    document = _table_of(definition.machine)
+    if definition.security_model is not None:
+        document["security_model"] = definition.security_model.value
+    if definition.security_domain is not None:
+        document["security_domain"] = definition.security_domain
+    if definition.autostart:
+        document["autostart"] = True
+    return document
+
+
+def _table_of(value: AttrsInstance) -> dict[str, object]:
+    """A table without the keys that hold their default: TOML has no null to write."""
+    return {
+        each.name: _plain(held)
+        for each in fields(type(value))
+        if (held := getattr(value, each.name)) != each.default
+    }
+
+
+def _plain(value: object) -> object:
+    if has(type(value)):
+        return _table_of(cast(AttrsInstance, value))
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _domain(value: object) -> str:

@@ -35,6 +35,14 @@ class Call:
     right: Right = Right.CANDIDATE
     since: int = 1
 
+    def deadline_s(self, request: m.Message) -> float:
+        """Seconds until an answer must be there: a request may itself ask to wait for something."""
+        match request:
+            case m.StopRequest() | m.EventsRequest():
+                return self.timeout_s + request.timeout_s
+            case _:
+                return self.timeout_s
+
 
 _QUICK_S: Final = 10.0
 _SLOW_S: Final = 120.0

@@ -4,14 +4,18 @@ import json
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from hypervisor.errors import SpecError
-from hypervisor.machine import Machine
+from hypervisor.machine import Backing, Disk, Limits, Machine, Nic
 from kvmsec.errors import BadDefinition, BadName
 from kvmsec.model.instance import (
     InstanceDefinition,
     definition_from,
+    document_of,
     read_definition,
     read_kept_definition,
 )
@@ -96,6 +100,80 @@ def test_a_domain_that_does_not_fit_is_a_fault_of_the_definition(
 ) -> None:
     (problem,) = faults(document)
     assert problem.startswith("security_domain: ")
+
+
+def made(build: object, **parts: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    """Values of a class whose rules hold; each part is given or left to its default."""
+
+    @st.composite
+    def one(draw: st.DrawFn) -> object:
+        given_parts = {name: draw(part) for name, part in parts.items() if draw(st.booleans())}
+        try:
+            return build(**given_parts)  # type: ignore[operator]
+        except (SpecError, TypeError):
+            assume(False)
+
+    return one()
+
+
+PATHS = st.sampled_from([Path("/a"), Path("/srv/b c"), Path("/é/=,"), Path("/dev/vg/x")])
+FORMATS = st.sampled_from(["raw", "qcow2"])
+DISKS = made(
+    Disk,
+    path=PATHS,
+    format=FORMATS,
+    readonly=st.booleans(),
+    device=st.sampled_from(["virtio", "scsi", "ide", "cdrom"]),
+    backing=st.lists(made(Backing, path=PATHS, format=FORMATS), max_size=2).map(tuple),
+    cache=st.sampled_from(["writeback", "none", "directsync"]),
+    aio=st.sampled_from(["threads", "native"]),
+    discard=st.sampled_from(["unmap", "ignore"]),
+    serial=st.sampled_from([None, "A-1"]),
+)
+NICS = made(
+    Nic,
+    tap=st.sampled_from(["tap0", "tap1"]),
+    bridge=st.just("br0"),
+    mac=st.just("52:54:00:00:00:01"),
+    vhost=st.booleans(),
+)
+MACHINES = made(
+    lambda **parts: Machine(name="web1", **parts),
+    memory_mib=st.integers(1, 4096),
+    hugepages=st.sampled_from([None, "2M"]),
+    vcpus=st.integers(1, 255),
+    machine=st.sampled_from(["pc", "q35", "microvm"]),
+    cpu=st.sampled_from([None, "max"]),
+    accelerator=st.sampled_from(["kvm", "tcg", "auto"]),
+    firmware=PATHS,
+    kernel=PATHS,
+    append=st.text(),
+    disks=st.lists(DISKS, max_size=3).map(tuple),
+    nics=st.lists(NICS, max_size=2).map(tuple),
+    serial=st.booleans(),
+    limits=made(Limits, cpu_weight=st.integers(1, 10_000), oom_score_adjust=st.integers(-9, 9)),
+    qemu=PATHS,
+)
+SECURITIES = st.sampled_from(
+    [(None, None), (SecurityModel.NONE, None), (SecurityModel.USER, "web")]
+)
+
+
+@given(MACHINES, SECURITIES, st.booleans())
+def test_a_definition_travels_as_the_table_that_a_file_would_hold(
+    machine: Machine, security: tuple[SecurityModel | None, str | None], autostart: bool
+) -> None:
+    model, domain = security
+    definition = InstanceDefinition(
+        machine=machine, security_model=model, security_domain=domain, autostart=autostart
+    )
+    sent = msgspec.json.encode(document_of(definition))
+
+    assert definition_from(msgspec.json.decode(sent), "web1", source="a call") == definition
+
+
+def test_what_was_not_chosen_is_not_in_the_table() -> None:
+    assert document_of(InstanceDefinition(machine=Machine(name="web1"))) == {"name": "web1"}
 
 
 NAMES = ["", "../x", "-x", "x\n", "A", "a_b", "é", "a" * 64, "a" * 4096, "a", "a.b-c", "a" * 63]
