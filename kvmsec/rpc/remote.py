@@ -1,7 +1,7 @@
 """A node that is somewhere else: what anyone may ask of one, over any transport."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from kvmsec.agent import Event, Finding, InstanceInfo, InstanceLog, UidState
 from kvmsec.model.instance import InstanceDefinition, document_of
@@ -10,6 +10,17 @@ from kvmsec.rpc import values
 from kvmsec.rpc.errors import BadMessage
 from kvmsec.rpc.transport import Transport
 from uidpool.ranges import UidRanges
+
+if TYPE_CHECKING:
+    from kvmsec.rpc.household import Household
+    from kvmsec.rpc.service import Node
+
+    def _agent_is_whole(agent: "RemoteAgent") -> Node:
+        return agent
+
+    def _household_is_whole(household: "RemoteHousehold") -> Household:
+        return household
+
 
 _T = TypeVar("_T", bound=m.Message)
 
