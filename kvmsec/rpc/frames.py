@@ -161,7 +161,7 @@ class FrameConnection:
             caller=caller,
             target=target,
         )
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._pending[request.id] = answer
         try:
             async with asyncio.timeout(deadline_s):

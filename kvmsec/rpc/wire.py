@@ -42,8 +42,8 @@ _EVIDENCE: Final[Mapping[str, tuple[str, ...]]] = {
 class Caller(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Who makes a call over the network: the certificate that it showed, and whose that is.
 
-    `name` and `uuid` are None for somebody whom nobody has judged: a node that belongs to no
-    cluster takes the calls of a joiner (`kvmsec.rpc.calls.Right.JOINER`) from anyone.
+    `uuid` is None where that is the common certificate of the last resort. `name` is None, too,
+    for a joiner (`kvmsec.rpc.calls.Right.JOINER`), whom a node without a cluster can't judge.
     """
 
     fingerprint: Fingerprint
