@@ -42,7 +42,7 @@ class Plan:
 def plan_init(
     name: str,
     *,
-    node: str,
+    node: Member,
     uid_pool: UidRanges,
     security_model: SecurityModel | None,
     uuid: UUID,
@@ -55,7 +55,8 @@ def plan_init(
         uid_pool=uid_pool,
         draining=EMPTY,
         security_model=security_model,
-        nodes=(Member(node),),
+        nodes=(node,),
+        master=node.uuid,
         created_at=created_at,
     )
     _require_pool_where_needed(cluster)

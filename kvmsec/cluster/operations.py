@@ -30,7 +30,7 @@ from kvmsec.errors import (
     UidsInUse,
 )
 from kvmsec.linux.errors import Fault
-from kvmsec.model.cluster import Cluster
+from kvmsec.model.cluster import Cluster, Member, Role
 from kvmsec.model.security import SecurityModel
 from kvmsec.store import Store
 from uidpool.ranges import EMPTY, UidRanges
@@ -60,7 +60,7 @@ async def init(
         raise ClusterExists(standing.name)
     cluster = plan_init(
         name,
-        node=node.name,
+        node=Member(node.name, uuid=uuid4(), address=node.name, role=Role.CANDIDATE),
         uid_pool=uid_pool,
         security_model=security_model,
         uuid=uuid4(),

@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from attrs import evolve
@@ -18,10 +18,20 @@ from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.errors import ChildFailed, LockBusy
 from kvmsec.linux.locks import FileLock
-from kvmsec.model.cluster import FORMAT, Cluster, Member
+from kvmsec.model.cluster import FORMAT, Cluster, Member, Role
 from kvmsec.store import file as file_store
 from kvmsec.store.file import FileStore
 from uidpool.ranges import EMPTY, UidRanges
+
+NODE = UUID(int=1)
+MEMBER = {
+    "name": "node1",
+    "uuid": str(NODE),
+    "address": "node1",
+    "port": 1811,
+    "role": "candidate",
+    "certificates": [],
+}
 
 
 @pytest.fixture
@@ -36,7 +46,8 @@ def a_cluster(pool: str = "1000-1010") -> Cluster:
         uid_pool=UidRanges.parse(pool),
         draining=EMPTY,
         security_model=None,
-        nodes=(Member("node1"),),
+        nodes=(Member("node1", uuid=NODE, address="node1", role=Role.CANDIDATE),),
+        master=NODE,
         created_at=datetime(2026, 11, 21, tzinfo=UTC),
     )
 
@@ -86,9 +97,17 @@ def test_a_garbled_file_is_named_and_never_overwritten(place: Path, content: str
         ("name", "../x"),
         ("uuid", "x"),
         ("created_at", "2026-11-21T00:00:00"),
-        ("nodes", [{"name": "-x"}]),
-        ("nodes", [{"name": "x", "role": "master"}]),
+        ("nodes", [{**MEMBER, "name": "-x"}]),
+        ("nodes", [{**MEMBER, "role": "master"}]),
+        ("nodes", [{**MEMBER, "role": "plain"}]),
+        ("nodes", [{**MEMBER, "address": "a b"}]),
+        ("nodes", [{**MEMBER, "port": 0}]),
+        ("nodes", [{**MEMBER, "certificates": ["AB"]}]),
+        ("nodes", [{**MEMBER, "colour": "red"}]),
+        ("nodes", [MEMBER, MEMBER]),
+        ("nodes", []),
         ("nodes", None),
+        ("master", str(UUID(int=9))),
         ("colour", "red"),
     ],
 )

@@ -9,11 +9,13 @@ import pytest
 from attrs import evolve
 
 from kvmsec.errors import Conflict
-from kvmsec.model.cluster import Cluster, Member
+from kvmsec.model.cluster import Cluster, Member, Role
 from kvmsec.model.security import SecurityModel
 from kvmsec.store import Store
 from kvmsec.store.file import FileStore
 from uidpool.ranges import EMPTY, UidRanges
+
+NODE = UUID(int=1)
 
 Open = Callable[[], Store]
 
@@ -36,7 +38,8 @@ def a_cluster(uuid: UUID | None = None) -> Cluster:
         uid_pool=UidRanges.parse("1000-5000,8000"),
         draining=UidRanges.parse("5001"),
         security_model=SecurityModel.USER,
-        nodes=(Member("Node-1.example.org"),),
+        nodes=(Member("Node-1.example.org", uuid=NODE, address="::1", role=Role.CANDIDATE),),
+        master=NODE,
         created_at=datetime(2026, 11, 21, 12, 0, 1, tzinfo=UTC),
     )
 
@@ -54,7 +57,7 @@ def test_what_was_saved_is_loaded_again_by_anyone(open_store: Open) -> None:
 
 
 def test_a_cluster_with_nothing_set_is_kept_as_well(open_store: Open) -> None:
-    cluster = evolve(a_cluster(), uid_pool=EMPTY, draining=EMPTY, security_model=None, nodes=())
+    cluster = evolve(a_cluster(), uid_pool=EMPTY, draining=EMPTY, security_model=None)
     open_store().save(cluster, 0)
 
     assert open_store().load()[0] == cluster

@@ -17,7 +17,7 @@ from kvmsec.cluster.changes import (
     without_drained,
 )
 from kvmsec.errors import BadName, ChangeRefused
-from kvmsec.model.cluster import Cluster
+from kvmsec.model.cluster import Cluster, Member, Role
 from kvmsec.model.security import SecurityModel
 from uidpool.ranges import EMPTY, UidRanges
 
@@ -25,7 +25,8 @@ from uidpool.ranges import EMPTY, UidRanges
 def init(name: str = "trial", node: str = "node1", **given_: Any) -> Cluster:
     fixed = {"uuid": UUID(int=1), "created_at": datetime(2026, 11, 21, tzinfo=UTC)}
     wanted: dict[str, Any] = {"uid_pool": EMPTY, "security_model": None, **fixed, **given_}
-    return plan_init(name, node=node, **wanted)
+    member = Member(node, uuid=UUID(int=2), address=node, role=Role.CANDIDATE)
+    return plan_init(name, node=member, **wanted)
 
 
 def a_cluster(pool: str = "", draining: str = "", model: SecurityModel | None = None) -> Cluster:

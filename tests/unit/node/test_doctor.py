@@ -23,7 +23,7 @@ from kvmsec.agent import Finding, InstanceInfo, InstanceState
 from kvmsec.config import Config, ConfinementSettings, LimitSettings
 from kvmsec.errors import NoCluster
 from kvmsec.linux import syscalls
-from kvmsec.model.cluster import Cluster, Member
+from kvmsec.model.cluster import Cluster, Member, Role
 from kvmsec.node import doctor
 from kvmsec.node.doctor import CHECKS, accounts, examine, kernel, places
 from kvmsec.node.doctor.subject import Answer, Check, Subject, ok, warning
@@ -350,7 +350,8 @@ def test_a_clock_behind_the_clusters_birth_is_a_warning(subject: Subject) -> Non
         uid_pool=EMPTY,
         draining=EMPTY,
         security_model=None,
-        nodes=(Member("here"),),
+        nodes=(Member("here", uuid=UUID(int=2), address="here", role=Role.CANDIDATE),),
+        master=UUID(int=2),
         created_at=datetime(2099, 1, 1, tzinfo=UTC),
     )
 
