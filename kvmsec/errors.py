@@ -112,6 +112,35 @@ class Conflict(StoreError):
         self.found = found
 
 
+class NotMaster(StoreError):
+    """The state is changed on the master alone; `master` is its name."""
+
+    def __init__(self, master: str) -> None:
+        super().__init__(
+            f"this node is not the cluster's master: {master} is",
+            hint=f"run the command on {master}; if it is gone for good, run `kvmsec cluster "
+            "master-failover` on another candidate",
+        )
+        self.master = master
+
+
+class CopyRefused(StoreError):
+    """A copy of the cluster's state that a node does not take; its own stands."""
+
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
+        super().__init__(f"this copy of the cluster's state is refused: {reason}", hint=hint)
+        self.reason = reason
+
+
+class StaleCopy(KvmsecError):
+    """A node's copy of the state is too old to act on; `found` is its revision."""
+
+    def __init__(self, problem: str, *, found: int, needed: int) -> None:
+        super().__init__(problem, hint="run `kvmsec cluster sync` on the master")
+        self.found = found
+        self.needed = needed
+
+
 class NoCluster(KvmsecError):
     """There is no cluster yet."""
 

@@ -1,26 +1,33 @@
 """Whether this node takes an instance at all: decided before anything is made for it."""
 
+from datetime import UTC, datetime
+
 from kvmsec.errors import BadDefinition
 from kvmsec.model.instance import InstanceDefinition
 from kvmsec.model.security import Security, SecurityModel, decide_security
 from kvmsec.node.host import Host
 from kvmsec.node.limits import problems_of
+from kvmsec.store.freshness import require_confirmed
 
 
 def admit(host: Host, definition: InstanceDefinition) -> Security:
     """Under which security an instance starts here.
 
-    Raises SecurityRefused, and BadDefinition for more than the node's limits allow.
+    Raises SecurityRefused, BadDefinition for more than the node's limits allow, and StaleCopy
+    where a uid would be drawn from a state that the master has not confirmed for too long.
     """
     _require_within_limits(host, definition)
-    cluster, _ = host.store.load()
-    return decide_security(
+    cluster, revision = host.store.load()
+    security = decide_security(
         definition.security_model,
         definition.security_domain,
         default=cluster.default_model if cluster else SecurityModel.NONE,
         pool_is_empty=not (cluster and cluster.uid_pool),
         weakest=host.config.security.weakest_model,
     )
+    if cluster is not None and security.model is SecurityModel.POOL:
+        require_confirmed(cluster, revision, host.store.identity(), now=datetime.now(UTC))
+    return security
 
 
 def _require_within_limits(host: Host, definition: InstanceDefinition) -> None:

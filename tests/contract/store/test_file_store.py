@@ -24,6 +24,7 @@ from kvmsec.store.file import FileStore
 from uidpool.ranges import EMPTY, UidRanges
 
 NODE = UUID(int=1)
+FILES = ["cluster.json", "cluster.lock", "node.json"]
 MEMBER = {
     "name": "node1",
     "uuid": str(NODE),
@@ -62,8 +63,9 @@ def test_the_file_is_the_owners_alone_and_nothing_else_is_left(place: Path) -> N
     cluster = a_cluster()
     store.save(cluster, store.save(cluster, 0))
 
-    assert stat.S_IMODE(place.stat().st_mode) == 0o600
-    assert sorted(path.name for path in place.parent.iterdir()) == ["cluster.json", "cluster.lock"]
+    for path in (place, place.with_name("node.json")):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(path.name for path in place.parent.iterdir()) == FILES
 
 
 BROKEN = {
@@ -297,4 +299,4 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_state(place: Path) -> None
         cluster, revision = store.load()
         assert cluster is not None
         assert store.save(cluster, revision) == revision + 1
-    assert sorted(path.name for path in place.parent.iterdir()) == ["cluster.json", "cluster.lock"]
+    assert sorted(path.name for path in place.parent.iterdir()) == FILES
