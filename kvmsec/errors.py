@@ -135,10 +135,10 @@ class CopyRefused(StoreError):
 class StaleCopy(KvmsecError):
     """A node's copy of the state is too old to act on; `found` is its revision."""
 
-    def __init__(self, problem: str, *, found: int, needed: int) -> None:
+    def __init__(self, problem: str, *, found: int, wanted: int) -> None:
         super().__init__(problem, hint="run `kvmsec cluster sync` on the master")
         self.found = found
-        self.needed = needed
+        self.wanted = wanted
 
 
 class NoCluster(KvmsecError):
@@ -162,11 +162,21 @@ class ClusterExists(KvmsecError):
 
 
 class PoolRefused(KvmsecError):
-    """A uid pool that can't be the cluster's; `problems` names every uid range and its fault."""
+    """A uid pool that can't be the cluster's; `problems` names every uid range and its fault.
 
-    def __init__(self, problems: Sequence[str], *, hint: str | None = None) -> None:
+    `by_node` has the problems of each node that has some, in a cluster of several.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[str],
+        *,
+        hint: str | None = None,
+        by_node: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         super().__init__(f"the uid pool is refused:{_listed(problems)}", hint=hint)
         self.problems = tuple(problems)
+        self.by_node = dict(by_node or {})
 
 
 class UidsInUse(KvmsecError):
@@ -185,6 +195,17 @@ class InstancesRun(KvmsecError):
         super().__init__(
             f"instances are running: {', '.join(names)}",
             hint="stop them first with `kvmsec instance stop NAME`",
+        )
+        self.names = tuple(names)
+
+
+class MembersLeft(KvmsecError):
+    """A cluster can't end while it has other members than its master; `names` are theirs."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"the cluster has other members: {', '.join(names)}",
+            hint="let them leave first with `kvmsec node remove NAME`",
         )
         self.names = tuple(names)
 

@@ -78,6 +78,7 @@ def modify(
         raise WrongUsage("nothing to change was named")
     from kvmsec.cluster import operations
     from kvmsec.cluster.changes import Change
+    from kvmsec.cluster.nodes import Alone
     from uidpool.ranges import EMPTY
 
     change = Change(
@@ -90,7 +91,7 @@ def modify(
 
     async def make(node: Node) -> Cluster:
         await node.reconcile()
-        return await operations.modify(session.store, [node], change)
+        return (await operations.modify(session.store, Alone(node), change)).cluster
 
     _tell(session.run(make))
 
@@ -122,7 +123,7 @@ def destroy(session: Session, yes: bool) -> None:
 
     async def end(node: Node) -> None:
         await node.reconcile()
-        await operations.destroy(session.store, [node])
+        await operations.destroy(session.store, node)
 
     session.run(end)
     say(f"the cluster {shown_line(str(name))} is no more")

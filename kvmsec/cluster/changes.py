@@ -82,6 +82,15 @@ def plan_modify(cluster: Cluster, change: Change) -> Plan:
     return Plan(changed, entering=change.add if change.uid_pool is None else pool, leaving=leaving)
 
 
+def certified(cluster: Cluster, uuid: UUID, fingerprint: str) -> Cluster:
+    """The cluster in which this certificate, and no other, counts for a member."""
+    nodes = (
+        evolve(node, certificates=(fingerprint,)) if node.uuid == uuid else node
+        for node in cluster.nodes
+    )
+    return evolve(cluster, nodes=tuple(nodes))
+
+
 def without_drained(cluster: Cluster, held: UidRanges) -> Cluster:
     """The cluster once the draining uids that nobody holds any more have left."""
     return evolve(cluster, draining=cluster.draining & held)

@@ -1,9 +1,16 @@
-"""What a cluster asks of each of its nodes."""
+"""What a cluster asks of each of its nodes, and who can reach them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
+from attrs import frozen
+
+from kvmsec.model.cluster import Member
+from kvmsec.rpc.messages import Examination, NodeInfo, State
 from uidpool.ranges import UidRanges
+
+FileName = Literal["server.pem", "server.key", "certless.pem"]
+"""The files that a candidate may hand out (`kvmsec.rpc.messages.FileRequest`)."""
 
 
 class PoolProblem(Protocol):
@@ -41,3 +48,57 @@ class ClusterNode(Protocol):
 
     async def forget_resting(self) -> None:
         """Forget which uids of this root rest; what is leased or quarantined is kept."""
+
+
+class Examined(Protocol):
+    """The part of a node that `cluster verify` needs."""
+
+    async def examine(self, uids: UidRanges) -> Examination:
+        """What there is to know of this node's part in the cluster; `uids` is the pool."""
+
+
+class MemberNode(ClusterNode, Examined, Protocol):
+    """Another member, as the master reaches it.
+
+    A call that gets no answer raises an error whose `kind` is one of
+    `kvmsec.cluster.asking.SILENCE`.
+    """
+
+    async def node_info(self) -> NodeInfo:
+        """Who the node is, and how far its copy of the state is."""
+
+    async def get_state(self) -> State:
+        """The node's copy."""
+
+    async def put_state(self, state: State) -> int:
+        """Hand the node the state, or confirm what it has; returns its revision afterwards."""
+
+    async def put_file(self, name: FileName, content: str | None) -> None:
+        """Put one of the cluster's files in place; None removes it."""
+
+    async def leave(self) -> None:
+        """Let the node forget the cluster: its state, rules, certificates and keys.
+
+        Raises InstancesRun and UidsInUse; it stays a member then.
+        """
+
+
+class Directory(Protocol):
+    """Who can reach the members of a cluster."""
+
+    @property
+    def here(self) -> ClusterNode:
+        """This node."""
+
+    def node(self, member: Member) -> MemberNode:
+        """Another member; nothing is asked of it yet."""
+
+
+@frozen
+class Alone:
+    """The directory of a cluster whose only node is this one."""
+
+    here: ClusterNode
+
+    def node(self, member: Member) -> MemberNode:
+        raise LookupError(f"nobody here can reach {member.name}")

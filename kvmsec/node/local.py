@@ -202,6 +202,7 @@ class LocalNode:
 
     async def reconcile(self) -> tuple[str, ...]:
         """Put right what killed processes left; says what was done, a line each."""
+        from kvmsec.cluster.nodes import Alone
         from kvmsec.cluster.operations import settle
         from kvmsec.node.reconcile import reconcile
 
@@ -210,8 +211,9 @@ class LocalNode:
         done = await reconcile(self.host)
         try:
             cluster, _ = self.host.store.load()
-            if cluster is not None and cluster.draining:
-                await settle(self.host.store, [self])
+            # With several members it takes all of them to say that nobody holds a uid any more.
+            if cluster is not None and cluster.draining and len(cluster.nodes) == 1:
+                await settle(self.host.store, Alone(self))
         except (Fault, OSError) as error:
             return (*done, f"draining uids: left as they are: {error}")
         return done

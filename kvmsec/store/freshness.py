@@ -21,14 +21,14 @@ def is_truth(cluster: Cluster, identity: Identity | None) -> bool:
     return identity is not None and identity.uuid == cluster.master
 
 
-def require_revision(found: int, needed: int) -> None:
+def require_revision(found: int, wanted: int) -> None:
     """Refuse an order that was made from a newer state than the node has. Raises StaleCopy."""
-    if found < needed:
+    if found < wanted:
         raise StaleCopy(
             f"this node has revision {found} of the cluster's state, and the order was made from "
-            f"revision {needed}",
+            f"revision {wanted}",
             found=found,
-            needed=needed,
+            wanted=wanted,
         )
 
 
@@ -61,4 +61,4 @@ def require_confirmed(
             if age_s > 0
             else f"confirmed this node's copy of the state {-age_s:.0f} s in the future"
         )
-    raise StaleCopy(problem, found=revision, needed=revision)
+    raise StaleCopy(problem, found=revision, wanted=revision)

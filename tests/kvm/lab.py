@@ -17,6 +17,7 @@ from hypervisor import tiny
 from hypervisor.cgroup_mounts import mounted
 from kvmsec import InstanceDefinition, Node, definition_from
 from kvmsec.cluster import operations
+from kvmsec.cluster.nodes import Alone
 from kvmsec.linux import command, namespaces, relay
 from tests.kvm.census import census, descriptors, ends_by, running
 from tests.kvm.rival import Rival
@@ -126,10 +127,13 @@ class Lab:
     def modify(self, **change: Any) -> Any:
         from kvmsec.cluster.changes import Change
 
-        return self.run(lambda node: operations.modify(node.host.store, [node], Change(**change)))
+        async def act(node: Node) -> Any:
+            return (await operations.modify(node.host.store, Alone(node), Change(**change))).cluster
+
+        return self.run(act)
 
     def destroy(self) -> None:
-        self.run(lambda node: operations.destroy(node.host.store, [node]))
+        self.run(lambda node: operations.destroy(node.host.store, node))
 
     def leases(self) -> list[Any]:
         """The uids that this root's instances hold."""

@@ -236,7 +236,7 @@ def pool(host: Host) -> Iterator[Host]:
 
     async def end() -> None:
         node = LocalNode(host.paths.root)
-        await operations.destroy(host.store, [node])
+        await operations.destroy(host.store, node)
         await provisioning.remove(host.paths, POOL)
         await node.close()
 

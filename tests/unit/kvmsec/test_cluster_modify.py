@@ -11,6 +11,7 @@ import pytest
 from attrs import evolve
 
 from kvmsec.cluster import operations
+from kvmsec.cluster.nodes import Alone
 from kvmsec.errors import (
     ChangeRefused,
     NoCluster,
@@ -83,7 +84,7 @@ def test_a_held_uid_may_drain_and_keeps_its_rules_until_it_is_free(node: FakeNod
     assert node.rules == ranges("1000-1003,1005-1009")
 
     node.held = {}
-    settled = asyncio.run(operations.settle(node.store, [node]))
+    settled = asyncio.run(operations.settle(node.store, Alone(node))).cluster
     assert not settled.draining
     assert node.rules == ranges("1000-1002,1005-1009")
 
@@ -180,6 +181,7 @@ MODIFIER = """
 import asyncio, sys
 from pathlib import Path
 from kvmsec.cluster.changes import Change
+from kvmsec.cluster.nodes import Alone
 from kvmsec.cluster.operations import modify
 from kvmsec.store.file import FileStore
 from uidpool.ranges import UidRanges
@@ -192,7 +194,7 @@ class Node:
 
 for uid in sys.argv[2:]:
     change = Change(add=UidRanges.parse(uid), remove=UidRanges.parse(str(int(uid) - 1000)))
-    asyncio.run(modify(FileStore(Path(sys.argv[1])), [Node()], change))
+    asyncio.run(modify(FileStore(Path(sys.argv[1])), Alone(Node()), change))
 """
 
 

@@ -67,4 +67,4 @@ def test_an_order_of_a_newer_state_is_refused() -> None:
     require_revision(7, 7)
     with pytest.raises(StaleCopy) as caught:
         require_revision(7, 8)
-    assert (caught.value.found, caught.value.needed) == (7, 8)
+    assert (caught.value.found, caught.value.wanted) == (7, 8)

@@ -1,0 +1,77 @@
+"""Handing the state to the members: what the master decided becomes true on all nodes."""
+
+from kvmsec.cluster.asking import ORDER_S, kind_of
+from kvmsec.cluster.nodes import ClusterNode, Directory, MemberNode
+from kvmsec.cluster.team import Team, require_master
+from kvmsec.errors import CopyRefused, NoCluster
+from kvmsec.linux.errors import Fault
+from kvmsec.model.cluster import FORMAT, Cluster, Member, document_of
+from kvmsec.rpc.messages import State
+from kvmsec.store import Store
+
+
+def require_cluster(store: Store) -> tuple[Cluster, int]:
+    """The cluster and its revision. Raises NoCluster, and what the store raises."""
+    cluster, revision = store.load()
+    if cluster is None:
+        raise NoCluster
+    return cluster, revision
+
+
+def state_of(cluster: Cluster, revision: int) -> State:
+    """The state as it travels."""
+    return State(revision=revision, format=FORMAT, document=document_of(cluster))
+
+
+async def hand_out(store: Store, team: Team) -> None:
+    """Hand the state to every member that listens, and put its rules in force on all nodes.
+
+    Raises a node's refusal, and what the store raises.
+    """
+    await hand_out_copies(store, team)
+    await sync_all_rules(team)
+
+
+async def hand_out_copies(store: Store, team: Team) -> None:
+    """Hand the state, as it stands now, to every member that listens.
+
+    Who already has it has it confirmed. Raises a node's refusal, and what the store raises.
+    """
+
+    async def take(node: MemberNode) -> None:
+        await _hand(store, node)
+
+    await team.tell(take, deadline_s=ORDER_S)
+
+
+async def sync_all_rules(team: Team) -> None:
+    """Have every node that listens, and this one, put the rules of its state in force."""
+
+    async def sync(node: ClusterNode) -> None:
+        await node.sync_rules()
+
+    await team.ask(sync, deadline_s=ORDER_S)
+
+
+async def catch_up(store: Store, directory: Directory, member: Member) -> int:
+    """Bring one member up to date, now that it answers (again); returns the revision.
+
+    Raises NoCluster, NotMaster, and the node's error.
+    """
+    cluster, _ = require_cluster(store)
+    require_master(store, cluster)
+    node = directory.node(member)
+    revision = await _hand(store, node)
+    await node.sync_rules()
+    return revision
+
+
+async def _hand(store: Store, node: MemberNode) -> int:
+    """Hand the newest state to one node; a rival may have handed it a newer one meanwhile."""
+    while True:
+        cluster, revision = require_cluster(store)
+        try:
+            return await node.put_state(state_of(cluster, revision))
+        except Fault as error:
+            if kind_of(error) != CopyRefused.__name__ or store.load()[1] == revision:
+                raise
