@@ -199,6 +199,29 @@ class InstancesRun(KvmsecError):
         self.names = tuple(names)
 
 
+class UnknownMember(KvmsecError):
+    """A name that no member of the cluster has."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the cluster has no node {name}", hint="`kvmsec node list` shows those there are"
+        )
+        self.name = name
+
+
+class MemberRefused(KvmsecError):
+    """Something that may not be done with this member, or not now."""
+
+
+class NodeSilent(KvmsecError):
+    """A node that has to answer did not; `reason` says what came instead."""
+
+    def __init__(self, name: str, reason: str, *, hint: str) -> None:
+        super().__init__(f"{name} does not answer: {reason}", hint=hint)
+        self.name = name
+        self.reason = reason
+
+
 class MembersLeft(KvmsecError):
     """A cluster can't end while it has other members than its master; `names` are theirs."""
 

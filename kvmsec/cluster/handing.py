@@ -1,6 +1,8 @@
 """Handing the state to the members: what the master decided becomes true on all nodes."""
 
-from kvmsec.cluster.asking import ORDER_S, kind_of
+from collections.abc import Mapping
+
+from kvmsec.cluster.asking import ORDER_S, ask_all, kind_of
 from kvmsec.cluster.nodes import ClusterNode, Directory, MemberNode
 from kvmsec.cluster.team import Team, require_master
 from kvmsec.errors import CopyRefused, NoCluster
@@ -53,6 +55,23 @@ async def sync_all_rules(team: Team) -> None:
     await team.ask(sync, deadline_s=ORDER_S)
 
 
+async def spread(store: Store, team: Team) -> Mapping[str, str]:
+    """Hand out a state that stands whoever refuses it; returns who doesn't have it, and why.
+
+    This node comes first: its own list of candidates and its rules follow the state. Raises what
+    this node raises.
+    """
+    await team.here.sync_rules()
+
+    async def take(node: MemberNode) -> None:
+        await _hand(store, node)
+        await node.sync_rules()
+
+    answers = await ask_all(team.listening, take, deadline_s=ORDER_S)
+    team.silent.update(answers.silent)
+    return team.silent | {name: str(error) for name, error in answers.refused.items()}
+
+
 async def catch_up(store: Store, directory: Directory, member: Member) -> int:
     """Bring one member up to date, now that it answers (again); returns the revision.
 
@@ -71,7 +90,7 @@ async def _hand(store: Store, node: MemberNode) -> int:
     while True:
         cluster, revision = require_cluster(store)
         try:
-            return await node.put_state(state_of(cluster, revision))
+            return await node.household.put_state(state_of(cluster, revision))
         except Fault as error:
             if kind_of(error) != CopyRefused.__name__ or store.load()[1] == revision:
                 raise

@@ -1,16 +1,14 @@
 """What a cluster asks of each of its nodes, and who can reach them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
+from uuid import UUID
 
 from attrs import frozen
 
 from kvmsec.model.cluster import Member
-from kvmsec.rpc.messages import Examination, NodeInfo, State
+from kvmsec.rpc.messages import Examination, FileRequest, NodeInfo, State
 from uidpool.ranges import UidRanges
-
-FileName = Literal["server.pem", "server.key", "certless.pem"]
-"""The files that a candidate may hand out (`kvmsec.rpc.messages.FileRequest`)."""
 
 
 class PoolProblem(Protocol):
@@ -50,22 +48,14 @@ class ClusterNode(Protocol):
         """Forget which uids of this root rest; what is leased or quarantined is kept."""
 
 
-class Examined(Protocol):
-    """The part of a node that `cluster verify` needs."""
+class Household(Protocol):
+    """A node as a member of a cluster. Every call may raise a Fault."""
 
-    async def examine(self, uids: UidRanges) -> Examination:
-        """What there is to know of this node's part in the cluster; `uids` is the pool."""
-
-
-class MemberNode(ClusterNode, Examined, Protocol):
-    """Another member, as the master reaches it.
-
-    A call that gets no answer raises an error whose `kind` is one of
-    `kvmsec.cluster.asking.SILENCE`.
-    """
-
-    async def node_info(self) -> NodeInfo:
+    async def info(self) -> NodeInfo:
         """Who the node is, and how far its copy of the state is."""
+
+    async def examine(self, pool: UidRanges) -> Examination:
+        """What there is to know of the node's part in the cluster."""
 
     async def get_state(self) -> State:
         """The node's copy."""
@@ -73,14 +63,38 @@ class MemberNode(ClusterNode, Examined, Protocol):
     async def put_state(self, state: State) -> int:
         """Hand the node the state, or confirm what it has; returns its revision afterwards."""
 
-    async def put_file(self, name: FileName, content: str | None) -> None:
-        """Put one of the cluster's files in place; None removes it."""
+    async def put_file(self, request: FileRequest) -> None:
+        """Put one of the cluster's files in place, or take it away."""
 
     async def leave(self) -> None:
         """Let the node forget the cluster: its state, rules, certificates and keys.
 
         Raises InstancesRun and UidsInUse; it stays a member then.
         """
+
+
+class MemberNode(ClusterNode, Protocol):
+    """Another member, as the master reaches it.
+
+    A call that gets no answer raises an error whose `kind` is one of
+    `kvmsec.cluster.asking.SILENCE`.
+    """
+
+    @property
+    def household(self) -> Household: ...
+
+
+class JoiningNode(Protocol):
+    """A node that is to become a member, reached with what an invitation gives.
+
+    Both calls show and demand the proof that the other side knows the token.
+    """
+
+    async def hello(self, name: str, uuid: UUID) -> str:
+        """Tell the node who it is to be; returns its request (PEM) for a certificate."""
+
+    async def admit(self, anchors: str, certificate: str, state: State) -> NodeInfo:
+        """Make it a member."""
 
 
 class Directory(Protocol):
@@ -91,7 +105,10 @@ class Directory(Protocol):
         """This node."""
 
     def node(self, member: Member) -> MemberNode:
-        """Another member; nothing is asked of it yet."""
+        """A member other than this node; nothing is asked of it yet."""
+
+    def joining(self, member: Member) -> JoiningNode:
+        """An invited node that is to become this member."""
 
 
 @frozen
@@ -101,4 +118,7 @@ class Alone:
     here: ClusterNode
 
     def node(self, member: Member) -> MemberNode:
+        raise LookupError(f"nobody here can reach {member.name}")
+
+    def joining(self, member: Member) -> JoiningNode:
         raise LookupError(f"nobody here can reach {member.name}")

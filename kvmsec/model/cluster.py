@@ -46,7 +46,8 @@ class Member:
     """A node of the cluster, and where its daemon is reached.
 
     `certificates` are the SHA-256 fingerprints (64 hex digits) that count for it: two during a
-    renewal, none while a cluster of one node has no certificates.
+    renewal, none while a cluster of one node has no certificates. `is_leaving` says that its
+    removal has begun: it orders nothing any more.
     """
 
     name: str = field()
@@ -55,6 +56,7 @@ class Member:
     port: int = field(default=PORT, kw_only=True)
     role: Role = field(default=Role.PLAIN, kw_only=True)
     certificates: tuple[str, ...] = field(default=(), kw_only=True)
+    is_leaving: bool = field(default=False, kw_only=True)
 
     @property
     def is_candidate(self) -> bool:
@@ -111,7 +113,7 @@ class Cluster:
         _require_distinct("uuid", (node.uuid for node in self.nodes))
         _require_distinct("certificate", (one for node in self.nodes for one in node.certificates))
         master = self.member(self.master)
-        if master is None or not master.is_candidate:
+        if master is None or not master.is_candidate or master.is_leaving:
             raise ValueError("the master is not one of the candidates")
 
     def member(self, uuid: UUID) -> Member | None:
@@ -132,6 +134,15 @@ class Cluster:
     def candidates(self) -> tuple[Member, ...]:
         """Those that may order."""
         return tuple(node for node in self.nodes if node.is_candidate)
+
+    @property
+    def orderers(self) -> Mapping[UUID, frozenset[str]]:
+        """The certificates of those that may order: the list that each node has."""
+        return {
+            node.uuid: frozenset(node.certificates)
+            for node in self.candidates
+            if node.certificates and not node.is_leaving
+        }
 
     @property
     def default_model(self) -> SecurityModel:
@@ -170,6 +181,7 @@ class _KeptMember(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     port: int
     role: Role
     certificates: tuple[str, ...]
+    is_leaving: bool
 
 
 class _KeptCluster(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -208,6 +220,7 @@ def _kept(node: Member) -> _KeptMember:
         port=node.port,
         role=node.role,
         certificates=node.certificates,
+        is_leaving=node.is_leaving,
     )
 
 
@@ -224,6 +237,7 @@ def _to_format_2(document: Document) -> Document:
                 "port": PORT,
                 "role": "candidate",
                 "certificates": [],
+                "is_leaving": False,
             }
             for name in names
         ]
@@ -275,4 +289,5 @@ def _member(kept: _KeptMember) -> Member:
         port=kept.port,
         role=kept.role,
         certificates=kept.certificates,
+        is_leaving=kept.is_leaving,
     )

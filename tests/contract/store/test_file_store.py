@@ -32,6 +32,7 @@ MEMBER = {
     "port": 1811,
     "role": "candidate",
     "certificates": [],
+    "is_leaving": False,
 }
 
 
@@ -104,6 +105,7 @@ def test_a_garbled_file_is_named_and_never_overwritten(place: Path, content: str
         ("nodes", [{**MEMBER, "role": "plain"}]),
         ("nodes", [{**MEMBER, "address": "a b"}]),
         ("nodes", [{**MEMBER, "port": 0}]),
+        ("nodes", [{**MEMBER, "is_leaving": True}]),
         ("nodes", [{**MEMBER, "certificates": ["AB"]}]),
         ("nodes", [{**MEMBER, "colour": "red"}]),
         ("nodes", [MEMBER, MEMBER]),
