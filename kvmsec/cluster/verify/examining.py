@@ -1,0 +1,117 @@
+"""Asking all members about themselves, and judging what they say."""
+
+from collections.abc import Callable, Collection
+from datetime import UTC, datetime
+from typing import Final
+
+from attrs import evolve, frozen
+
+from kvmsec.agent import Finding
+from kvmsec.cluster.asking import ask_all
+from kvmsec.cluster.handing import require_cluster
+from kvmsec.cluster.nodes import Directory, Household
+from kvmsec.cluster.verify import certificates, standing, uids
+from kvmsec.cluster.verify.codes import found
+from kvmsec.cluster.verify.subject import Heard, Subject, Unheard
+from kvmsec.store import Store
+from kvmsec.store.freshness import COPY_VALID_S
+from uidpool.ranges import UidRanges
+
+DEADLINE_S: Final = 60.0
+"""A canary for each family and a look at every uid's users take a node seconds, not a minute."""
+
+CHECKS: Final = (
+    standing.check_answers,
+    standing.check_identity,
+    standing.check_clocks,
+    standing.check_versions,
+    standing.check_copies,
+    standing.check_certless,
+    certificates.check_anchors,
+    certificates.check_own,
+    certificates.check_lists,
+    certificates.check_keys,
+    uids.check_pool,
+    uids.check_leases,
+    uids.check_rules,
+    uids.check_confinement,
+)
+
+OnHeard = Callable[[str], None]
+
+
+@frozen
+class _Asked:
+    """One node to be asked; `name` is the member's, whatever the node calls itself."""
+
+    name: str
+    household: Household
+
+
+async def verify(
+    store: Store,
+    directory: Directory,
+    here: Household,
+    *,
+    copy_valid_s: float = COPY_VALID_S,
+    deadline_s: float = DEADLINE_S,
+    on_heard: OnHeard = lambda name: None,
+) -> tuple[Finding, ...]:
+    """What is wrong with the cluster, a finding each; a sound node has one that says so.
+
+    On any member; `on_heard` is told each node that answered, as it does. Raises NoCluster, and
+    what the store raises; changes nothing.
+    """
+    cluster, revision = require_cluster(store)
+    identity = store.identity()
+    own = identity.uuid if identity is not None else None
+    nodes = [
+        _Asked(node.name, here if node.uuid == own else directory.node(node).household)
+        for node in cluster.nodes
+    ]
+    answers = await ask_all(
+        # This node last: what it does in place would keep the loop from asking the others.
+        sorted(nodes, key=lambda node: node.household is here),
+        lambda node: _examine(node, cluster.guarded_uids, on_heard),
+        deadline_s=deadline_s,
+    )
+    unheard = {name: Unheard(why, is_refusal=False) for name, why in answers.silent.items()}
+    refused = {name: Unheard(str(why), is_refusal=True) for name, why in answers.refused.items()}
+    return judge(
+        Subject(
+            cluster=cluster,
+            revision=revision,
+            now=datetime.now(UTC),
+            copy_valid_s=copy_valid_s,
+            answers={**answers.answered, **unheard, **refused},
+        )
+    )
+
+
+async def _examine(node: _Asked, pool: UidRanges, on_heard: OnHeard) -> Heard:
+    asked_at = datetime.now(UTC)
+    examination = await node.household.examine(pool)
+    heard = Heard(examination, asked_at, datetime.now(UTC))
+    on_heard(node.name)
+    return heard
+
+
+def judge(subject: Subject) -> tuple[Finding, ...]:
+    """All findings of all checks, by the members' order; pure."""
+    findings = [finding for check in CHECKS for finding in check(subject)]
+    names = [member.name for member in subject.cluster.nodes]
+    touched = {finding.node for finding in findings}
+    findings += [
+        found("node-ok", "ok", name, "node", "nothing is wrong with it")
+        for name in names
+        if name not in touched
+    ]
+    return tuple(sorted(findings, key=lambda one: names.index(one.node or names[0])))
+
+
+def without_ignored(findings: tuple[Finding, ...], codes: Collection[str]) -> tuple[Finding, ...]:
+    """Errors of these codes are warnings: they are told, and don't count."""
+    return tuple(
+        evolve(one, severity="warning") if one.code in codes and one.severity == "error" else one
+        for one in findings
+    )
