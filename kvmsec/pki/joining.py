@@ -107,6 +107,9 @@ def parse_token(text: str) -> Invitation:
         content = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
     except binascii.Error:
         raise BadToken("is mistyped or cut off") from None
+    if base64.urlsafe_b64encode(content).decode().rstrip("=") != encoded:
+        # The last letter has bits that belong to no byte (RFC 4648, 3.5).
+        raise BadToken("is mistyped: its last letter is another")
     body, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
     if len(body) <= _FIXED_BYTES or not hmac.compare_digest(_checksum(body), checksum):
         raise BadToken("is mistyped or cut off: its checksum is wrong")
