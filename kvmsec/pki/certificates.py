@@ -7,7 +7,7 @@ from uuid import UUID
 
 from attrs import field, frozen
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from kvmsec.model.names import require_name
@@ -32,6 +32,7 @@ from kvmsec.pki.keys import (
     public_bytes,
 )
 from kvmsec.pki.pems import CERTIFICATE_LABEL, Pair, label_of, split_pems
+from kvmsec.pki.unreadable import UNREADABLE
 
 __all__ = ["Pair", "split_pems"]
 
@@ -170,7 +171,7 @@ def load_certificate(pem_or_der: str | bytes, what: str = "the certificate") -> 
         if len(blocks) != 1 or label_of(blocks[0]) != CERTIFICATE_LABEL:
             raise BadPem(what, "it is not one certificate in PEM")
         return x509.load_pem_x509_certificate(blocks[0].encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise BadPem(what, f"it is no X.509 certificate ({error})") from None
 
 
@@ -202,7 +203,7 @@ def facts_of(pem: str) -> CertificateFacts:
     try:
         names = tuple(str(name.value) for name in names_of(certificate))
         subject = certificate.subject.rfc4514_string()
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except UNREADABLE as error:
         raise BadPem("the certificate", str(error)) from None
     return CertificateFacts(
         fingerprint=fingerprint_of(certificate.public_bytes(serialization.Encoding.DER)),
@@ -214,7 +215,7 @@ def facts_of(pem: str) -> CertificateFacts:
 
 
 def names_of(certificate: x509.Certificate) -> tuple[x509.GeneralName, ...]:
-    """The subject's alternative names; none where there is no such extension. Raises ValueError."""
+    """The subject's alternative names; none where there is none. Raises UNREADABLE."""
     try:
         return tuple(
             certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -228,7 +229,7 @@ def public_key_of(certificate: x509.Certificate, what: str = "the certificate") 
     try:
         key = certificate.public_key()
         kind_of(key)
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise BadPem(what, str(error)) from None
     assert isinstance(key, PublicKey)
     return key
@@ -254,7 +255,7 @@ def _key_of_request(request_pem: str) -> PublicKey:
         raise RequestRefused(error.reason) from None
     except InvalidSignature:
         is_theirs = False
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         words = str(error) if str(error).startswith("its ") else "it is no whole PKCS #10 request"
         raise RequestRefused(words) from None
     if not is_theirs:

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable
 from typing import Final, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from kvmsec.pki.errors import PeerRefused, Step
 from kvmsec.pki.keys import kind_of
+from kvmsec.pki.unreadable import UNREADABLE
 
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
-_UNREADABLE: Final = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension)
 _USAGES: Final = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 _DIGESTS: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 # Any other critical extension says something that nobody here would heed (RFC 5280 4.2).
@@ -51,7 +51,7 @@ def require_own_signature(certificate: x509.Certificate) -> None:
 def _anchor(der: bytes) -> x509.Certificate:
     try:
         return x509.load_der_x509_certificate(der)
-    except _UNREADABLE:
+    except UNREADABLE:
         raise PeerRefused(Step.CHAIN, "this node's own server.pem can't be read") from None
 
 
@@ -59,7 +59,7 @@ def _is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bo
     try:
         kind_of(issuer.public_key())
         certificate.verify_directly_issued_by(issuer)
-    except (InvalidSignature, *_UNREADABLE):
+    except (InvalidSignature, *UNREADABLE):
         return False
     return True
 
@@ -71,7 +71,7 @@ def _require_rules(
 ) -> None:
     try:
         fault = _own_faults(certificate) or faults(certificate)
-    except _UNREADABLE:
+    except UNREADABLE:
         fault = "has an extension that can't be read"
     if fault is not None:
         raise PeerRefused(Step.CHAIN, f"{what} {fault}")

@@ -276,8 +276,9 @@ class KeyFiles:
         remove_file(self._next_key)
         anchors = read_private(self._previous_anchors, hint=_FROM_MASTER)
         if anchors is not None:
-            anchors_of(anchors)
-            write_private(self._anchors, anchors)
+            own_now = self._usable_own()
+            if own_now is None or _is_signed(own_now, anchors_of(anchors)):
+                write_private(self._anchors, anchors)
             remove_file(self._previous_anchors)
 
     def finish(self, anchors: str) -> None:
@@ -294,7 +295,8 @@ class KeyFiles:
 
     def forget_renewal(self) -> None:
         """Remove what `prepare` and `commit` have kept; what is in force stays."""
-        for path in (self._next_key, self._previous_own, self._previous_anchors):
+        # The anchors first: with them alone a rollback would drop those that signed the new pair.
+        for path in (self._next_key, self._previous_anchors, self._previous_own):
             remove_file(path)
 
     def is_renewing(self) -> bool:

@@ -10,7 +10,6 @@ from typing import Final
 from uuid import UUID
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 
 from kvmsec.errors import BadName
 from kvmsec.model.names import require_name
@@ -18,6 +17,7 @@ from kvmsec.pki.certificates import CERTLESS_MARK, fingerprint_of, names_of
 from kvmsec.pki.chain import anchor_of, require_own_signature
 from kvmsec.pki.errors import PeerRefused, Step
 from kvmsec.pki.standing import Peer, Trust, judge_standing, require_member, require_orderer
+from kvmsec.pki.unreadable import UNREADABLE
 
 __all__ = ["Peer", "PeerRefused", "Step", "Trust", "require_orderer"]
 
@@ -27,7 +27,6 @@ SKEW: Final = timedelta(seconds=150)
 _MOST_DER: Final = 1 << 14
 _URN: Final = "urn:uuid:"
 _CERTLESS_NAME: Final = "a node without a client certificate"
-_UNREADABLE: Final = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension)
 
 
 def judge(der: bytes, trust: Trust, now: datetime) -> Peer:
@@ -74,7 +73,7 @@ def _parsed(der: bytes) -> x509.Certificate:
         raise PeerRefused(Step.NAME, f"its certificate is larger than {_MOST_DER} bytes")
     try:
         return x509.load_der_x509_certificate(der)
-    except _UNREADABLE:
+    except UNREADABLE:
         raise PeerRefused(Step.NAME, "it has shown no X.509 certificate") from None
 
 
@@ -82,7 +81,7 @@ def _names_in(certificate: x509.Certificate) -> tuple[str, UUID | None]:
     """The one name and the one uuid in a certificate; no uuid where it is the common one."""
     try:
         names = names_of(certificate)
-    except _UNREADABLE:
+    except UNREADABLE:
         raise PeerRefused(Step.NAME, "the names in its certificate can't be read") from None
     hosts = [name.value for name in names if isinstance(name, x509.DNSName)]
     uris = [name.value for name in names if isinstance(name, x509.UniformResourceIdentifier)]

@@ -18,6 +18,11 @@ def test_the_default_root_gives_the_documented_places() -> None:
     assert paths.config == Path("/etc/kvmsec/kvmsec.toml")
     assert paths.definition("web1") == Path("/etc/kvmsec/instances/web1.toml")
     assert paths.cluster == Path("/var/lib/kvmsec/cluster.json")
+    assert paths.key_files == Path("/var/lib/kvmsec")
+    assert paths.node_identity == Path("/var/lib/kvmsec/node.json")
+    assert paths.renewal == Path("/var/lib/kvmsec/renewal.json")
+    assert paths.invitations == Path("/var/lib/kvmsec/invitations.json")
+    assert paths.node_socket == Path("/run/kvmsec/node.sock")
     assert instance.record == Path("/run/kvmsec/instances/web1/record.json")
     assert instance.qmp_socket == Path("/run/kvmsec/instances/web1/qmp.sock")
     assert paths.instance_log("web1") == Path("/var/log/kvmsec/instances/web1.log")
@@ -31,6 +36,11 @@ def test_another_root_moves_every_file_but_not_what_is_the_hosts(tmp_path: Path)
         paths.config,
         paths.definition("web1"),
         paths.cluster,
+        paths.key_files,
+        paths.node_identity,
+        paths.renewal,
+        paths.invitations,
+        paths.node_socket,
         paths.features,
         paths.last_state("web1"),
         instance.record,

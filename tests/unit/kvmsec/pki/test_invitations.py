@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from kvmsec.pki import invitations
 from kvmsec.pki.errors import KeyFileRefused, NoInvitation
 from kvmsec.pki.invitations import Invitations
 from kvmsec.pki.joining import Invitation, invite
+from kvmsec.pki.private_files import write_private
 from tests.unit.kvmsec.pki.authorities import NOW
 from tests.unit.kvmsec.pki.killing import killed_everywhere
 
@@ -103,6 +105,58 @@ def test_of_two_rivals_one_gets_it(store: Invitations, tmp_path: Path) -> None:
     os.close(go)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in rivals]
     assert sorted(statuses) == [0, *[1] * 7]
+
+
+def test_a_rival_waits_until_the_first_has_written(
+    store: Invitations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invitation = _invite()
+    store.add(invitation, NOW)
+    go_read, go = os.pipe()
+    writing, writing_write = os.pipe()
+
+    def write_later(path: Path, text: str) -> None:
+        os.write(writing_write, b"w")
+        os.read(go_read, 1)
+        write_private(path, text)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(invitations, "write_private", write_later)
+        first = _spend_in_child(store, invitation)
+    os.read(writing, 1)
+    second = _spend_in_child(store, invitation)
+    # It either waits for the lock now, or has decided already on what is about to change.
+    lock = (tmp_path / "invitations.lock").stat().st_ino
+    while not _is_waited_for(lock) and os.waitid(os.P_PID, second, FINISHED) is None:
+        pass
+    os.write(go, b"g")
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in (first, second)]
+    for descriptor in (go_read, go, writing, writing_write):
+        os.close(descriptor)
+    assert statuses == [0, 1]
+
+
+FINISHED = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+
+def _spend_in_child(store: Invitations, invitation: Invitation) -> int:
+    pid = os.fork()
+    if pid == 0:
+        status = 2
+        try:
+            store.spend(invitation, NOW)
+            status = 0
+        except NoInvitation:
+            status = 1
+        finally:
+            os._exit(status)
+    return pid
+
+
+def _is_waited_for(inode: int) -> bool:
+    """proc_locks(5): an arrow marks one that waits."""
+    lines = Path("/proc/locks").read_text().splitlines()
+    return any("->" in line and f":{inode} " in line for line in lines)
 
 
 def test_a_spending_that_is_killed_anywhere_spends_it_or_not(
