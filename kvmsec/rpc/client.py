@@ -25,12 +25,14 @@ from kvmsec.pki.standing import Peer, Trust
 from kvmsec.rpc import wire
 from kvmsec.rpc.authorization import Judgements, refusal
 from kvmsec.rpc.calls import Call
-from kvmsec.rpc.errors import BadMessage, CallTimedOut, Overloaded, Refused, Unreachable
+from kvmsec.rpc.errors import BadMessage, CallTimedOut, Refused, Unreachable
 from kvmsec.rpc.exchange import ExchangeTransport
 
 _HEAD_BYTES: Final = 8192
 _STATUS: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2})(?: [ -~]*)?")
 _LENGTH: Final = re.compile(r"[0-9]{1,9}")
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 0.3
 _IS_IT_UP: Final = "is the node up, and does its kvmsec daemon run?"
 _AN_ORDER: Final = "the order may have been carried out: look before it is repeated"
 
@@ -172,7 +174,7 @@ class HttpsExchange:
         then, so that this can be told from one that died over an order.
         """
         for _ in range(2):  # Once may have been a node that is going down.
-            connection = await self._shake_hands()
+            connection = await self._shake_hands_at_last()
             try:
                 self._judge(connection)
                 if await self._is_let_in(connection):
@@ -194,8 +196,8 @@ class HttpsExchange:
         connection.writer.write(f"GET /rpc HTTP/1.1\r\nHost: {self._name}\r\n\r\n".encode())
         try:
             async with asyncio.timeout(self._patience.handshake_s):
-                _, length, is_kept = self._parse(await self._head(connection.reader))
-                await connection.reader.readexactly(min(length, _HEAD_BYTES))
+                length, is_kept = self._parse(await self._head(connection.reader))
+                answer = await connection.reader.readexactly(min(length, _HEAD_BYTES))
         except TimeoutError:
             raise Unreachable(
                 self._name,
@@ -204,7 +206,22 @@ class HttpsExchange:
             ) from None
         except (OSError, asyncio.IncompleteReadError):
             return False
+        wire.require_no_fault(answer, node=self._name)
         return is_kept
+
+    async def _shake_hands_at_last(self) -> _Kept:
+        """A node under a flood drops handshakes: until then nothing was asked, so try again."""
+        give_up_at = time.monotonic() + self._patience.handshake_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._shake_hands()
+            except Unreachable as error:
+                was_dropped = isinstance(error.__cause__, ConnectionResetError)
+                if not was_dropped or time.monotonic() + pause_s > give_up_at:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def _shake_hands(self) -> _Kept:
         context, patience = self._context(), self._patience
@@ -272,11 +289,8 @@ class HttpsExchange:
         )
         # At once, not drained: an answer may come, and must be read, before all of it is sent.
         connection.writer.write(head.encode() + body)
-        status, length, is_kept = self._parse(await self._head(connection.reader))
-        answer = await connection.reader.readexactly(length)
-        if status == 503 and not answer:
-            raise Overloaded(self._name, "it takes no more calls at the moment")
-        return answer, is_kept
+        length, is_kept = self._parse(await self._head(connection.reader))
+        return await connection.reader.readexactly(length), is_kept
 
     async def _head(self, reader: asyncio.StreamReader) -> bytes:
         try:
@@ -286,8 +300,8 @@ class HttpsExchange:
                 self._name, f"its answer's head is longer than {_HEAD_BYTES} bytes"
             ) from None
 
-    def _parse(self, head: bytes) -> tuple[int, int, bool]:
-        """The status, the length of the body and whether the connection goes on."""
+    def _parse(self, head: bytes) -> tuple[int, bool]:
+        """The length of the body and whether the connection goes on."""
         line, *lines = head[:-4].split(b"\r\n")
         status = _STATUS.fullmatch(line)
         fields: dict[str, str] = {}
@@ -307,7 +321,7 @@ class HttpsExchange:
                 f"its answer has {length[0]} bytes, and at most {wire.RESPONSE_LIMIT_BYTES} are "
                 "taken",
             )
-        return int(status[1]), int(length[0]), fields.get("connection", "").lower() != "close"
+        return int(length[0]), fields.get("connection", "").lower() != "close"
 
 
 class HttpsTransport(ExchangeTransport):

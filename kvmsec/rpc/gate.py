@@ -1,8 +1,9 @@
 """Who may connect, before anything is read: counted by where a connection comes from; pure.
 
 Behind an address may stand a hostile host, and behind many addresses a few of them. So an address
-has a share that it can't exceed, and of all handshakes that don't get on the oldest gives way: a
-flood keeps nobody out whose handshake takes milliseconds.
+has a share that it can't exceed; and of all connections that have said nothing yet, as of all
+handshakes that don't get on, the oldest gives way to a new one, unless it comes from where a member
+of the cluster has come from before.
 """
 
 import ipaddress
@@ -21,19 +22,22 @@ class Limits:
 
     A connection costs some 280 KiB, of which asyncio's TLS takes 256 for its buffer
     (`asyncio.sslproto.SSLProtocol.max_size`): the connections and handshakes of the defaults are
-    below 54 MiB together.
+    below 72 MiB together, of which a node at rest has next to nothing.
     """
 
     connections: int = 128
     """A master keeps a few to each node, and only candidates have something to ask."""
     connections_per_address: int = 16
-    handshakes: int = 64
+    silent: int = 512
+    """Accepted ones that have not sent a whole ClientHello: a few KiB each."""
+    handshakes: int = 128
     """Unfinished ones; one that gets on takes a few round trips and milliseconds."""
     handshakes_per_s: float = 20.0
     """Per address: some 20 ms of this node's time."""
     handshakes_at_once: int = 40
     """Per address, before the rate holds: a master that comes back opens all it needs."""
     handshake_s: float = 5.0
+    """For the first bytes, and again for the rest."""
     head_s: float = 10.0
     """From the end of the handshake to the end of the first request's head."""
     idle_s: float = 75.0
@@ -67,8 +71,6 @@ class Gate:
         limits = self._limits
         if self._open[origin] >= limits.connections_per_address:
             return f"{limits.connections_per_address} connections from one address"
-        if self._open.total() >= limits.connections + limits.handshakes:
-            return f"{limits.connections} connections"
         if not self._take_token(origin, now):
             return f"{limits.handshakes_per_s:g} handshakes a second from one address"
         self._open[origin] += 1

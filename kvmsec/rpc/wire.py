@@ -169,6 +169,13 @@ def decode_answer(call: Call, body: bytes, *, node: str | None = None) -> Messag
     return _decode(response, call.response, what, node)
 
 
+def require_no_fault(body: bytes, *, node: str | None = None) -> None:
+    """Return for an envelope with any response. Raises the fault that it holds, and BadMessage."""
+    answer = _decode(body, _Answer, "the answer", node)
+    if answer.fault is not None:
+        raise _fault_of(answer.fault, node)
+
+
 def _encode(message: Message, protocol: int, node: str | None) -> bytes:
     try:
         if not _has_younger(type(message), protocol):

@@ -216,6 +216,7 @@ def test_work_at_import_is_seen(source: str) -> None:
 # import, and Python to find and read a module, doesn't count.
 WATCH = """
 import importlib, sys, warnings
+import aiohttp.web
 import asyncio, cattrs, click, cryptography, msgspec, psutil, pyroute2, qemu.qmp, rich.console
 
 of_an_import = ("import", "exec", "compile", "marshal.", "object.", "code.__new__", "sys._",

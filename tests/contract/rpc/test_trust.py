@@ -330,7 +330,7 @@ def test_many_calls_go_over_few_connections() -> None:
             transport = caller_from(node)
             await asyncio.gather(*(transport.call(*ASK) for _ in range(100)))
             assert len(node.asked) == 100
-            assert len(node.server._state.by_protocol) <= 8
+            assert node.connections() <= 8
             await transport.close()
 
     run(test)

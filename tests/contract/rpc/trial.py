@@ -101,6 +101,10 @@ class Node1:
             case _:
                 return wire.encode_answer(m.Nothing(), protocol)
 
+    def connections(self) -> int:
+        """How many have done their handshake."""
+        return int(self.server._connections.standing)
+
     def context(self) -> ssl.SSLContext:
         return server_context(self.pair, self.anchors_pem)
 
