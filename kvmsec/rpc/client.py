@@ -193,7 +193,7 @@ class HttpsExchange:
         )
 
     async def _is_let_in(self, connection: _Kept) -> bool:
-        connection.writer.write(f"GET /rpc HTTP/1.1\r\nHost: {self._name}\r\n\r\n".encode())
+        connection.writer.write(b"GET /rpc HTTP/1.1\r\nHost: kvmsec\r\n\r\n")
         try:
             async with asyncio.timeout(self._patience.handshake_s):
                 length, is_kept = self._parse(await self._head(connection.reader))
@@ -284,7 +284,7 @@ class HttpsExchange:
     ) -> tuple[bytes, bool]:
         """Send a request; returns the answer's body and whether the connection may be kept."""
         head = (
-            f"POST /rpc/{protocol}/{call.name} HTTP/1.1\r\nHost: {self._name}\r\n"
+            f"POST /rpc/{protocol}/{call.name} HTTP/1.1\r\nHost: kvmsec\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         # At once, not drained: an answer may come, and must be read, before all of it is sent.

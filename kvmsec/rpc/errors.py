@@ -32,6 +32,8 @@ class RemoteFault(KvmsecError):
             f"{node}: {words}" if node else words, hint=bounded(hint) if hint else None
         )
         self.node = node
+        self.words = words
+        """The message without the node's name."""
         self.kind = kind or type(self).__name__
         self.evidence = dict(evidence or {})
 

@@ -56,6 +56,8 @@ class _Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     message: str
     hint: str | None = None
     evidence: dict[str, Any] = {}
+    node: Name | None = None
+    """Whose fault it is, where the sender has only passed it on."""
 
 
 class _Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -143,12 +145,14 @@ def encode_answer(response: Message, protocol: int) -> bytes:
 
 def encode_fault(error: Fault) -> bytes:
     """What went wrong, in its envelope: bounded words, and the evidence that may travel."""
-    kind = error.kind if isinstance(error, RemoteFault) else type(error).__name__
+    remote = error if isinstance(error, RemoteFault) else None
+    kind = remote.kind if remote else type(error).__name__
     fault = _Fault(
         kind=kind,
-        message=_sendable(error.message),
+        message=_sendable(remote.words if remote else error.message),
         hint=_sendable(error.hint) if error.hint else None,
         evidence=_evidence_of(error, kind),
+        node=remote.node if remote else None,
     )
     return b'{"fault":' + msgspec.json.encode(fault) + b"}"
 
@@ -207,8 +211,10 @@ def _bounded(body: bytes, limit: int, what: str, node: str | None) -> bytes:
 
 def _fault_of(fault: _Fault, node: str | None) -> RemoteFault:
     kind = fault.kind if fault.kind.isidentifier() and len(fault.kind) <= 64 else "RemoteFault"
+    # Over a socket of this host it is passed on; a node that names another speaks of that one.
+    words = f"{fault.node}: {fault.message}" if node and fault.node else fault.message
     return KINDS.get(kind, RemoteFault)(
-        node, fault.message, hint=fault.hint, kind=kind, evidence=fault.evidence
+        node or fault.node, words, hint=fault.hint, kind=kind, evidence=fault.evidence
     )
 
 

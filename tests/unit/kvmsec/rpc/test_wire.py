@@ -136,6 +136,17 @@ def test_a_caller_can_tell_the_class_of_an_error(kind: str) -> None:
     assert type(fault(errors.KINDS[kind](None, "no"))) is errors.KINDS[kind]
 
 
+def test_a_fault_that_was_passed_on_names_whose_it_is() -> None:
+    body = wire.encode_fault(errors.StaleCopy("node3", "old"))
+
+    with pytest.raises(errors.StaleCopy) as here:
+        wire.decode_answer(CALLS["node.info"], body)
+    assert (here.value.node, here.value.message) == ("node3", "node3: old")
+    with pytest.raises(errors.StaleCopy) as there:
+        answered("node.info", body)
+    assert (there.value.node, there.value.message) == ("node2", "node2: node3: old")
+
+
 def test_the_revisions_of_a_stale_copy_travel() -> None:
     got = fault(errors.StaleCopy(None, "older", evidence={"found": 3, "wanted": 5}))
     assert got.evidence == {"found": 3, "wanted": 5}
