@@ -77,6 +77,43 @@ def _extra_arguments(value: object) -> tuple[str, ...]:
         raise ValueError("; ".join(map(str, error.problems))) from error
 
 
+def _front_user(value: object) -> str:
+    """Users of that prefix are kvmsec's own, and no instance may be one (uidpool.accounts)."""
+    name = rules.text(value)
+    if not _FRONT_USER.fullmatch(name):
+        raise ValueError("must be the name of a user that begins with kvmsec-")
+    return name
+
+
+_FRONT_USER: Final = re.compile(r"kvmsec-[a-z0-9_-]{1,24}")  # useradd(8): 32 characters
+
+
+def _bind(value: object) -> str:
+    from kvmsec.model.addresses import parse_bind  # only a node that serves pays for it
+
+    return str(parse_bind(rules.text(value)))
+
+
+def _folder(value: object) -> Path:
+    """A folder as the kernel would take it: `..` would make another of it once links are there."""
+    path = rules.absolute_path(value)
+    if ".." in path.parts:
+        raise ValueError("must hold no ..")
+    if path == Path("/"):
+        raise ValueError("must not be /, which would allow everything")
+    return path
+
+
+_INTERFACE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")  # as in hypervisor.machine
+
+
+def _interface(value: object) -> str:
+    name = rules.text(value)
+    if not _INTERFACE.fullmatch(name):
+        raise ValueError("must be a network interface's name (at most 15 of A-Za-z0-9_.-)")
+    return name
+
+
 _WEIGHT: Final = rules.whole_number(1, 10_000)  # hypervisor.machine has the sources of these
 _QUOTA: Final = rules.whole_number(1, 100 * 8192)
 _OOM_SCORE: Final = rules.whole_number(-1000, 1000)
@@ -162,6 +199,36 @@ class SecuritySettings:
 
 
 @frozen
+class NodeSettings:
+    """`[node]`: what `kvmsec node serve` listens on, and as whom its front runs.
+
+    bind: `ADDRESS`, `ADDRESS:PORT` or `[ADDRESS]:PORT`; none: every address of the node.
+    """
+
+    bind: tuple[str, ...] = field(default=(), metadata=_rule(rules.list_of(_bind)))
+    front_user: str = field(default="kvmsec-front", metadata=_rule(_front_user))
+
+
+@frozen
+class RemoteSettings:
+    """`[remote]`: what an order of another node may name; nothing, unless it is listed."""
+
+    disk_folders: tuple[Path, ...] = field(default=(), metadata=_rule(rules.list_of(_folder)))
+    kernel_folders: tuple[Path, ...] = field(default=(), metadata=_rule(rules.list_of(_folder)))
+    firmware_folders: tuple[Path, ...] = field(default=(), metadata=_rule(rules.list_of(_folder)))
+    qemu_programs: tuple[Path, ...] = field(default=(), metadata=_rule(rules.list_of(_folder)))
+    bridges: tuple[str, ...] = field(default=(), metadata=_rule(rules.list_of(_interface)))
+    taps: tuple[str, ...] = field(default=(), metadata=_rule(rules.list_of(_interface)))
+
+
+@frozen
+class ClusterSettings:
+    """`[cluster]`: how long the copy of the cluster's state is good for, once it was confirmed."""
+
+    copy_valid_s: int = field(default=86400, metadata=_rule(rules.whole_number(60, 86400 * 365)))
+
+
+@frozen
 class Config:
     """kvmsec.toml: a table each."""
 
@@ -172,6 +239,9 @@ class Config:
     cgroup: CgroupSettings = CgroupSettings()
     confinement: ConfinementSettings = ConfinementSettings()
     security: SecuritySettings = SecuritySettings()
+    node: NodeSettings = NodeSettings()
+    remote: RemoteSettings = RemoteSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
 
 # Reading -------------------------------------------------------------------------------------
@@ -278,4 +348,4 @@ def _plain(value: object) -> object:
         return value.value
     if isinstance(value, UidRanges | Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value

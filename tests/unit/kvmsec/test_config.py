@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import attrs
 import pytest
 
 from hypervisor.machine import MAX_QUOTA, MAX_WEIGHT
@@ -49,6 +50,18 @@ parent = "/machine.slice/kvmsec/"
 may_be_missing = ["cgroup-memory", "seccomp"]
 [security]
 weakest_model = "pool"
+[node]
+bind = ["192.0.2.1", "[2001:DB8::1]:99"]
+front_user = "kvmsec-net"
+[remote]
+disk_folders = ["/srv/disks"]
+kernel_folders = ["/srv/boot"]
+firmware_folders = ["/usr/share/OVMF"]
+qemu_programs = ["/usr/bin/qemu-system-x86_64"]
+bridges = ["br0"]
+taps = ["tap7"]
+[cluster]
+copy_valid_s = 600
 """
 
 
@@ -104,6 +117,14 @@ def test_every_setting_is_read(place: Path) -> None:
     assert config.cgroup.parent == "machine.slice/kvmsec"
     assert config.confinement.may_be_missing == ("cgroup-memory", "seccomp")
     assert config.security.weakest_model is SecurityModel.POOL
+    assert config.node.bind == ("192.0.2.1:1811", "[2001:db8::1]:99")
+    assert config.node.front_user == "kvmsec-net"
+    assert config.remote.disk_folders == (Path("/srv/disks"),)
+    assert config.remote.kernel_folders == (Path("/srv/boot"),)
+    assert config.remote.firmware_folders == (Path("/usr/share/OVMF"),)
+    assert config.remote.qemu_programs == (Path("/usr/bin/qemu-system-x86_64"),)
+    assert (config.remote.bridges, config.remote.taps) == (("br0",), ("tap7",))
+    assert config.cluster.copy_valid_s == 600
 
 
 @pytest.mark.root
@@ -286,3 +307,26 @@ def test_limits_have_the_ranges_of_a_definition() -> None:
         assert rule(most) == most
         with pytest.raises(ValueError, match=str(most)):
             rule(most + 1)
+
+
+@pytest.mark.parametrize("user", ["root", "nobody", "www-data", "kvmsec-", "kvmsec-a b", ""])
+def test_the_front_runs_as_a_user_that_no_instance_may_be(user: str) -> None:
+    (problem,) = faults({"node": {"front_user": user}})
+    assert problem == "node.front_user: must be the name of a user that begins with kvmsec-"
+
+
+@pytest.mark.parametrize("bind", ["localhost", "", "192.0.2.1:0", "192.0.2.1:70000", "::1]:1"])
+def test_a_node_listens_on_an_address_and_no_name(bind: str) -> None:
+    (problem,) = faults({"node": {"bind": [bind]}})
+    assert problem.startswith("node.bind: ")
+
+
+@pytest.mark.parametrize("folder", ["/", "disks", "/srv/../etc", "/srv/..", 7])
+def test_a_folder_of_remote_orders_is_one_place(folder: object) -> None:
+    (problem,) = faults({"remote": {"disk_folders": [folder]}})
+    assert problem.startswith("remote.disk_folders: ")
+
+
+def test_nothing_may_be_named_by_a_remote_order_unless_it_is_listed() -> None:
+    remote = parse_config({}, SOURCE).remote
+    assert all(getattr(remote, one.name) == () for one in attrs.fields(type(remote)))
