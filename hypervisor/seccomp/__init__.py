@@ -14,11 +14,18 @@ from typing import Final
 from attrs import field, frozen
 
 from hypervisor.identity import FileIdentity, Memory
-from hypervisor.seccomp.gate import FIRST_OF_RULES, INSTRUCTION, IO_SETUP, TICKET_BYTES, gate
+from hypervisor.seccomp.gate import (
+    EXECVE,
+    FIRST_OF_RULES,
+    INSTRUCTION,
+    IO_SETUP,
+    TICKET_BYTES,
+    gate,
+)
 from hypervisor.seccomp.library import Library, NoFilter, load_library
-from hypervisor.seccomp.rules import RULES
+from hypervisor.seccomp.rules import RULES, Rule
 
-__all__ = ["IO_SETUP", "TICKET_BYTES", "Filter", "NoFilter", "find_filter"]
+__all__ = ["EXECVE", "IO_SETUP", "TICKET_BYTES", "Filter", "NoFilter", "find_filter"]
 
 _LIMIT: Final = 4096  # linux/bpf_common.h, BPF_MAXINSNS
 _MACHINE: Final = "x86_64"  # what `gate` has the numbers for
@@ -74,8 +81,8 @@ class _Kept:
             return None
 
 
-def find_filter(cache: Path | None = None) -> Filter:
-    """Compile the table, or recall what was compiled while it, libseccomp and the machine stay.
+def find_filter(cache: Path | None = None, rules: Sequence[Rule] = RULES) -> Filter:
+    """Compile a table, or recall what was compiled while it, libseccomp and the machine stay.
 
     About a millisecond to compile, a tenth to recall. Raises NoFilter.
     """
@@ -83,22 +90,22 @@ def find_filter(cache: Path | None = None) -> Filter:
     if machine != _MACHINE:
         raise NoFilter(f"it is for {_MACHINE}, and this machine is {machine}")
     memory = Memory(cache) if cache is not None else None
-    key = f"seccomp 1 {machine} {hashlib.sha256(repr(RULES).encode()).hexdigest()}"
+    key = f"seccomp 1 {machine} {hashlib.sha256(repr(rules).encode()).hexdigest()}"
     known = memory.recall(key, _Kept) if memory is not None else None
     found = known.filter() if known is not None else None
     if found is not None:
         return found
     library = load_library()
-    made = _compiled(library)
+    made = _compiled(library, rules)
     # Without a file to stand on, nothing would tell that the library has changed.
     if memory is not None and (files := library.files):
         memory.keep(key, tuple(map(FileIdentity.of, files)), _Kept.of(made))
     return made
 
 
-def _compiled(library: Library) -> Filter:
+def _compiled(library: Library, rules: Sequence[Rule]) -> Filter:
     try:
-        return Filter(library.compile(RULES), library.version)
+        return Filter(library.compile(rules), library.version)
     except ValueError as error:
         version = library.version
         raise NoFilter(f"libseccomp {version} made one that is of no use: {error}") from error

@@ -24,8 +24,10 @@ def test_an_address_is_read_and_shown_so_that_it_is_read_again(text: str, bind: 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "node1", "node1:1811", "192.0.2.1:", "192.0.2.256", "[::1", "[::1]x", ":1811"]
-    + ["192.0.2.1:0", "192.0.2.1:65536", "192.0.2.1:99999999999", "192.0.2.1:\u0661"],
+    [
+        *("", "node1", "node1:1811", "192.0.2.1:", "192.0.2.256", "[::1", "[::1]x", ":1811"),
+        *("192.0.2.1:0", "192.0.2.1:65536", "192.0.2.1:99999999999", "192.0.2.1:\u0661"),
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must be"):

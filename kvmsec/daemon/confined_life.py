@@ -1,0 +1,60 @@
+"""How the front and the courier begin: told by their command line, shut in, and heard to be."""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from hypervisor.seccomp import Filter, NoFilter, find_filter
+from hypervisor.seccomp.rules import Rule
+from kvmsec.daemon.confined_child import CONTROL, READY
+from kvmsec.daemon.confinement import Confinement, ConfinementFailed, enter
+from kvmsec.linux.credentials import Credentials
+
+_STANDARD: Final = (0, 1, 2)
+
+
+def shut_in(rules: Sequence[Rule]) -> tuple[socket.socket, ...]:
+    """Confine this process as its command line says; returns its control and its other sockets.
+
+    Everything that it will ever import is there by now. What goes wrong is said on the control
+    socket, and ends the process.
+    """
+    told = json.loads(sys.argv[1])
+    count = 1 + int(told["sockets"])
+    sockets = tuple(socket.socket(fileno=CONTROL + index) for index in range(count))
+    for one in sockets:
+        one.set_inheritable(False)
+    control = sockets[0]
+    try:
+        enter(
+            Confinement(
+                name=told["name"],
+                credentials=Credentials(told["uid"], told["gid"]),
+                mount_point=told["mount_point"],
+                system_calls=_filter(rules, told),
+                descriptors=frozenset({*_STANDARD, *(one.fileno() for one in sockets)}),
+            )
+        )
+    except (ConfinementFailed, NoFilter) as error:
+        step = getattr(error, "step", "system calls")
+        number, detail = getattr(error, "errno", 0), getattr(error, "detail", error.message)
+        report = {"step": step, "errno": number, "detail": detail}
+        control.sendall(json.dumps(report).encode() + b"\n")
+        os._exit(1)
+    control.sendall(READY)
+    return sockets
+
+
+def _filter(rules: Sequence[Rule], told: dict[str, object]) -> Filter | None:
+    cache = told["cache"]
+    try:
+        from pathlib import Path
+
+        return find_filter(None if cache is None else Path(str(cache)), rules)
+    except NoFilter:
+        if told["filter_may_be_missing"]:
+            return None
+        raise
