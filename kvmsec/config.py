@@ -225,7 +225,7 @@ class RemoteSettings:
 class ClusterSettings:
     """`[cluster]`: how long the copy of the cluster's state is good for, once it was confirmed."""
 
-    copy_valid_s: int = field(default=86400, metadata=_rule(rules.whole_number(60, 86400 * 365)))
+    copy_valid_s: int = field(default=3600, metadata=_rule(rules.whole_number(60, 86400 * 365)))
 
 
 @frozen

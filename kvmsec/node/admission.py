@@ -26,7 +26,13 @@ def admit(host: Host, definition: InstanceDefinition) -> Security:
         weakest=host.config.security.weakest_model,
     )
     if cluster is not None and security.model is SecurityModel.POOL:
-        require_confirmed(cluster, revision, host.store.identity(), now=datetime.now(UTC))
+        require_confirmed(
+            cluster,
+            revision,
+            host.store.identity(),
+            now=datetime.now(UTC),
+            copy_valid_s=host.config.cluster.copy_valid_s,
+        )
     return security
 
 
