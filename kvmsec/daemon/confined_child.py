@@ -91,7 +91,7 @@ class ConfinedChild:
     def words(self) -> str:
         """What it has said on stderr, as one escaped line; empty where it said nothing."""
         with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self._errors, 1 << 14):
+            while self._errors >= 0 and (chunk := os.read(self._errors, 1 << 14)):
                 # Read to its end, so that it never waits; kept as far as anybody would read.
                 self._words = (self._words + chunk)[-_WORDS_LIMIT_BYTES:]
         return escaped(bytes(self._words).strip(), limit_chars=4000)

@@ -5,6 +5,8 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Final
 
 from hypervisor.seccomp import Filter, NoFilter, find_filter
@@ -14,6 +16,20 @@ from kvmsec.daemon.confinement import Confinement, ConfinementFailed, enter
 from kvmsec.linux.credentials import Credentials
 
 _STANDARD: Final = (0, 1, 2)
+
+
+_LATE: Final = (
+    *("encodings.idna", "encodings.ascii", "encodings.latin_1", "encodings.utf_8", "stringprep"),
+    *("asyncio.sslproto", "ssl", "traceback", "linecache", "logging", "warnings", "zoneinfo"),
+    *("hypervisor.foreign_text", "concurrent.futures.thread", "email.utils", "http.cookies"),
+)
+"""What Python imports by itself once it is needed: too late then, with no tree to find it in."""
+
+
+def import_all(*modules: str) -> None:
+    """Import what this process will need, and everything that asyncio and aiohttp put off."""
+    for name in (*_LATE, *modules):
+        import_module(name)
 
 
 def shut_in(rules: Sequence[Rule]) -> tuple[socket.socket, ...]:
@@ -51,8 +67,6 @@ def shut_in(rules: Sequence[Rule]) -> tuple[socket.socket, ...]:
 def _filter(rules: Sequence[Rule], told: dict[str, object]) -> Filter | None:
     cache = told["cache"]
     try:
-        from pathlib import Path
-
         return find_filter(None if cache is None else Path(str(cache)), rules)
     except NoFilter:
         if told["filter_may_be_missing"]:

@@ -1,10 +1,11 @@
 """The system user that the front and the courier run as: of its own, and able to do nothing."""
 
+import grp
 import pwd
 
 from kvmsec.errors import KvmsecError
 from kvmsec.linux.credentials import Credentials
-from uidpool.accounts import find_lasting_problems
+from uidpool.accounts import PRIVILEGED_GROUPS, find_lasting_problems
 from uidpool.ranges import UidRanges
 
 
@@ -40,10 +41,27 @@ def find_front_user(user: str, pool: UidRanges) -> Credentials:
             user, f"its uid {account.pw_uid} is in the cluster's pool", _another(user)
         )
     for problem in find_lasting_problems(account.pw_uid):
-        # A system user lies where the distribution's users do, which no pool may.
-        if problem.code != "foreign-range":
+        # A system user and its group lie where the distribution's do, which no pool's may.
+        if problem.code not in ("foreign-range", "primary-group"):
             raise UnfitFrontUser(user, problem.message, problem.hint)
+    if others := _others_in_group(account):
+        reason = f"its group {account.pw_gid} is that of others as well: {', '.join(others)}"
+        raise UnfitFrontUser(user, reason, _another(user))
     return Credentials(account.pw_uid, account.pw_gid)
+
+
+def _others_in_group(account: pwd.struct_passwd) -> list[str]:
+    """Who else is in the user's own group; who is named there, or has it for the primary one."""
+    try:
+        group = grp.getgrgid(account.pw_gid)
+    except KeyError:
+        return []
+    members = {
+        *group.gr_mem,
+        *(one.pw_name for one in pwd.getpwall() if one.pw_gid == group.gr_gid),
+    }
+    others = members - {account.pw_name}
+    return sorted({*others, *({group.gr_name} & PRIVILEGED_GROUPS)})[:3]
 
 
 def _another(user: str) -> str:

@@ -1,0 +1,221 @@
+"""Keeping a front alive that has what is in force: the root part's side of it."""
+
+import asyncio
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from kvmsec.daemon.confined_child import (
+    ConfinedChild,
+    Start,
+    refuse_descriptors,
+    start_confined,
+)
+from kvmsec.daemon.confinement import ConfinementFailed
+from kvmsec.daemon.front_messages import STOP, TRUST, TrustMessage
+from kvmsec.daemon.trust_source import Signature, TrustSource
+from kvmsec.errors import KvmsecError
+from kvmsec.linux.errors import Fault
+from kvmsec.node.waiting import readable
+from kvmsec.rpc import messages as m
+from kvmsec.rpc import wire
+from kvmsec.rpc.calls import PROTOCOL, Call
+from kvmsec.rpc.frames import FrameConnection, Handler, serve_frames
+
+_MOST_DEATHS: Final = 5
+_WITHIN_S: Final = 60.0
+_PAUSE_S: Final = 0.1
+_LOOK_S: Final = 2.0
+"""How often files are looked at that a command may have changed without this daemon."""
+
+
+class FrontFailed(KvmsecError):
+    """The front can't be kept alive."""
+
+
+class _Front:
+    """One front process: its control connection, and the calls that come out of it."""
+
+    def __init__(self, child: ConfinedChild, control: FrameConnection, calls: asyncio.Task[None]):
+        self.child = child
+        self.pushed: Signature | None = None
+        self._control = control
+        self._calls = calls
+
+    @classmethod
+    async def begin(
+        cls, start: Start, listeners: Sequence[socket.socket], handler: Handler
+    ) -> "_Front":
+        ours, theirs = socket.socketpair()
+        with theirs:
+            refuse_descriptors(ours)
+            try:
+                child = start_confined(start, (theirs, *listeners))
+            except BaseException:
+                ours.close()
+                raise
+        try:
+            await child.ready()
+            control = FrameConnection(
+                *await asyncio.open_connection(sock=child.control), name="the front"
+            )
+            streams = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            child.end()
+            raise
+        return cls(child, control, asyncio.create_task(serve_frames(*streams, handler)))
+
+    async def tell(self, call: Call, request: m.Message) -> None:
+        """Raises what the front answers, Unreachable and CallTimedOut."""
+        body = wire.encode_request(request, PROTOCOL)
+        answer = await self._control.ask(call, PROTOCOL, body, call.timeout_s)
+        wire.decode_answer(call, answer)
+
+    async def end(self) -> str:
+        """End it, and what it had ordered; says how it ended."""
+        how = self.child.end()
+        self._calls.cancel()
+        await asyncio.gather(self._calls, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            await self._control.close()
+        return how
+
+
+class FrontKeeper:
+    """Serves the network while this node is a member, and not otherwise.
+
+    `handler` answers the front's calls, `listen` opens the listening sockets, `say` prints a line.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Start],
+        source: TrustSource,
+        handler: Handler,
+        listen: Callable[[], Sequence[socket.socket]],
+        say: Callable[[str], None],
+    ) -> None:
+        self._start = start
+        self._source = source
+        self._handler = handler
+        self._listen = listen
+        self._say = say
+        self._listeners: Sequence[socket.socket] | None = None
+        self._front: _Front | None = None
+        self._turn = asyncio.Lock()
+        self._refused: Signature | None = None
+        self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
+
+    @property
+    def is_serving(self) -> bool:
+        return self._front is not None
+
+    @property
+    def pid(self) -> int | None:
+        """The front's pid, while there is one."""
+        return None if self._front is None else self._front.child.pid
+
+    @property
+    def addresses(self) -> list[str]:
+        found = [one.getsockname() for one in self._listeners or ()]
+        return [f"[{one[0]}]:{one[1]}" if ":" in one[0] else f"{one[0]}:{one[1]}" for one in found]
+
+    async def refresh(self) -> None:
+        """Have the front know what the files say now; returns once it has said that it does.
+
+        A front that can't take it is ended: what it knew is not in force any more. Raises
+        CannotListen and ConfinementFailed where a front can't be started.
+        """
+        async with self._turn:
+            signature = self._source.signature()
+            known = self._refused if self._front is None else self._front.pushed
+            if known == signature and known is not None:
+                return
+            self._refused = None
+            try:
+                message = self._source.message()
+            except Fault as error:
+                await self._serve_nobody(signature, error)
+                return
+            if message is None:
+                await self._end_front()
+                self._refused = signature
+                return
+            await self._tell(message, signature)
+
+    async def _tell(self, message: TrustMessage, signature: Signature) -> None:
+        if self._front is None:
+            await self._begin()
+        assert self._front is not None
+        try:
+            await self._front.tell(TRUST, message)
+        except Fault as error:
+            await self._serve_nobody(signature, error)
+            return
+        self._front.pushed = signature
+
+    async def _serve_nobody(self, signature: Signature, error: Fault) -> None:
+        """Until the files change."""
+        await self._end_front()
+        self._refused = signature
+        self._say(f"other nodes are not served: {error.message}")
+        if error.hint:
+            self._say(f"hint: {error.hint}")
+
+    async def _begin(self) -> None:
+        if self._listeners is None:
+            self._listeners = self._listen()
+        self._front = await _Front.begin(self._start(), self._listeners, self._handler)
+
+    async def _end_front(self) -> None:
+        if self._front is not None:
+            front, self._front = self._front, None
+            await front.end()
+
+    async def run(self) -> None:
+        """See to the front until cancelled. Raises FrontFailed, and what `refresh` raises."""
+        while True:
+            front = self._front
+            if front is None:
+                await asyncio.sleep(_LOOK_S)
+            elif await readable(front.child.pidfd, _LOOK_S):
+                await self._bury(front)
+            try:
+                await self.refresh()
+            except ConfinementFailed as error:
+                self._say(error.message)
+                await self._count_death()
+
+    async def _bury(self, front: _Front) -> None:
+        async with self._turn:
+            if self._front is not front:
+                return  # It was ended on purpose.
+            self._front = None
+            how = await front.end()
+        words = front.child.words()
+        self._say(f"the front {how}" + (f"; it said: {words}" if words else ""))
+        await self._count_death()
+
+    async def _count_death(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._deaths.append(now)
+        if len(self._deaths) == _MOST_DEATHS and now - self._deaths[0] < _WITHIN_S:
+            raise FrontFailed(
+                f"the front ended {_MOST_DEATHS} times within {_WITHIN_S:g} s",
+                hint="what it said is above; `kvmsec doctor` shows what this host lacks",
+            )
+        await asyncio.sleep(_PAUSE_S * len(self._deaths))
+        self._say("the front is started again")
+
+    async def stop(self) -> None:
+        """Take no more calls from the network, and end the front once those under way are done."""
+        async with self._turn:
+            if self._front is not None:
+                with contextlib.suppress(Fault):
+                    await self._front.tell(STOP, m.Nothing())
+            await self._end_front()
+        for one in self._listeners or ():
+            one.close()

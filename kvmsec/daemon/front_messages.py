@@ -1,0 +1,49 @@
+"""What the root part and the front say to each other beside the calls of other nodes.
+
+In the frames and envelopes of `kvmsec.rpc`; these calls are in no table that a node serves.
+"""
+
+from typing import Annotated, Final
+from uuid import UUID
+
+import msgspec
+
+from kvmsec.rpc import messages as m
+from kvmsec.rpc.calls import Call
+
+
+class TrustMessage(m.Message, frozen=True, kw_only=True):
+    """What a node serves with and whom it trusts, from now on: see `kvmsec.pki.standing.Trust`.
+
+    `pair` is its key and certificate, `anchors` what a peer's must be signed by, both PEM.
+    """
+
+    pair: m.Pem
+    anchors: m.Pem
+    members: dict[UUID, m.Name]
+    candidates: dict[UUID, tuple[m.Fingerprint, ...]]
+    certless: m.Fingerprint | None = None
+
+    def __repr__(self) -> str:
+        return "TrustMessage(…)"  # It holds the key.
+
+
+class RefusalMessage(m.Message, frozen=True, kw_only=True):
+    """Somebody whom the front refused (`kvmsec.rpc.refusals.Refusal`)."""
+
+    address: Annotated[str, msgspec.Meta(max_length=256)]
+    reason: m.Words
+    peer: m.Words | None = None
+    call: m.Words | None = None
+    more: int = 0
+
+
+TRUST: Final = Call(
+    name="front.trust", request=TrustMessage, response=m.Nothing, timeout_s=10.0, is_order=True
+)
+STOP: Final = Call(
+    name="front.stop", request=m.Nothing, response=m.Nothing, timeout_s=30.0, is_order=True
+)
+REFUSED: Final = Call(
+    name="front.refused", request=RefusalMessage, response=m.Nothing, timeout_s=10.0
+)

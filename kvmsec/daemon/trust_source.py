@@ -1,0 +1,145 @@
+"""Whom this node trusts, from its own files, each time that it is asked.
+
+The list of candidates says who may order, and the cluster's state who is a member and whose list
+entry still counts: a node that the state has demoted is out, whichever of the two files was
+written first. An unreadable file lets nobody in.
+
+Nothing here parses a certificate, but where the last resort is in use: the root part leaves that to
+the front.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Final
+from uuid import UUID
+
+from kvmsec.daemon.front_messages import TrustMessage
+from kvmsec.paths import Paths
+from kvmsec.pki.candidates import parse_candidates
+from kvmsec.pki.errors import CANDIDATES_FILE, BadCandidates, KeyFileRefused
+from kvmsec.pki.private_files import read_private
+from kvmsec.pki.standing import Trust
+from kvmsec.store import Store
+
+_HINT: Final = "run `kvmsec node readd NAME` on the master, which hands it out again"
+_FILES: Final = ("client.pem", "server.pem", CANDIDATES_FILE, "certless.pem")
+
+Signature = tuple[tuple[int, int, int] | None, ...]
+
+
+class TrustSource:
+    """Reads who may order from the files below `paths.var`, and the state from `store`."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        store: Store,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._paths = paths
+        self._store = store
+        self._now = now
+
+    def is_member(self) -> bool:
+        """Whether this node has a certificate of its own, or the common one."""
+        return any((self._paths.key_files / name).exists() for name in ("client.pem", _FILES[3]))
+
+    def signature(self) -> Signature:
+        """What changes with any file that trust comes from; and, while it is there, in time."""
+        directory = self._paths.key_files
+        paths = [*(directory / name for name in _FILES), self._paths.cluster]
+        seen = tuple(_signature_of(str(path)) for path in paths)
+        if seen[3] is None:
+            return seen
+        # The last resort ends by itself: looked at anew each minute.
+        return (*seen, (int(self._now().timestamp()) // 60, 0, 0))
+
+    def standing(self) -> Trust | None:
+        """What names and fingerprints are held against; None before this node is a member.
+
+        Without anchors: those are for whoever sees certificates. Raises BadCandidates,
+        KeyFileRefused, StoreUnreadable and whatever else keeps a file from being read.
+        """
+        if not self.is_member():
+            return None
+        certless = self._certless()
+        return Trust(
+            anchors=(),
+            members=self._members(),
+            candidates={} if certless is not None else self._candidates(),
+            certless=None if certless is None else certless[0],
+        )
+
+    def message(self) -> TrustMessage | None:
+        """All that the front needs; None before this node is a member. Raises what `standing` does.
+
+        Without a readable list it says that nobody may order: the front then refuses by name.
+        """
+        if not self.is_member():
+            return None
+        certless = self._certless()
+        if certless is not None:
+            fingerprint, pair, anchors = certless
+        else:
+            fingerprint, pair, anchors = None, self._required(_FILES[0]), self._required(_FILES[1])
+        candidates = self._candidates_or_nobody()
+        return TrustMessage(
+            pair=pair,
+            anchors=anchors,
+            members=dict(self._members()),
+            candidates={uuid: tuple(sorted(known)) for uuid, known in candidates.items()},
+            certless=fingerprint,
+        )
+
+    def _members(self) -> Mapping[UUID, str]:
+        cluster, _ = self._store.load()
+        return {} if cluster is None else {node.uuid: node.name for node in cluster.nodes}
+
+    def _candidates(self) -> Mapping[UUID, frozenset[str]]:
+        path = self._paths.key_files / CANDIDATES_FILE
+        try:
+            text = read_private(path, hint=_HINT)
+        except KeyFileRefused as error:
+            raise BadCandidates(str(path), [error.reason]) from error
+        if text is None:
+            raise BadCandidates(str(path), ["it is missing"])
+        listed = parse_candidates(text, str(path))
+        cluster, _ = self._store.load()
+        known = () if cluster is None else {node.uuid for node in cluster.candidates}
+        return {uuid: ours for uuid, ours in listed.items() if uuid in known}
+
+    def _candidates_or_nobody(self) -> Mapping[UUID, frozenset[str]]:
+        try:
+            return self._candidates()
+        except BadCandidates:
+            return {}
+
+    def _certless(self) -> tuple[str, str, str] | None:
+        """The common pair while it is valid: its fingerprint, itself, the anchors beside it."""
+        if not (self._paths.key_files / _FILES[3]).exists():
+            return None
+        from kvmsec.pki.certificates import fingerprint_of
+        from kvmsec.pki.files import KeyFiles  # cryptography, of which the root part has no need
+
+        files, now = KeyFiles(self._paths.key_files), self._now()
+        common = files.certless(now)
+        if common is None:
+            return None
+        pair, anchors = files.serving(now)
+        return fingerprint_of(common.certificate_pem), pair.pem, anchors
+
+    def _required(self, name: str) -> str:
+        path = self._paths.key_files / name
+        text = read_private(path, hint=_HINT)
+        if text is None:
+            raise KeyFileRefused(path, "is missing", hint=_HINT)
+        return text
+
+
+def _signature_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns
