@@ -145,6 +145,11 @@ class Paths:
         return self.locks / require_name("an instance", name)
 
     @property
+    def orders(self) -> Path:
+        """Who ordered what of this node's daemon."""
+        return self.log / "orders.jsonl"
+
+    @property
     def images_lock(self) -> Path:
         """The lock under which it is decided who may open which image: one for all roots."""
         return _HOST_RUN / "images.lock"

@@ -13,7 +13,7 @@ from kvmsec.cli.failures import report, silence_stdout
 from kvmsec.cli.params import PATH
 from kvmsec.cli.session import Session
 
-_NOUNS: Final = ("doctor", "config", "cluster", "uids", "firewall", "instance", "audit")
+_NOUNS: Final = ("doctor", "config", "cluster", "uids", "firewall", "instance", "node", "audit")
 """Each is a module beside this one, and a command of the same name in it."""
 
 

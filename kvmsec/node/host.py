@@ -34,6 +34,12 @@ class Host:
     def config(self) -> Config:
         return load_config(self.paths.config)
 
+    def read_settings_again(self) -> None:
+        """Take the settings as they are now, from the next start on. Raises BadConfig."""
+        fresh = load_config(self.paths.config)
+        self.__dict__.pop("rules", None)  # They hold the firewall's settings.
+        self.__dict__["config"] = fresh
+
     @cached_property
     def claims(self) -> "Claims":
         from uidpool.claims import Claims
