@@ -250,7 +250,7 @@ def log(session: Session, name: str, follow: bool, as_json: bool) -> None:
         print_json({source: getattr(said, source) for source in ("kvmsec", "qemu", "serial")})
         return
     show = following.follow_log if follow else following.show_log
-    session.run(lambda node: show(node, name))
+    session.run(lambda node: show(node, name), is_local=follow)
 
 
 @instance.command
@@ -260,4 +260,4 @@ def console(session: Session, name: str) -> None:
     """Attach this terminal to the serial line of NAME; Ctrl-] leaves."""
     from kvmsec.cli.console import run_console
 
-    session.run(lambda node: run_console(node, name))
+    session.run(lambda node: run_console(node, name), is_local=True)

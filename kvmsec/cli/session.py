@@ -56,8 +56,11 @@ class Session:
 
         raise NotRoot(f"`{click.get_current_context().command_path}`")
 
-    def run(self, action: Callable[[Node], Awaitable[_T]]) -> _T:
+    def run(self, action: Callable[[Node], Awaitable[_T]], *, is_local: bool = False) -> _T:
         """Run what needs this node, as root: the one place that starts an event loop.
+
+        Through the node's daemon where one answers, unless `is_local`: that is for what works on
+        an instance's own files and sockets, from here.
 
         An interrupt, SIGTERM and SIGHUP cancel the action, and its undoing is waited for, however
         often one presses; a signal that comes when all is done changes nothing. Raises Terminated.
@@ -65,7 +68,7 @@ class Session:
         self.require_root()
         import asyncio
 
-        return asyncio.run(_act(self.root, action))
+        return asyncio.run(_act(self.root, action, is_local=is_local))
 
 
 def is_root() -> bool:
@@ -78,10 +81,25 @@ def open_node(root: Path) -> Node:
     return LocalNode(root)
 
 
-async def _act(root: Path, action: Callable[[Node], Awaitable[_T]]) -> _T:
+async def _find_node(root: Path, *, is_local: bool) -> Node:
+    """The daemon where one listens, else the node itself. Raises DaemonSilent, ForeignSocket."""
+    from kvmsec.paths import Paths
+
+    path = Paths(root).node_socket
+    if not is_local and path.exists():
+        from kvmsec.daemon.reaching import reach  # the calls' codec, where somebody answers them
+
+        if (daemon := await reach(path)) is not None:
+            return daemon
+    return open_node(root)
+
+
+async def _act(
+    root: Path, action: Callable[[Node], Awaitable[_T]], *, is_local: bool = False
+) -> _T:
     import asyncio
 
-    node = open_node(root)
+    node = await _find_node(root, is_local=is_local)
     notes: list[str] = []
 
     async def act() -> _T:

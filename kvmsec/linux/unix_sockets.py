@@ -58,6 +58,23 @@ def connect(path: Path) -> socket.socket:
     return client if near is None else near
 
 
+def connect_to_own(path: Path) -> socket.socket:
+    """Connect to a socket of the caller's own making, without waiting; it does not block.
+
+    Only where the other side can be trusted with what `connect` guards against. Raises
+    BlockingIOError while its queue is full, and OSError.
+    """
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        client.setblocking(False)
+        with _short(path) as address:
+            client.connect(address)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
 def _refuse_descriptors(client: socket.socket) -> bool:
     """Let nobody pass a descriptor to this socket; False where the kernel can't see to that.
 
