@@ -103,6 +103,11 @@ def is_silence(error: BaseException) -> bool:
     return isinstance(error, TimeoutError) or kind_of(error) in SILENCE
 
 
+def is_out_of_reach(error: BaseException) -> bool:
+    """Whether a node is silent, or trusts nobody of the cluster: as one that has left it."""
+    return is_silence(error) or kind_of(error) == "Refused"
+
+
 def kind_of(error: BaseException) -> str:
     """The name of an error's class where it was raised, this node or another."""
     kind = getattr(error, "kind", None)

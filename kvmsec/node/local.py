@@ -259,8 +259,14 @@ class LocalNode:
         return records.names(self.host.paths)
 
     async def sync_rules(self) -> None:
-        """Make the packet rules hold what the cluster's state and the records say, and no more."""
+        """Make the packet rules hold what the cluster's state and the records say, and no more.
+
+        The list of candidates is brought up to the state before that.
+        """
+        from kvmsec.node.candidates import write_candidates
+
         self.host.prepare()
+        write_candidates(self.host.paths, self.host.store)
         self.host.rules.sync()
 
     async def forget_resting(self) -> None:

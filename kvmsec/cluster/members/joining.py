@@ -4,7 +4,7 @@ from uuid import uuid4
 
 from attrs import evolve
 
-from kvmsec.cluster.asking import is_silence
+from kvmsec.cluster.asking import is_out_of_reach, is_silence
 from kvmsec.cluster.handing import catch_up, require_cluster, spread, state_of
 from kvmsec.cluster.members.master import (
     Changed,
@@ -54,7 +54,7 @@ async def readd(master: Master, name: str) -> Changed:
     try:
         await _refresh(master, member)
     except Fault as error:
-        if not is_silence(error):
+        if not is_out_of_reach(error):
             raise
         raise NodeSilent(
             member.name,

@@ -2,7 +2,7 @@
 
 from attrs import evolve
 
-from kvmsec.cluster.asking import is_silence
+from kvmsec.cluster.asking import is_out_of_reach
 from kvmsec.cluster.handing import spread
 from kvmsec.cluster.members.master import (
     Changed,
@@ -37,7 +37,7 @@ async def remove(master: Master, name: str, *, force: bool = False) -> Changed:
         master.on_step("leave")
         await master.directory.node(member).household.leave()
     except Fault as error:
-        if not is_silence(error) or not (force or member.is_leaving):
+        if not is_out_of_reach(error) or not (force or member.is_leaving):
             await _stay(master, member)
             raise _told(member, error) from error
         notes.append(
@@ -60,7 +60,7 @@ async def _stay(master: Master, member: Member) -> None:
 
 
 def _told(member: Member, error: Fault) -> Fault:
-    if not is_silence(error):
+    if not is_out_of_reach(error):
         return error
     return NodeSilent(
         member.name,

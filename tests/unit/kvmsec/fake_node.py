@@ -71,8 +71,10 @@ class FakeNode:
 
     def called(self, call: str) -> None:
         self.before(call)
-        if self.is_silent or (self.is_remote and self.store.load()[0] is None):
+        if self.is_silent:
             raise Silence(f"{self.name} can't be reached")
+        if self.is_remote and self.store.load()[0] is None:
+            raise Refusal(f"{self.name} does not trust this node", "Refused")
 
     async def check_pool(self, uids: UidRanges) -> Sequence[Unfit]:
         self.called("check_pool")
