@@ -39,7 +39,7 @@ def main() -> None:
     from kvmsec.daemon.confined_life import import_all, shut_in
     from kvmsec.daemon.system_calls import front_rules
 
-    import_all("kvmsec.rpc.server", "kvmsec.pki.contexts")
+    import_all("kvmsec.rpc.server", "kvmsec.daemon.told", "kvmsec.pki.contexts")
     control, calls, *listeners = shut_in(front_rules())
     asyncio.run(_live(control, calls, listeners))
     sys.stderr.flush()
@@ -84,18 +84,13 @@ class _Front:
     async def _take(self, told: m.Message) -> None:
         """Serve with this from now on, and trust nobody else: at once, for those connected too."""
         assert isinstance(told, TrustMessage)
-        from kvmsec.pki.certificates import anchors_of
+        from kvmsec.daemon.told import trust_of
         from kvmsec.pki.contexts import server_context
         from kvmsec.pki.pems import Pair
         from kvmsec.rpc.server import Server
 
         context = server_context(Pair.parse(told.pair, "this node's pair"), told.anchors)
-        self._trust = Trust(
-            anchors=anchors_of(told.anchors),
-            members=told.members,
-            candidates={uuid: frozenset(known) for uuid, known in told.candidates.items()},
-            certless=told.certless,
-        )
+        self._trust = trust_of(told)
         if self._server is not None:
             self._server.use(context)
             return

@@ -1,4 +1,4 @@
-"""What the root part and the front say to each other beside the calls of other nodes.
+"""What the root part says to the front and to the courier, beside the calls of nodes.
 
 In the frames and envelopes of `kvmsec.rpc`; these calls are in no table that a node serves.
 """
@@ -15,7 +15,8 @@ from kvmsec.rpc.calls import Call
 class TrustMessage(m.Message, frozen=True, kw_only=True):
     """What a node serves with and whom it trusts, from now on: see `kvmsec.pki.standing.Trust`.
 
-    `pair` is its key and certificate, `anchors` what a peer's must be signed by, both PEM.
+    `pair` is its key and certificate, `anchors` what a peer's must be signed by, both PEM. With
+    `is_joining` it belongs to no cluster yet, and these are the temporary ones of a join.
     """
 
     pair: m.Pem
@@ -23,9 +24,16 @@ class TrustMessage(m.Message, frozen=True, kw_only=True):
     members: dict[UUID, m.Name]
     candidates: dict[UUID, tuple[m.Fingerprint, ...]]
     certless: m.Fingerprint | None = None
+    is_joining: bool = False
 
     def __repr__(self) -> str:
         return "TrustMessage(…)"  # It holds the key.
+
+
+class PeerMessage(m.Message, frozen=True, kw_only=True):
+    """The fingerprint of the certificate that a node has shown to the courier."""
+
+    fingerprint: m.Fingerprint
 
 
 class RefusalMessage(m.Message, frozen=True, kw_only=True):
@@ -44,6 +52,7 @@ TRUST: Final = Call(
 STOP: Final = Call(
     name="front.stop", request=m.Nothing, response=m.Nothing, timeout_s=30.0, is_order=True
 )
+PEER: Final = Call(name="courier.peer", request=m.Nothing, response=PeerMessage, timeout_s=20.0)
 REFUSED: Final = Call(
     name="front.refused", request=RefusalMessage, response=m.Nothing, timeout_s=10.0
 )

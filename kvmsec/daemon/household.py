@@ -1,21 +1,18 @@
 """This node as a member of a cluster: its copy of the state, its keys, what others may order."""
 
 import importlib.metadata
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from kvmsec.daemon.joining import Joining
 from kvmsec.daemon.remote_orders import require_allowed
 from kvmsec.errors import CopyRefused, InstancesRun, KvmsecError, NoCluster, UidsInUse
 from kvmsec.model.cluster import FORMAT, Cluster, document_of
 from kvmsec.model.instance import InstanceDefinition
+from kvmsec.node.candidates import write_candidates
 from kvmsec.node.local import LocalNode
-from kvmsec.pki.candidates import format_candidates, parse_candidates
-from kvmsec.pki.errors import CANDIDATES_FILE, BadCandidates, KeyFileRefused
-from kvmsec.pki.private_files import read_private, write_private
 from kvmsec.rpc import messages as m
 from kvmsec.rpc.calls import OLDEST_PROTOCOL, PROTOCOL
 from kvmsec.rpc.wire import Caller
@@ -24,6 +21,7 @@ from kvmsec.store.identity import Identity
 from uidpool.ranges import UidRanges
 
 if TYPE_CHECKING:
+    from kvmsec.cluster.members.arriving import Arrival
     from kvmsec.pki.files import KeyFiles
     from kvmsec.rpc.household import Household as HouseholdProtocol
     from kvmsec.rpc.household import Threshold
@@ -52,6 +50,7 @@ class Household:
         self._node = node
         self._host = node.host
         self._store = node.host.store
+        self.joining = Joining(node.host.paths, node.host.store)
 
     @cached_property
     def _files(self) -> "KeyFiles":
@@ -139,20 +138,8 @@ class Household:
         revision = self._store.put_copy(
             state.document, state.format, state.revision, at=datetime.now(UTC)
         )
-        self.write_candidates()
+        write_candidates(self._host.paths, self._store)
         return revision
-
-    def write_candidates(self) -> None:
-        """Bring the list of candidates up to the state, where it differs.
-
-        Whoever was killed between the two files is made good by the next daemon's start.
-        """
-        cluster, _ = self._store.load()
-        wanted = {} if cluster is None else candidates_of(cluster)
-        path = self._host.paths.key_files / CANDIDATES_FILE
-        # Without certificates, as in a cluster of one node, there is no list.
-        if wanted and wanted != _listed(path):
-            write_private(path, format_candidates(wanted))
 
     # Certificates ------------------------------------------------------------------------------
 
@@ -190,22 +177,18 @@ class Household:
             require_allowed(definition.machine, self._host.config.remote)
 
     async def hello(self, request: m.JoinRequest, caller: Caller | None) -> m.JoinAnswer:
-        raise NotInvited
+        arrival, fingerprint = self._arrival(caller)
+        return arrival.hello(request, fingerprint)
 
     async def admit(self, request: m.AdmitRequest, caller: Caller | None) -> m.NodeInfo:
-        raise NotInvited
+        arrival, fingerprint = self._arrival(caller)
+        arrival.admit(request, fingerprint)
+        await self._node.sync_rules()
+        return await self.info()
 
-
-def _listed(path: Path) -> Mapping[UUID, frozenset[str]] | None:
-    """The list as it stands; None for one that can't be used, and is to be replaced."""
-    try:
-        return parse_candidates(read_private(path, hint="") or "")
-    except (BadCandidates, KeyFileRefused):
-        return None
-
-
-def candidates_of(cluster: Cluster) -> Mapping[UUID, frozenset[str]]:
-    """Who may order, as the state says: each candidate that has a certificate."""
-    return {
-        node.uuid: frozenset(node.certificates) for node in cluster.candidates if node.certificates
-    }
+    def _arrival(self, caller: Caller | None) -> "tuple[Arrival, str]":
+        """What answers a join. The proofs are bound to certificates, so it comes over TLS alone."""
+        arrival = None if caller is None else self.joining.arrival()
+        if arrival is None or caller is None:
+            raise NotInvited
+        return arrival, caller.fingerprint

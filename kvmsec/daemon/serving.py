@@ -12,8 +12,8 @@ from typing import Final
 from kvmsec.config import load_config
 from kvmsec.daemon import systemd
 from kvmsec.daemon.confined_child import Start
+from kvmsec.daemon.confined_start import start_of
 from kvmsec.daemon.front_keeper import FrontKeeper
-from kvmsec.daemon.front_user import find_front_user
 from kvmsec.daemon.household import Household
 from kvmsec.daemon.listening import listen_on, local_socket
 from kvmsec.daemon.orders import OrderJournal
@@ -22,10 +22,10 @@ from kvmsec.daemon.trust_source import TrustSource
 from kvmsec.errors import NotRoot
 from kvmsec.linux.errors import Fault
 from kvmsec.node import records
+from kvmsec.node.candidates import write_candidates
 from kvmsec.node.local import LocalNode
 from kvmsec.node.reconcile import is_true
 from kvmsec.rpc.service import Service
-from uidpool.ranges import EMPTY
 
 _ORDERS_END_WITHIN_S: Final = 60.0
 _LOOK_S: Final = 0.05
@@ -63,7 +63,9 @@ class _Daemon:
         self._given = given
         self._say = say
         self._household = Household(node)
-        self._source = TrustSource(node.host.paths, node.host.store)
+        self._source = TrustSource(
+            node.host.paths, node.host.store, joining=self._household.joining.message
+        )
         self._told_to_end = asyncio.Event()
 
     async def run(self, listener: socket.socket, began: float) -> None:
@@ -96,16 +98,7 @@ class _Daemon:
 
     def _start(self) -> Start:
         host = self._node.host
-        cluster, _ = host.store.load()
-        pool = EMPTY if cluster is None else cluster.guarded_uids
-        return Start(
-            name="kvmsec-front",
-            program="kvmsec.daemon.front",
-            credentials=find_front_user(host.config.node.front_user, pool),
-            mount_point=str(host.paths.run),
-            cache=str(host.paths.features),
-            filter_may_be_missing="seccomp" in host.config.confinement.may_be_missing,
-        )
+        return start_of("front", host.paths, host.config, host.store)
 
     def _listen(self) -> Sequence[socket.socket]:
         if self._given:
@@ -116,7 +109,7 @@ class _Daemon:
         """What a daemon that was killed between two files left undone."""
         try:
             if self._source.is_member():
-                self._household.write_candidates()
+                write_candidates(self._node.host.paths, self._node.host.store)
         except Fault as error:
             self._say(f"the list of candidates is left as it is: {error.message}")
 
@@ -146,8 +139,10 @@ class _Daemon:
             self._say(f"what killed processes left could not be put right: {error}")
 
     def _report_serving(self, keeper: FrontKeeper) -> None:
-        if keeper.is_serving:
+        if keeper.is_serving and self._source.is_member():
             self._say(f"serving other nodes on {', '.join(keeper.addresses)}")
+        elif keeper.is_serving:
+            self._say(f"waiting to be admitted to a cluster on {', '.join(keeper.addresses)}")
         elif not self._source.is_member():
             self._say(
                 "this node has no certificate: only this host is served, by "

@@ -36,10 +36,14 @@ class TrustSource:
         paths: Paths,
         store: Store,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        *,
+        joining: Callable[[], TrustMessage | None] = lambda: None,
     ) -> None:
+        """`joining` gives what is served with before this node is a member."""
         self._paths = paths
         self._store = store
         self._now = now
+        self._joining = joining
 
     def is_member(self) -> bool:
         """Whether this node has a certificate of its own, or the common one."""
@@ -49,10 +53,10 @@ class TrustSource:
         """What changes with any file that trust comes from; and, while it is there, in time."""
         directory = self._paths.key_files
         paths = [*(directory / name for name in _FILES), self._paths.cluster]
-        seen = tuple(_signature_of(str(path)) for path in paths)
-        if seen[3] is None:
+        seen = tuple(map(_signature_of, map(str, (*paths, self._paths.invitations))))
+        if seen[3] is None and seen[5] is None:
             return seen
-        # The last resort ends by itself: looked at anew each minute.
+        # The last resort and a token end by themselves: looked at anew each minute.
         return (*seen, (int(self._now().timestamp()) // 60, 0, 0))
 
     def standing(self) -> Trust | None:
@@ -72,12 +76,12 @@ class TrustSource:
         )
 
     def message(self) -> TrustMessage | None:
-        """All that the front needs; None before this node is a member. Raises what `standing` does.
+        """All that the front needs; None before this node may join. Raises what `standing` does.
 
         Without a readable list it says that nobody may order: the front then refuses by name.
         """
         if not self.is_member():
-            return None
+            return self._joining()
         certless = self._certless()
         if certless is not None:
             fingerprint, pair, anchors = certless
@@ -106,7 +110,7 @@ class TrustSource:
             raise BadCandidates(str(path), ["it is missing"])
         listed = parse_candidates(text, str(path))
         cluster, _ = self._store.load()
-        known = () if cluster is None else {node.uuid for node in cluster.candidates}
+        known = {} if cluster is None else cluster.orderers
         return {uuid: ours for uuid, ours in listed.items() if uuid in known}
 
     def _candidates_or_nobody(self) -> Mapping[UUID, frozenset[str]]:

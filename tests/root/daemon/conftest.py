@@ -42,7 +42,7 @@ def begin(root: Path, front_user: str) -> Iterator[Callable[..., Daemon]]:
 
     yield start
     for one in begun:
-        one.end()
+        one.close()
 
 
 @pytest.fixture

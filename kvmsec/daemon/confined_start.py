@@ -1,0 +1,26 @@
+"""With what the front and the courier of a node are started."""
+
+from typing import Literal
+
+from kvmsec.config import Config
+from kvmsec.daemon.confined_child import Start
+from kvmsec.daemon.front_user import find_front_user
+from kvmsec.paths import Paths
+from kvmsec.store import Store
+from uidpool.ranges import EMPTY
+
+
+def start_of(
+    role: Literal["front", "courier"], paths: Paths, config: Config, store: Store
+) -> Start:
+    """Raises UnfitFrontUser, what the store raises, and OSError."""
+    cluster, _ = store.load()
+    pool = EMPTY if cluster is None else cluster.guarded_uids
+    return Start(
+        name=f"kvmsec-{role}",
+        program=f"kvmsec.daemon.{'front' if role == 'front' else 'courier_life'}",
+        credentials=find_front_user(config.node.front_user, pool),
+        mount_point=str(paths.run),
+        cache=str(paths.features),
+        filter_may_be_missing="seccomp" in config.confinement.may_be_missing,
+    )
