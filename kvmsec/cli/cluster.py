@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from kvmsec.cli.failures import FAILED, WrongUsage
-from kvmsec.cli.output import complain, print_facts, print_json, say, shown_line
-from kvmsec.cli.params import CLUSTER_NAME, POOL, SECURITY_MODEL, json_option
+from kvmsec.cli.members import tell_behind
+from kvmsec.cli.output import complain, print_facts, print_json, print_table, say, shown_line, warn
+from kvmsec.cli.params import CLUSTER_NAME, ENDPOINT, POOL, SECURITY_MODEL, json_option
 from kvmsec.cli.session import Session, pass_session
+from kvmsec.cli.verify import verify
 
 if TYPE_CHECKING:
-    from kvmsec.cli.session import Node
+    from collections.abc import Mapping
+
+    from kvmsec.cli.session import Node, Reach
+    from kvmsec.cluster.members.takeover import Taken
+    from kvmsec.cluster.operations import Done
+    from kvmsec.errors import PoolRefused
     from kvmsec.model.cluster import Cluster
+    from kvmsec.model.endpoints import Endpoint
     from kvmsec.model.security import SecurityModel
     from uidpool.ranges import UidRanges
+
+_UIDS: Final = re.compile(r"uids? (?P<uids>[0-9,…-]+):? (?P<reason>.*)", re.DOTALL)
 
 _pool_option = click.option(
     "--uid-pool", type=POOL, metavar="POOL", help="The uids of the instances: 1000-5000,8000."
@@ -28,24 +39,47 @@ _model_option = click.option(
 )
 
 
-@click.group
+@click.group(commands=(verify,))
 def cluster() -> None:
-    """The cluster: its uid pool and its security model."""
+    """The cluster: its uid pool, its security model, and whether all is well with it."""
 
 
 @cluster.command
 @click.option("--name", type=CLUSTER_NAME, required=True, help="What the cluster is called.")
 @_pool_option
 @_model_option
+@click.option(
+    "--address",
+    "endpoint",
+    type=ENDPOINT,
+    metavar="HOST[:PORT]",
+    help="Where other nodes will reach this one; its name and port 1811 unless told.",
+)
+@click.option(
+    "--key-kind",
+    type=click.Choice(["ed25519", "p256", "rsa3072"]),
+    default="ed25519",
+    help="What kind of keys the certificates have; rsa3072 is for old peers.",
+)
 @pass_session
 def init(
-    session: Session, name: str, uid_pool: UidRanges | None, security_model: str | None
+    session: Session,
+    name: str,
+    uid_pool: UidRanges | None,
+    security_model: str | None,
+    endpoint: Endpoint | None,
+    key_kind: str,
 ) -> None:
-    """Make a cluster of this node."""
+    """Make a cluster of this node, its master."""
     from kvmsec.cluster import operations
+    from kvmsec.model.cluster import PORT
     from uidpool.ranges import EMPTY
 
     async def make(node: Node) -> Cluster:
+        from kvmsec.cluster.authority import KeyFilesFounding
+        from kvmsec.pki.files import KeyFiles
+        from kvmsec.pki.keys import KeyKind
+
         await node.reconcile()
         return await operations.init(
             session.store,
@@ -53,6 +87,9 @@ def init(
             name,
             uid_pool=EMPTY if uid_pool is None else uid_pool,
             security_model=_model(security_model),
+            address=None if endpoint is None else endpoint.host,
+            port=PORT if endpoint is None else endpoint.port,
+            founding=KeyFilesFounding(KeyFiles(session.paths.key_files), KeyKind(key_kind)),
         )
 
     _tell(session.run(make))
@@ -73,12 +110,12 @@ def modify(
     drain: bool,
     security_model: str | None,
 ) -> None:
-    """Change the uid pool or the security model."""
+    """Change the uid pool or the security model, on all nodes or on none."""
     if (uid_pool, add_uids, remove_uids, security_model) == (None, None, None, None):
         raise WrongUsage("nothing to change was named")
     from kvmsec.cluster import operations
     from kvmsec.cluster.changes import Change
-    from kvmsec.cluster.nodes import Alone
+    from kvmsec.errors import PoolRefused
     from uidpool.ranges import EMPTY
 
     change = Change(
@@ -89,11 +126,85 @@ def modify(
         security_model=_model(security_model),
     )
 
-    async def make(node: Node) -> Cluster:
-        await node.reconcile()
-        return (await operations.modify(session.store, Alone(node), change)).cluster
+    async def make(reach: Reach) -> Done:
+        await reach.here.reconcile()
+        return await operations.modify(session.store, reach, change, on_step=session.on_step)
 
-    _tell(session.run(make))
+    try:
+        done = session.run_reaching(make)
+    except PoolRefused as refused:
+        if len(session.members) < 2:
+            raise
+        _print_refusal(refused)
+        raise click.exceptions.Exit(FAILED) from refused
+    _tell(done.cluster)
+    for node, reason in done.silent.items():
+        warn(f"{node} did not answer, and takes the change up when it does: {reason}")
+
+
+def _print_refusal(refused: PoolRefused) -> None:
+    """The table of node, uids and reason."""
+    rows = [
+        (node, *_uids_and_reason(problem))
+        for node, problems in refused.by_node.items()
+        for problem in problems
+    ]
+    print_table(("node", "uids", "reason"), rows)
+    nodes = ", ".join(refused.by_node)
+    complain(f"the uid pool is refused by {nodes}; nothing has changed", refused.hint)
+
+
+def _uids_and_reason(problem: str) -> tuple[str | None, str]:
+    found = _UIDS.match(problem)
+    return (found["uids"], found["reason"]) if found else (None, problem)
+
+
+@cluster.command
+@pass_session
+def sync(session: Session) -> None:
+    """Hand the state to every node that answers; on the master."""
+
+    async def act(reach: Reach) -> Mapping[str, str]:
+        from kvmsec.cluster.handing import require_cluster
+        from kvmsec.cluster.team import require_master
+        from kvmsec.cluster.upkeep import sync as sync_nodes
+
+        await reach.here.reconcile()
+        require_master(session.store, require_cluster(session.store)[0])
+        return await sync_nodes(session.store, reach)
+
+    behind = session.run_reaching(act)
+    tell_behind(behind)
+    if behind:
+        raise click.exceptions.Exit(FAILED)
+    say("every node has the state")
+
+
+@cluster.command
+@click.option("--force", is_flag=True, help="Even if the master answers.")
+@pass_session
+def master_failover(session: Session, force: bool) -> None:
+    """Make this master candidate the master, when the old one is gone.
+
+    The newest copy of the state among the candidates that answer is what the cluster goes on from:
+    a change that reached none of them is lost. Make sure that the old master is off: there is no
+    quorum that would keep two from deciding at once.
+    """
+
+    async def act(reach: Reach) -> Taken:
+        from kvmsec.cluster.members.takeover import take_over
+
+        await reach.here.reconcile()
+        return await take_over(session.store, reach, force=force, on_step=session.on_step)
+
+    taken = session.run_reaching(act)
+    say(
+        f"{taken.cluster.master_member.name} is the master; the state goes on from revision "
+        f"{taken.copied}, the copy of {taken.source}"
+    )
+    for name, reason in taken.unheard.items():
+        warn(f"the candidate {name} did not say what it has; what only it knew is lost: {reason}")
+    tell_behind(taken.behind)
 
 
 @cluster.command
@@ -121,11 +232,14 @@ def destroy(session: Session, yes: bool) -> None:
         complain("nothing was changed")
         raise click.exceptions.Exit(FAILED)
 
-    async def end(node: Node) -> None:
-        await node.reconcile()
-        await operations.destroy(session.store, node)
+    async def end(reach: Reach) -> None:
+        from kvmsec.pki.files import KeyFiles
 
-    session.run(end)
+        await reach.here.reconcile()
+        await operations.destroy(session.store, reach.here)
+        KeyFiles(session.paths.key_files).remove_all()
+
+    session.run_reaching(end)
     say(f"the cluster {shown_line(str(name))} is no more")
 
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from kvmsec.cli.failures import WrongUsage
 from kvmsec.cli.output import duration, print_facts, print_json, print_table, say, shown_line, warn
 from kvmsec.cli.params import (
     DISK,
     INSTANCE_NAME,
     NIC,
+    NODE_NAME,
     PATH,
     PERCENT,
     SECONDS,
@@ -23,6 +25,8 @@ from kvmsec.cli.session import Session, pass_session
 
 if TYPE_CHECKING:
     from kvmsec.agent import InstanceInfo
+    from kvmsec.cli.session import Reach
+    from kvmsec.cluster.asking import Answers
 
 _KEYS: Final = (
     *("name", "state", "reason", "pid", "uid", "user", "security_model", "accelerator"),
@@ -30,15 +34,22 @@ _KEYS: Final = (
 )
 """What `list` says of an instance in JSON; `info` says more."""
 
+_HEADINGS: Final = (
+    *("name", "state", "pid", "uid", "user", "model", "accelerator", "memory", "uptime"),
+)
+
 _LIMITS: Final = ("cpu_weight", "cpu_quota_percent", "io_weight")
 """The options that a definition has in its table `limits`."""
 
 _name_argument = click.argument("name", type=INSTANCE_NAME)
+_node_option = click.option(
+    "--node", "node_name", type=NODE_NAME, metavar="HOST", help="On this member of the cluster."
+)
 
 
 @click.group
 def instance() -> None:
-    """Instances of this node."""
+    """Instances of this node, and of the others of its cluster."""
 
 
 @instance.command
@@ -103,18 +114,24 @@ def instance() -> None:
 )
 @click.option("--security-domain", metavar="USER", help="The user to run as under `user`.")
 @click.option("--qemu", type=PATH, metavar="PATH", help="The QEMU to run.")
+@_node_option
 @pass_session
-def start(session: Session, /, name: str, spec: Path | None, **options: Any) -> None:
+def start(
+    session: Session, /, name: str, spec: Path | None, node_name: str | None, **options: Any
+) -> None:
     """Start the instance NAME.
 
     It is what /etc/kvmsec/instances/NAME.toml says, or the file of --spec; options win over both,
     and are enough where there is no file. Relative paths are taken from the working directory.
+
+    With --node the definition is this node's, and the paths in it are the other node's, within
+    what its [remote] settings allow.
     """
     session.require_root()
     from kvmsec.cli.definition import definition_of
 
     definition = definition_of(name, session.paths, spec, _as_text(options))
-    info = session.run(lambda node: node.start(definition))
+    info = session.run_on(node_name, lambda node: node.start(definition))
     user = f" ({info.user})" if info.user else ""
     say(
         f"{name} {info.state.value}: pid {info.pid}, uid {info.uid}{shown_line(user)}, "
@@ -151,33 +168,69 @@ def _warn_about(info: InstanceInfo) -> None:
     help="How long the guest may take to power down (60 s); then it is killed.",
 )
 @click.option("--force", is_flag=True, help="Kill it at once.")
+@_node_option
 @pass_session
-def stop(session: Session, name: str, timeout_s: float, force: bool) -> None:
+def stop(session: Session, name: str, timeout_s: float, force: bool, node_name: str | None) -> None:
     """Stop the instance NAME; its uid is released once it is clean."""
-    info = session.run(lambda node: node.stop(name, timeout_s=timeout_s, force=force))
+    info = session.run_on(node_name, lambda node: node.stop(name, timeout_s=timeout_s, force=force))
     say(_state_of(info))
 
 
 @instance.command
 @_name_argument
+@_node_option
 @pass_session
-def reboot(session: Session, name: str) -> None:
+def reboot(session: Session, name: str, node_name: str | None) -> None:
     """Reset the guest; process and uid stay."""
-    session.run(lambda node: node.reboot(name))
+    session.run_on(node_name, lambda node: node.reboot(name))
     say(f"{name} was reset")
 
 
 @instance.command("list")
+@_node_option
+@click.option("--all-nodes", is_flag=True, help="Of every member, all asked at once.")
 @json_option
 @pass_session
-def list_instances(session: Session, as_json: bool) -> None:
+def list_instances(session: Session, node_name: str | None, all_nodes: bool, as_json: bool) -> None:
     """Every instance that runs, ended unasked, or has a definition."""
-    infos = session.run(lambda node: node.list())
+    if node_name is not None and all_nodes:
+        raise WrongUsage("--node and --all-nodes can't go together")
+    if all_nodes:
+        _list_all(session, as_json=as_json)
+        return
+    infos = session.run_on(node_name, lambda node: node.list())
     if as_json:
         print_json([_document(info) for info in infos])
         return
-    headings = ("name", "state", "pid", "uid", "user", "model", "accelerator", "memory", "uptime")
-    print_table(headings, map(_row, infos))
+    print_table(_HEADINGS, map(_row, infos))
+
+
+def _list_all(session: Session, *, as_json: bool) -> None:
+    """A node that didn't answer has a line that says so, in JSON with `name` null."""
+
+    async def ask(reach: Reach) -> Answers[tuple[InstanceInfo, ...]]:
+        from kvmsec.cli.remote import list_all
+
+        return await list_all(session.store, reach)
+
+    answers = session.run_reaching(ask)
+    found = sorted(answers.answered.items())
+    lost = sorted([*answers.silent.items(), *answers.refused.items()])
+    if as_json:
+        nobody = dict.fromkeys(_KEYS)
+        print_json(
+            [{"node": name, **_document(one)} for name, infos in found for one in infos]
+            + [
+                {"node": name, **nobody, "state": "unknown", "reason": f"no answer: {reason}"}
+                for name, reason in lost
+            ]
+        )
+        return
+    rows: list[tuple[object, ...]] = [(name, *_row(one)) for name, infos in found for one in infos]
+    rows += [(name, None, "no answer", *(None,) * (len(_HEADINGS) - 2)) for name, _ in lost]
+    print_table(("node", *_HEADINGS), rows)
+    for name, reason in lost:
+        warn(f"{name} did not answer: {reason}")
 
 
 def _row(info: InstanceInfo) -> tuple[object, ...]:
@@ -192,11 +245,12 @@ def _row(info: InstanceInfo) -> tuple[object, ...]:
 
 @instance.command
 @_name_argument
+@_node_option
 @json_option
 @pass_session
-def info(session: Session, name: str, as_json: bool) -> None:
+def info(session: Session, name: str, node_name: str | None, as_json: bool) -> None:
     """All that is known of the instance NAME."""
-    found = session.run(lambda node: node.info(name))
+    found = session.run_on(node_name, lambda node: node.info(name))
     if as_json:
         print_json({**found.details, **_document(found)})
         return
@@ -236,21 +290,23 @@ def _uptime(info: InstanceInfo) -> str | None:
 @instance.command
 @_name_argument
 @click.option("--follow", "-f", is_flag=True, help="Go on until the instance ends.")
+@_node_option
 @json_option
 @pass_session
-def log(session: Session, name: str, follow: bool, as_json: bool) -> None:
+def log(session: Session, name: str, follow: bool, node_name: str | None, as_json: bool) -> None:
     """What kvmsec, QEMU and the serial line of the instance NAME said."""
     from kvmsec.cli import following
-    from kvmsec.cli.failures import WrongUsage
 
+    if follow and node_name is not None:
+        raise WrongUsage("--follow and --node can't go together", hint="run it on the node itself")
     if follow and as_json:
         raise WrongUsage("--follow and --json can't go together")
     if as_json:
-        said = session.run(lambda node: node.log(name))
+        said = session.run_on(node_name, lambda node: node.log(name))
         print_json({source: getattr(said, source) for source in ("kvmsec", "qemu", "serial")})
         return
     show = following.follow_log if follow else following.show_log
-    session.run(lambda node: show(node, name), is_local=follow)
+    session.run_on(node_name, lambda node: show(node, name), is_local=follow)
 
 
 @instance.command

@@ -86,6 +86,18 @@ def _cluster_name(text: str) -> str:
     return require_name("a cluster", text)
 
 
+def _node_name(text: str) -> str:
+    from kvmsec.model.names import require_name
+
+    return require_name("a node", text)
+
+
+def _endpoint(text: str) -> Any:
+    from kvmsec.model.endpoints import parse_endpoint
+
+    return parse_endpoint(text)
+
+
 def _disk(text: str) -> dict[str, object]:
     from hypervisor.spec import disk_from_option
 
@@ -110,6 +122,8 @@ SECONDS: Final = _Parsed("seconds", _seconds)
 PATH: Final = _Parsed("path", _path)
 INSTANCE_NAME: Final = _Parsed("name", _instance_name)
 CLUSTER_NAME: Final = _Parsed("name", _cluster_name)
+NODE_NAME: Final = _Parsed("name", _node_name)
+ENDPOINT: Final = _Parsed("endpoint", _endpoint)
 DISK: Final = _Parsed("disk", _disk)
 NIC: Final = _Parsed("nic", _nic)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -14,9 +15,12 @@ from kvmsec.cli.failures import Terminated, notes_of
 
 if TYPE_CHECKING:
     import asyncio
+    from contextlib import AbstractAsyncContextManager
 
     from kvmsec.agent import Agent
-    from kvmsec.cluster.nodes import ClusterNode
+    from kvmsec.cluster.nodes import ClusterNode, Household, JoiningNode
+    from kvmsec.config import Config
+    from kvmsec.model.cluster import Member
     from kvmsec.paths import Paths
     from kvmsec.store import Store
 
@@ -24,6 +28,26 @@ if TYPE_CHECKING:
         """This node, as its agent and as a member of the cluster."""
 
         async def close(self) -> None: ...
+
+    class Remote(Agent, ClusterNode, Protocol):
+        """Another member: what anyone may ask of a node, and its household."""
+
+        @property
+        def household(self) -> Household: ...
+
+    class Reach(Protocol):
+        """The ways to the members of this node's cluster (`kvmsec.cluster.nodes.Directory`)."""
+
+        @property
+        def here(self) -> Node: ...
+
+        @property
+        def household(self) -> Household:
+            """This node, as others ask it."""
+
+        def node(self, member: Member) -> Remote: ...
+
+        def joining(self, member: Member) -> JoiningNode: ...
 
 
 _T = TypeVar("_T")
@@ -48,6 +72,27 @@ class Session:
 
         return FileStore(self.paths.cluster)
 
+    @cached_property
+    def config(self) -> Config:
+        """The node's settings. Raises BadConfig."""
+        from kvmsec.config import load_config
+
+        return load_config(self.paths.config)
+
+    @property
+    def copy_valid_s(self) -> float:
+        """How long a copy of the state counts once it was confirmed, in seconds."""
+        return self.config.cluster.copy_valid_s
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The nodes of this node's cluster; none before there is one."""
+        cluster, _ = self.store.load()
+        return cluster.nodes if cluster is not None else ()
+
+    def on_step(self, step: str) -> None:
+        """What a command does at each step of what it changes: nothing."""
+
     def require_root(self) -> None:
         """Raises NotRoot, before anything was looked at or touched."""
         if is_root():
@@ -70,6 +115,33 @@ class Session:
 
         return asyncio.run(_act(self.root, action, is_local=is_local))
 
+    def run_reaching(self, action: Callable[[Reach], Awaitable[_T]]) -> _T:
+        """As `run`, for what may need the other members, too."""
+
+        async def act(node: Node) -> _T:
+            async with open_reach(self, node) as reach:
+                return await action(reach)
+
+        return self.run(act)
+
+    def run_on(
+        self,
+        name: str | None,
+        action: Callable[[Agent], Awaitable[_T]],
+        *,
+        is_local: bool = False,
+    ) -> _T:
+        """Run something on the member `name`, or on this node. Raises UnknownMember, NoCluster."""
+        if name is None:
+            return self.run(action, is_local=is_local)
+
+        async def act(reach: Reach) -> _T:
+            from kvmsec.cli.remote import on_member
+
+            return await on_member(self.store, reach, name, action)
+
+        return self.run_reaching(act)
+
 
 def is_root() -> bool:
     return os.geteuid() == 0
@@ -79,6 +151,12 @@ def open_node(root: Path) -> Node:
     from kvmsec.node.local import LocalNode
 
     return LocalNode(root)
+
+
+def open_reach(session: Session, node: Node) -> AbstractAsyncContextManager[Reach]:
+    from kvmsec.cli.reaching import opened
+
+    return opened(session, node)
 
 
 async def _find_node(root: Path, *, is_local: bool) -> Node:

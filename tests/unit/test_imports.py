@@ -132,6 +132,7 @@ PURE_IN = {
     "kvmsec.cli": {
         *("click.Choice", "click.argument", "click.group", "click.make_pass_decorator"),
         *("click.option", "click.version_option", "instance.command", "uids.command", "_Parsed"),
+        "click.command",
     },
 }
 DEFINITIONS = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.If)

@@ -1,7 +1,8 @@
 """Whether all members show and trust the right certificates: pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
+from uuid import UUID
 
 from kvmsec.agent import Finding
 from kvmsec.cluster.verify.codes import Severity, found
@@ -79,39 +80,43 @@ def _check_end(
 
 
 def check_lists(subject: Subject) -> Iterator[Finding]:
-    """The list of candidates on each node: every candidate with its certificate, and nobody else.
-
-    An entry that differs is told once, with the nodes that have it.
-    """
+    """The list of candidates on each node: each candidate with its certificate, nobody else."""
+    wanted = subject.cluster.orderers
+    names = {member.uuid: member.name for member in subject.cluster.nodes}
     for member, said in subject.heard():
-        if said.candidates is None or not said.candidates:
+        if not said.candidates:
             message = f"{LIST} is missing, empty or can't be read: nobody may order there"
             hint = f"`kvmsec cluster sync`, or `kvmsec node readd {member.name}`"
             yield found("candidates-unreadable", "error", member.name, LIST, message, hint)
             continue
-        listed: dict[str, set[str]] = {}
+        listed: dict[UUID, set[str]] = {}
         for uuid, fingerprint in said.candidates:
-            listed.setdefault(str(uuid), set()).add(fingerprint)
-        yield from _check_list(subject, member, listed)
+            listed.setdefault(uuid, set()).add(fingerprint)
+        for code, message in _differences(listed, wanted, names):
+            hint = "`kvmsec cluster sync`"
+            yield found(code, "error", member.name, LIST, message, hint)
 
 
-def _check_list(subject: Subject, where: Member, listed: dict[str, set[str]]) -> Iterator[Finding]:
-    sync = "`kvmsec cluster sync`"
-    for member in subject.cluster.nodes:
-        entry = listed.pop(str(member.uuid), None)
-        may_order = member.uuid in subject.cluster.orderers
-        if entry is None and may_order:
-            message = f"the candidate {member.name} is not on the list"
-            yield found("candidate-unlisted", "error", where.name, LIST, message, sync)
-        elif entry is not None and not may_order:
-            message = f"{member.name}, which is no candidate, is on the list, so it may order there"
-            yield found("plain-listed", "error", where.name, LIST, message, sync)
-        elif entry is not None and entry != set(member.certificates):
-            message = f"the list has another certificate for the candidate {member.name}"
-            yield found("candidate-other", "error", where.name, LIST, message, sync)
+def _differences(
+    listed: Mapping[UUID, set[str]],
+    wanted: Mapping[UUID, frozenset[str]],
+    names: Mapping[UUID, str],
+) -> Iterator[tuple[str, str]]:
+    """The code and the words for each way in which a list is not the one that it should be."""
+    for uuid, fingerprints in wanted.items():
+        if uuid not in listed:
+            yield "candidate-unlisted", f"the candidate {names[uuid]} is not on the list"
+        elif listed[uuid] != fingerprints:
+            message = f"the list has another certificate for the candidate {names[uuid]}"
+            yield "candidate-other", message
     for uuid in listed:
-        message = f"the list has {uuid}, which is no member"
-        yield found("stranger-listed", "error", where.name, LIST, message, sync)
+        if uuid in wanted:
+            continue
+        if uuid in names:
+            message = f"{names[uuid]}, which is no candidate, is on the list: it may order there"
+            yield "plain-listed", message
+        else:
+            yield "stranger-listed", f"the list has {uuid}, which is no member"
 
 
 def check_keys(subject: Subject) -> Iterator[Finding]:

@@ -99,14 +99,14 @@ async def _examine(node: _Asked, pool: UidRanges, on_heard: OnHeard) -> Heard:
 def judge(subject: Subject) -> tuple[Finding, ...]:
     """All findings of all checks, by the members' order; pure."""
     findings = [finding for check in CHECKS for finding in check(subject)]
-    names = [member.name for member in subject.cluster.nodes]
+    names = {member.name: place for place, member in enumerate(subject.cluster.nodes)}
     touched = {finding.node for finding in findings}
     findings += [
         found("node-ok", "ok", name, "node", "nothing is wrong with it")
         for name in names
         if name not in touched
     ]
-    return tuple(sorted(findings, key=lambda one: names.index(one.node or names[0])))
+    return tuple(sorted(findings, key=lambda one: names[one.node or ""]))
 
 
 def without_ignored(findings: tuple[Finding, ...], codes: Collection[str]) -> tuple[Finding, ...]:

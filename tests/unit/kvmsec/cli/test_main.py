@@ -70,6 +70,7 @@ def test_every_command_of_this_release_is_there() -> None:
             *("audit", "doctor"),
             *("config show", "config check"),
             *("cluster init", "cluster modify", "cluster info", "cluster destroy"),
+            *("cluster verify", "cluster sync", "cluster master-failover"),
             *("uids provision", "uids list", "uids release"),
             *("firewall show", "firewall apply", "firewall verify", "firewall remove"),
             *("instance start", "instance stop", "instance list", "instance info"),
