@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from kvmsec.cli.members import COMMANDS
 from kvmsec.cli.output import shown_text
 from kvmsec.cli.session import Session, pass_session
 
 
-@click.group
+@click.group(commands=COMMANDS)
 def node() -> None:
     """This node's daemon, and the nodes of its cluster."""
 

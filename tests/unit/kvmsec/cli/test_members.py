@@ -152,15 +152,8 @@ def test_a_master_that_is_there_is_not_failed_over(run: Any, reach: Reach) -> No
 
 
 @pytest.fixture
-def node_command(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`kvmsec node …`, as its group will have the verbs."""
-    import click
-
-    from kvmsec.cli import cluster, members
-
-    group = click.Group("node", commands=members.COMMANDS)
-    monkeypatch.setitem(cluster.cluster.commands, "node", group)
-    return lambda *arguments, **more: run("cluster", "node", *arguments, **more)
+def node_command(run: Any) -> Any:
+    return lambda *arguments, **more: run("node", *arguments, **more)
 
 
 def test_a_token_is_printed_alone_and_the_next_steps_beside_it(
