@@ -125,18 +125,20 @@ async def _prepare(work: Renewing, renewal: Renewal) -> Renewal:
 
 
 async def _list(work: Renewing, renewal: Renewal) -> Renewal:
-    """Give the list with old and new to those that will show the new, and to all others."""
+    """Give the list with old and new to those that will show the new, and to all others.
+
+    The others first, the master among them: once it is known who is listed, that is not done again.
+    """
     if not _those(renewal, Step.PREPARED):
         return renewal
-    cluster, revision = put_in_store(work, lambda cluster: state_of(renewal, cluster))
+    kept = put_in_store(work, lambda cluster: state_of(renewal, cluster))
+    await tell(work, renewal, kept, but=tuple(Step)[: Step.LISTED.number])
 
     async def put(node: CertificateNode, progress: Progress) -> Progress:
-        await node.put_state(cluster, revision)
+        await node.put_state(*kept)
         return replace(progress, step=Step.LISTED)
 
-    renewal = await _at(work, renewal, Step.PREPARED, "list", put)
-    await tell(work, renewal, (cluster, revision), but=tuple(Step)[: Step.COMMITTED.number])
-    return renewal
+    return await _at(work, renewal, Step.PREPARED, "list", put)
 
 
 async def _commit(work: Renewing, renewal: Renewal) -> Renewal:
@@ -169,10 +171,11 @@ async def _drop(work: Renewing, renewal: Renewal, *, is_forced: bool) -> Renewal
         if not (is_forced or may_drop(renewal)):
             raise TooFewAnswer([one.name for one in renewal.members if one.problem is not None])
         renewal = work.keep(replace(renewal, direction=Direction.DROPPING))
-    cluster, revision = put_in_store(work, lambda cluster: state_of(renewal, cluster))
+    kept = put_in_store(work, lambda cluster: state_of(renewal, cluster))
+    await tell(work, renewal, kept, but=tuple(Step)[: Step.FINISHED.number])
 
     async def drop(node: CertificateNode, progress: Progress) -> Progress:
-        member = cluster.member(progress.uuid)
+        member = kept[0].member(progress.uuid)
         if renewal.has_new_anchor and member is not None and member.is_candidate:
             # Before anybody trusts the new anchor alone, so that a candidate that takes over
             # from the master can sign whatever the others trust.
@@ -182,15 +185,13 @@ async def _drop(work: Renewing, renewal: Renewal, *, is_forced: bool) -> Renewal
     renewal = await _at(work, renewal, Step.PROVED, "hand the key to", drop)
 
     async def finish(node: CertificateNode, progress: Progress) -> Progress:
-        await node.put_state(cluster, revision)
+        await node.put_state(*kept)
         if progress.renews:
             await node.finish(renewal.signing_certificate)
         return replace(progress, step=Step.FINISHED)
 
     handed = [one.uuid for one in renewal.members if one.problem is None]
-    renewal = await _at(work, renewal, Step.PROVED, "finish", finish, only=handed)
-    await tell(work, renewal, (cluster, revision), but=tuple(Step)[: Step.FINISHED.number])
-    return renewal
+    return await _at(work, renewal, Step.PROVED, "finish", finish, only=handed)
 
 
 # Back ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A cluster of nodes that keep real key files and take a caller by the real judgement."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,10 +23,12 @@ from kvmsec.pki.certificates import (
     anchors_of,
     der_of,
     fingerprint_of,
+    load_certificate,
     make_cluster_pair,
     make_request,
     sign_request,
 )
+from kvmsec.pki.chain import anchor_of
 from kvmsec.pki.errors import PeerRefused
 from kvmsec.pki.files import KeyFiles
 from kvmsec.pki.judgement import judge, judge_orderer, require_node
@@ -73,13 +76,18 @@ class Box:
         self.keys.write_candidates(candidates_of(cluster))
 
 
+@functools.cache
+def der(pem: str) -> bytes:
+    return der_of(pem)
+
+
 def refusal(caller: Box, called: Box, way: Credentials, *, is_order: bool = True) -> str | None:
     """Why one of the two does not take the other, as both would judge it; None where both do."""
     judged = judge_orderer if is_order else judge
     try:
-        judged(der_of(way.pair.certificate_pem), called.trust(), LATER)
+        judged(der(way.pair.certificate_pem), called.trust(), LATER)
         require_node(
-            der_of(called.keys.own().certificate_pem),
+            der(called.keys.own().certificate_pem),
             caller.trust(way.anchors),
             name=called.name,
             uuid=called.member.uuid,
@@ -331,3 +339,26 @@ def make_world(
         box.take(cluster, 1)
         boxes[member.name] = box
     return World(MemoryStore(cluster, 1), boxes, directory)
+
+
+def anchors(world: World) -> dict[str, str]:
+    return {name: box.keys.anchors() for name, box in world.boxes.items()}
+
+
+def assert_settled(world: World) -> None:
+    """Everybody trusts one anchor, which signed what everybody shows; the lists say the same."""
+    assert world.journal.load() is None
+    (anchor,) = set(anchors(world).values())
+    for box in world.boxes.values():
+        certificate = load_certificate(box.keys.own().certificate_pem)
+        assert anchor_of(certificate, anchors_of(anchor))
+        member = world.state.member(box.member.uuid)
+        assert member is not None and member.certificates == (box.shown,)
+        assert not box.keys.is_renewing()
+        assert box.copy == world.state
+        if box.member.is_candidate:
+            assert box.keys.cluster().certificate_pem == anchor
+        else:
+            assert not box.keys.holds_cluster_key()
+    assert world.cut_off() == []
+    assert world.estranged(world.boxes) == []

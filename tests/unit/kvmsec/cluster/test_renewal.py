@@ -14,9 +14,14 @@ from kvmsec.cluster.renewal.errors import (
     UnknownMember,
 )
 from kvmsec.cluster.renewal.journal import Direction
-from kvmsec.pki.certificates import anchors_of, load_certificate
-from kvmsec.pki.chain import anchor_of
-from tests.unit.kvmsec.cluster.renewal_world import Killed, World, make_world
+from kvmsec.pki.certificates import anchors_of
+from tests.unit.kvmsec.cluster.renewal_world import (
+    Killed,
+    World,
+    anchors,
+    assert_settled,
+    make_world,
+)
 
 
 @pytest.fixture
@@ -26,29 +31,6 @@ def world(tmp_path: Path) -> World:
 
 def shown(world: World) -> dict[str, str]:
     return {name: box.shown for name, box in world.boxes.items()}
-
-
-def anchors(world: World) -> dict[str, str]:
-    return {name: box.keys.anchors() for name, box in world.boxes.items()}
-
-
-def assert_settled(world: World) -> None:
-    """Everybody trusts one anchor, which signed what everybody shows; the lists say the same."""
-    assert world.journal.load() is None
-    (anchor,) = set(anchors(world).values())
-    for box in world.boxes.values():
-        certificate = load_certificate(box.keys.own().certificate_pem)
-        assert anchor_of(certificate, anchors_of(anchor))
-        member = world.state.member(box.member.uuid)
-        assert member is not None and member.certificates == (box.shown,)
-        assert not box.keys.is_renewing()
-        assert box.copy == world.state
-        if box.member.is_candidate:
-            assert box.keys.cluster().certificate_pem == anchor
-        else:
-            assert not box.keys.holds_cluster_key()
-    assert world.cut_off() == []
-    assert world.estranged(world.boxes) == []
 
 
 def test_a_new_cluster_certificate_is_in_force_on_every_node(world: World) -> None:
