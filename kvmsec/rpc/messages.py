@@ -272,6 +272,7 @@ class PrepareRequest(Message, frozen=True, kw_only=True):
 
     anchors: Pem
     wants_key: bool = True
+    key_kind: Literal["ed25519", "p256", "rsa3072"] = "ed25519"
 
 
 class Prepared(Message, frozen=True, kw_only=True):
