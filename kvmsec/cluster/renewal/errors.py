@@ -82,3 +82,14 @@ class UnknownMember(KvmsecError):
             f"the cluster has no node {name}", hint="`kvmsec node list` shows those there are"
         )
         self.name = name
+
+
+class ShowsAnother(KvmsecError):
+    """A node that was given a new certificate, and does not serve with it."""
+
+    def __init__(self, node: str, wanted: str) -> None:
+        super().__init__(
+            f"{node} does not show its new certificate ({wanted})",
+            hint=f"restart the daemon of {node}, and run `kvmsec cluster renew-crypto` again",
+        )
+        self.node = node

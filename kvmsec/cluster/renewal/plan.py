@@ -151,15 +151,6 @@ def credentials_for(renewal: Renewal, progress: Progress, client: Pair) -> tuple
     return tuple(ways)
 
 
-def candidates_of(cluster: Cluster) -> dict[UUID, frozenset[str]]:
-    """Who may order, as `ssconf_master_candidates_certs` has it, from the cluster's state."""
-    return {
-        member.uuid: frozenset(member.certificates)
-        for member in cluster.candidates
-        if member.certificates
-    }
-
-
 def behind(renewal: Renewal) -> tuple[Progress, ...]:
     """The members that are not where the renewal goes."""
     goal = Step.RETURNED if renewal.direction is Direction.BACK else Step.FINISHED

@@ -9,7 +9,6 @@ from attrs import evolve, frozen
 from kvmsec.cluster.asking import is_silence, kind_of
 from kvmsec.cluster.handing import state_of
 from kvmsec.cluster.renewal.nodes import Credentials, NotReached, NotTrusted
-from kvmsec.cluster.renewal.plan import candidates_of
 from kvmsec.errors import KvmsecError
 from kvmsec.linux.errors import Fault
 from kvmsec.model.cluster import Cluster, Member
@@ -166,7 +165,7 @@ class OwnNode:
         await self.after_change()
 
     async def put_state(self, cluster: Cluster, revision: int) -> None:
-        self.keys.write_candidates(candidates_of(cluster))
+        self.keys.write_candidates(cluster.orderers)
         await self.after_change()
 
     async def presented_certificate(self) -> str:

@@ -14,7 +14,7 @@ from kvmsec.cluster.renewal import operations
 from kvmsec.cluster.renewal.journal import Journal
 from kvmsec.cluster.renewal.nodes import Credentials, NotReached, NotTrusted
 from kvmsec.cluster.renewal.operations import Outcome, Wish
-from kvmsec.cluster.renewal.plan import candidates_of, credentials_for
+from kvmsec.cluster.renewal.plan import credentials_for
 from kvmsec.cluster.renewal.sequence import Renewing
 from kvmsec.errors import Conflict
 from kvmsec.linux.errors import Fault
@@ -73,7 +73,7 @@ class Box:
 
     def take(self, cluster: Cluster, revision: int) -> None:
         self.copy, self.revision = cluster, revision
-        self.keys.write_candidates(candidates_of(cluster))
+        self.keys.write_candidates(cluster.orderers)
 
 
 @functools.cache
