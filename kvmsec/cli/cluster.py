@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from kvmsec.cli.certless import cluster_certless
 from kvmsec.cli.failures import FAILED, WrongUsage
 from kvmsec.cli.members import tell_behind
 from kvmsec.cli.output import complain, print_facts, print_json, print_table, say, shown_line, warn
 from kvmsec.cli.params import CLUSTER_NAME, ENDPOINT, POOL, SECURITY_MODEL, json_option
+from kvmsec.cli.renew_crypto import renew_crypto
 from kvmsec.cli.session import Session, pass_session
 from kvmsec.cli.verify import verify
 
@@ -39,7 +41,7 @@ _model_option = click.option(
 )
 
 
-@click.group(commands=(verify,))
+@click.group(commands=(verify, renew_crypto, cluster_certless))
 def cluster() -> None:
     """The cluster: its uid pool, its security model, and whether all is well with it."""
 
