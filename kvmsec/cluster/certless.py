@@ -30,7 +30,10 @@ from kvmsec.errors import KvmsecError, NoCluster, NotMaster
 from kvmsec.linux.errors import Fault
 from kvmsec.model.cluster import Cluster
 from kvmsec.pki.certificates import facts_of, fingerprint_of, make_certless_pair
+from kvmsec.pki.errors import PkiError
+from kvmsec.pki.files import KeyFiles
 from kvmsec.pki.pems import Pair
+from kvmsec.pki.private_files import read_private
 from kvmsec.pki.sealing import open_sealed, seal
 from kvmsec.store import Store
 
@@ -43,6 +46,8 @@ CERTLESS_SERVER_NAME: Final = "certless.kvmsec.invalid"
 `.invalid` from ever being a node's name."""
 
 CERTLESS_FILE: Final = "certless.pem"
+
+_REMOVED: Final = "it is removed; hand it out again with `kvmsec cluster certless enable`"
 
 
 class BadDuration(KvmsecError):
@@ -167,6 +172,27 @@ def open_bundle(sealed: bytes, passphrase: str, *, cluster: UUID | None, now: da
             f"and here it is {now.isoformat(timespec='seconds')}"
         )
     return pair
+
+
+def remove_expired(keys: KeyFiles, now: datetime, log: Log) -> bool:
+    """Remove a common pair that is over, for whoever looks after a node; returns whether it was.
+
+    It counts for nothing from its end on, removed or not. One that is not valid yet stays: this
+    node's clock may be behind. One that can't be read is removed. Raises NotRoot.
+    """
+    try:
+        text = read_private(keys.directory / CERTLESS_FILE, hint=_REMOVED)
+        if text is None:
+            return False
+        pair = Pair.parse(text, CERTLESS_FILE)
+        if now <= facts_of(pair.certificate_pem).not_after:
+            return False
+        why = "is over"
+    except PkiError as error:
+        why = f"can't be used: {error.message}"
+    keys.put(CERTLESS_FILE, None)
+    log(f"{CERTLESS_FILE} was removed: it {why}")
+    return True
 
 
 # How a node behaves while it holds one ---------------------------------------------------------

@@ -13,7 +13,9 @@ from kvmsec.cluster.renewal.reached import Reached
 from kvmsec.model.cluster import Member
 from kvmsec.pki.certificates import anchors_of, fingerprint_of
 from kvmsec.pki.contexts import client_context
+from kvmsec.pki.errors import PkiError
 from kvmsec.pki.files import KeyFiles
+from kvmsec.pki.pems import Pair
 from kvmsec.pki.standing import Trust
 from kvmsec.rpc import messages as m
 from kvmsec.rpc.client import HttpsTransport
@@ -42,25 +44,50 @@ class Direct:
         return _Member(member, self, way)
 
     def ways(self, chosen: Credentials | None) -> tuple[Credentials, ...]:
-        common = self.keys.certless(self.now())
-        ways = []
-        if chosen is not None:
-            ways.append(chosen)
-        elif common is None or self.keys.is_member():
-            ways.append(Credentials(self.keys.own(), self.keys.anchors()))
+        """The chosen pair, or this node's own, and the common one; at least one of them.
+
+        Raises what keeps the own from being read where it is the only one.
+        """
+        common = self._common()
+        ways = [] if chosen is None else [chosen]
+        if chosen is None:
+            try:
+                ways.append(Credentials(self.keys.own(), self.keys.anchors()))
+            except PkiError:
+                if common is None:
+                    raise
         if common is not None:
-            ways.append(Credentials(common, common.certificate_pem))
+            ways.append(Credentials(common, self._anchors_if_any()))
         return tuple(ways)
+
+    def context(self, way: Credentials) -> ssl.SSLContext:
+        common = self._common()
+        also = "" if common is None else common.certificate_pem
+        return client_context(way.pair, way.anchors + also)
 
     def trust(self, way: Credentials) -> Trust:
         cluster, _ = self.store.load()
-        common = self.keys.certless(self.now())
+        common = self._common()
         return Trust(
-            anchors=anchors_of(way.anchors),
+            anchors=anchors_of(way.anchors) if way.anchors else (),
             members={one.uuid: one.name for one in cluster.nodes} if cluster else {},
             candidates=cluster.orderers if cluster else {},
             certless=None if common is None else fingerprint_of(common.certificate_pem),
         )
+
+    def _common(self) -> Pair | None:
+        """A common pair that can't be used must not keep the node's own from being used."""
+        try:
+            return self.keys.certless(self.now())
+        except PkiError:
+            return None
+
+    def _anchors_if_any(self) -> str:
+        """The last resort works where server.pem is what is broken."""
+        try:
+            return self.keys.anchors()
+        except PkiError:
+            return ""
 
 
 @frozen
@@ -92,7 +119,7 @@ class _Member:
     async def shown(self) -> str:
         """Over the chosen pair alone: with the common one, everything would be proved by it."""
         way = self.direct.ways(self.chosen)[0]
-        shown = await self._look(client_context(way.pair, way.anchors))
+        shown = await self._look(self.direct.context(way))
         await self._by(way, lambda node: node.info())
         return shown
 
@@ -106,7 +133,7 @@ class _Member:
         return await self._by(last, call)
 
     async def _by(self, way: Credentials, call: Callable[[RemoteHousehold], Awaitable[_T]]) -> _T:
-        context, trust = client_context(way.pair, way.anchors), self.direct.trust(way)
+        context, trust = self.direct.context(way), self.direct.trust(way)
         transport = HttpsTransport(
             self.member.address,
             self.member.port,

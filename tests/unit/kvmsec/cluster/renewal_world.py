@@ -31,7 +31,7 @@ from kvmsec.pki.certificates import (
 from kvmsec.pki.chain import anchor_of
 from kvmsec.pki.errors import PeerRefused
 from kvmsec.pki.files import KeyFiles
-from kvmsec.pki.judgement import judge, judge_orderer, require_node
+from kvmsec.pki.judgement import judge_orderer, require_node
 from kvmsec.pki.keys import KeyKind
 from kvmsec.pki.pems import Pair
 from kvmsec.pki.standing import Trust
@@ -81,17 +81,16 @@ def der(pem: str) -> bytes:
     return der_of(pem)
 
 
-def refusal(caller: Box, called: Box, way: Credentials, *, is_order: bool = True) -> str | None:
+def refusal(caller: Box, called: Box, way: Credentials, by: datetime = LATER) -> str | None:
     """Why one of the two does not take the other, as both would judge it; None where both do."""
-    judged = judge_orderer if is_order else judge
     try:
-        judged(der(way.pair.certificate_pem), called.trust(), LATER)
+        judge_orderer(der(way.pair.certificate_pem), called.trust(), by)
         require_node(
             der(called.keys.own().certificate_pem),
             caller.trust(way.anchors),
             name=called.name,
             uuid=called.member.uuid,
-            now=LATER,
+            now=by,
         )
     except PeerRefused as error:
         return error.message
@@ -267,18 +266,18 @@ class World:
             return (Credentials(own, self.head.keys.anchors()),)
         return credentials_for(renewal, progress, own)
 
-    def cut_off(self) -> list[str]:
+    def cut_off(self, by: datetime = LATER) -> list[str]:
         """Each node that the master has no pair for that both accept, and why."""
         found = []
         for box in self.boxes.values():
             if box is self.head:
                 continue
-            whys = [refusal(self.head, box, way) for way in self.ways(box)]
+            whys = [refusal(self.head, box, way, by) for way in self.ways(box)]
             if None not in whys:
                 found.append(f"{box.name}: {whys}")
         return found
 
-    def estranged(self, names: Iterable[str]) -> list[str]:
+    def estranged(self, names: Iterable[str], by: datetime = LATER) -> list[str]:
         """Each candidate of these that another of them doesn't take, with their files' pairs."""
         found = []
         boxes = [self[name] for name in names]
@@ -287,17 +286,17 @@ class World:
                 continue
             way = Credentials(caller.keys.own(), caller.keys.anchors())
             for called in boxes:
-                if called is not caller and (why := refusal(caller, called, way)):
+                if called is not caller and (why := refusal(caller, called, way, by)):
                     found.append(f"{caller.name} -> {called.name}: {why}")
         return found
 
 
 def make_world(
-    directory: Path, *, candidates: int = 2, plain: int = 1, make_dirs: bool = True
+    directory: Path, *, candidates: int = 2, plain: int = 1, now: datetime = NOW
 ) -> World:
     """`n0` (the master) to `n<candidates - 1>` may order; the plain nodes follow."""
     cluster_uuid = uuid4()
-    anchor = make_cluster_pair("trial", cluster_uuid, now=NOW)
+    anchor = make_cluster_pair("trial", cluster_uuid, now=now)
     boxes: dict[str, Box] = {}
     pairs: dict[str, Pair] = {}
     members = []
@@ -305,7 +304,7 @@ def make_world(
         name, uuid = f"n{number}", uuid4()
         request = make_request(name, uuid)
         certificate = sign_request(
-            anchor, request.request_pem, node_name=name, node_uuid=uuid, now=NOW
+            anchor, request.request_pem, node_name=name, node_uuid=uuid, now=now
         )
         pairs[name] = Pair(certificate, request.key_pem)
         members.append(
@@ -325,12 +324,11 @@ def make_world(
         security_model=None,
         nodes=tuple(members),
         master=members[0].uuid,
-        created_at=NOW,
+        created_at=now,
     )
     for member in members:
         place = directory / member.name
-        if make_dirs:
-            place.mkdir(mode=0o700)
+        place.mkdir(mode=0o700)
         keys = KeyFiles(place)
         keys.install(anchor.certificate_pem, pairs[member.name])
         if member.is_candidate:
@@ -345,7 +343,7 @@ def anchors(world: World) -> dict[str, str]:
     return {name: box.keys.anchors() for name, box in world.boxes.items()}
 
 
-def assert_settled(world: World) -> None:
+def assert_settled(world: World, *, by: datetime = LATER) -> None:
     """Everybody trusts one anchor, which signed what everybody shows; the lists say the same."""
     assert world.journal.load() is None
     (anchor,) = set(anchors(world).values())
@@ -360,5 +358,5 @@ def assert_settled(world: World) -> None:
             assert box.keys.cluster().certificate_pem == anchor
         else:
             assert not box.keys.holds_cluster_key()
-    assert world.cut_off() == []
-    assert world.estranged(world.boxes) == []
+    assert world.cut_off(by) == []
+    assert world.estranged(world.boxes, by) == []

@@ -141,6 +141,22 @@ def test_only_the_master_does_it(scene: Scene) -> None:
         scene.enable()
 
 
+def test_what_is_over_or_broken_is_removed(scene: Scene) -> None:
+    scene.enable()
+    keys, log = scene.world["n1"].keys, scene.log
+    path = keys.directory / "certless.pem"
+    assert not certless.remove_expired(keys, NOW + timedelta(hours=1), log.append)
+    assert path.exists()
+    assert certless.remove_expired(keys, NOW + timedelta(hours=3), log.append)
+    assert not path.exists() and "is over" in log[-1]
+    assert not certless.remove_expired(keys, NOW, log.append)
+
+    keys.put("certless.pem", scene.world["n0"].keys.own().pem)
+    path.write_text("-----BEGIN NOTHING")
+    assert certless.remove_expired(keys, NOW, log.append)
+    assert not path.exists() and "can't be used" in log[-1]
+
+
 # Judged ----------------------------------------------------------------------------------------
 
 
