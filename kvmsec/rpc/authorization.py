@@ -6,10 +6,8 @@ from typing import Final
 
 from attrs import frozen
 
-from kvmsec.pki.certificates import fingerprint_of
 from kvmsec.pki.errors import PeerRefused
-from kvmsec.pki.judgement import judge_orderer, require_orderer
-from kvmsec.pki.standing import Peer, Trust, judge_standing
+from kvmsec.pki.standing import Peer, Trust, judge_standing, require_orderer
 from kvmsec.rpc.calls import Call, Right
 from kvmsec.rpc.errors import Refused
 from kvmsec.rpc.wire import Caller
@@ -60,6 +58,10 @@ def authorize(
 
     `trust` is None while this node belongs to no cluster. Raises Refused.
     """
+    # The library that reads certificates: who is told a fingerprint does not pay for it.
+    from kvmsec.pki.certificates import fingerprint_of
+    from kvmsec.pki.judgement import judge_orderer
+
     _require_network_right(call, trust)
     if trust is None:
         return Caller(fingerprint=fingerprint_of(der))
