@@ -188,6 +188,9 @@ class Connections:
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
             self._admit(accepted, address[0])
+            # As long as more wait, `sock_accept` gives nobody else a turn: a flood of new ones
+            # would hold up all that has come in.
+            await asyncio.sleep(0)
 
     def _admit(self, accepted: socket.socket, address: str) -> None:
         loop, origin = asyncio.get_running_loop(), origin_of(address)
