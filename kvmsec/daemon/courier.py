@@ -75,6 +75,11 @@ class Courier:
         """The courier's pid, while there is one."""
         return None if self._child is None else self._child.pid
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended: every call fails from then on."""
+        return self._connection is None or not self._connection.is_open
+
     async def tell(self, message: TrustMessage) -> None:
         """Call with this, and trust nobody else, from now on. Raises RemoteFault."""
         body = wire.encode_request(message, PROTOCOL)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from kvmsec.cluster.upkeep import upkeep
 from kvmsec.config import load_config
 from kvmsec.daemon import systemd
 from kvmsec.daemon.confined_child import Start
@@ -19,6 +20,7 @@ from kvmsec.daemon.listening import listen_on, local_socket
 from kvmsec.daemon.orders import OrderJournal
 from kvmsec.daemon.root_part import RootPart
 from kvmsec.daemon.trust_source import TrustSource
+from kvmsec.daemon.ways import Ways
 from kvmsec.errors import NotRoot
 from kvmsec.linux.errors import Fault
 from kvmsec.node import records
@@ -86,12 +88,13 @@ class _Daemon:
             local = asyncio.create_task(root_part.serve_local(listener))
             keeping = asyncio.create_task(keeper.run())
             mending = asyncio.create_task(self._reconcile())
+            tending = asyncio.create_task(self._tend_members())
             systemd.notify("READY=1")
             try:
-                await self._until_the_end(local, keeping)
+                await self._until_the_end(local, keeping, tending)
             finally:
                 systemd.notify("STOPPING=1")
-                await _end(keeping)
+                await _end(keeping, tending)
                 await keeper.stop()
                 await self._let_orders_end(root_part)
                 await _end(local, watching, mending)
@@ -137,6 +140,17 @@ class _Daemon:
                 self._say(line)
         except (Fault, OSError) as error:
             self._say(f"what killed processes left could not be put right: {error}")
+
+    async def _tend_members(self) -> None:
+        """On the master: confirm every member's copy, for as long as this daemon serves."""
+        host = self._node.host
+        async with Ways(host.paths, lambda: host.config, host.store, self._node) as ways:
+            await upkeep(
+                host.store,
+                ways,
+                copy_valid_s=host.config.cluster.copy_valid_s,
+                report=self._say,
+            )
 
     def _report_serving(self, keeper: FrontKeeper) -> None:
         if keeper.is_serving and self._source.is_member():

@@ -73,7 +73,7 @@ class Ways(Generic[_Here]):
         """The courier; it trusts whom the files name as they are now."""
         source = self._source()
         signature = source.signature()
-        if self._courier is None:
+        if self._courier is None or self._courier.is_gone:
             self._courier = await self.start_courier(_required(source))
         elif signature != self._told:
             await self._courier.tell(_required(source))
