@@ -71,6 +71,9 @@ class Rules:
     def verify(self) -> tuple[Finding, ...]:
         """Hold the rules against what they must be, by structure and by packet; reads only."""
         policy = self.policy()
+        if not policy.uids and self._noted() is None:
+            message = "no uid needs rules, and none are in place"
+            return (Finding("rules", "ok", "firewall", message),)
         found = self.firewall.verify(policy)
         if not found:
             uids = format_uids(policy.uids) or "nobody"
