@@ -33,6 +33,7 @@ _EVIDENCE: Final[Mapping[str, tuple[str, ...]]] = {
     "InstancesRun": ("names",),
     "NotRunning": ("name", "state"),
     "PoolRefused": ("problems",),
+    "StaleCopy": ("found", "wanted"),
     "UidsInUse": ("holders",),
     "UnknownInstance": ("name",),
 }
