@@ -1,10 +1,13 @@
 """`cluster renew-crypto` over nodes that keep real key files and judge the master for real."""
 
+import asyncio
 import stat
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
+from kvmsec.cluster.renewal import operations
 from kvmsec.cluster.renewal.errors import (
     NothingToAbort,
     NoWayBack,
@@ -14,6 +17,9 @@ from kvmsec.cluster.renewal.errors import (
     UnknownMember,
 )
 from kvmsec.cluster.renewal.journal import Direction
+from kvmsec.cluster.renewal.operations import Wish
+from kvmsec.linux.errors import LockBusy
+from kvmsec.linux.locks import FileLock
 from kvmsec.pki.certificates import anchors_of
 from tests.unit.kvmsec.cluster.renewal_world import (
     Killed,
@@ -169,8 +175,6 @@ def test_going_on_with_nothing_says_so(world: World) -> None:
 
 
 def test_a_rival_change_of_the_state_is_kept(world: World) -> None:
-    from attrs import evolve
-
     changed = []
 
     def rival() -> None:
@@ -214,3 +218,59 @@ def test_there_is_nothing_to_abort_or_forget(world: World) -> None:
         world.abort()
     with pytest.raises(NothingToAbort):
         world.forget_offline()
+
+
+# Looked at, and joined by others -----------------------------------------------------------------
+
+
+def test_a_preview_says_what_and_who_is_away_and_changes_nothing(world: World) -> None:
+    before = shown(world), anchors(world), world.state, world.store.revision
+    world["n2"].is_up = False
+
+    told = asyncio.run(operations.preview(world.work(), Wish(node="n1")))
+
+    assert [one.node for one in told] == ["n0", "n1", "n2"]
+    assert "make a key" in told[1].what and "make a key" not in told[0].what
+    assert told[1].problem is None and "no answer" in (told[2].problem or "")
+    assert asyncio.run(operations.preview(world.work(), None)) == ()
+    assert not world.journal.is_there()
+    assert (shown(world), anchors(world), world.state, world.store.revision) == before
+
+
+def test_a_preview_of_going_on_says_what_is_left(world: World) -> None:
+    world["n2"].is_up = False
+    world.renew(new_cluster_certificate=True)
+    told = {one.node: one.what for one in asyncio.run(operations.preview(world.work(), None))}
+    assert told["n0"] == told["n1"] == "nothing"
+    assert told["n2"].endswith("drop the old")
+
+
+def test_a_member_that_left_is_waited_for_no_more(world: World) -> None:
+    world["n2"].is_up = False
+    world.renew(new_cluster_certificate=True)
+    left = tuple(one for one in world.state.nodes if one.name != "n2")
+    world.store.cluster = evolve(world.state, nodes=left)
+    world.store.revision += 1
+
+    outcome = world.go_on()
+    assert outcome is not None and outcome.is_at_its_end
+    assert not world.journal.is_there()
+
+
+def test_who_changes_the_members_is_told_to_wait(world: World) -> None:
+    operations.require_none_pending(world.work())
+    world["n2"].is_up = False
+    world.renew()
+    with pytest.raises(RenewalPending):
+        operations.require_none_pending(world.work())
+
+
+def test_two_renewals_at_once_are_refused(world: World) -> None:
+    with FileLock(world.journal.lock_path), pytest.raises(LockBusy):
+        world.renew()
+    world["n2"].is_up = False
+    world.renew()
+    world["n2"].is_up = True
+    with FileLock(world.journal.lock_path):
+        assert world.catch_up() is None  # that other command sees to it
+    assert world.journal.is_there()
