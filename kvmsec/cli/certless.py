@@ -68,16 +68,17 @@ def enable(session: Session, lasts: timedelta, bundle: Path | None) -> None:
 
     passphrase = None if bundle is None else _new_passphrase()
 
-    async def hand_out(_: Node) -> Handed:
-        return await certless.enable(
-            session.store,
-            certificate_nodes(session),
-            own_uuid(session),
-            lasts,
-            now=now(),
-            log=_log(session),
-            passphrase=passphrase,
-        )
+    async def hand_out(here: Node) -> Handed:
+        async with certificate_nodes(session, here) as nodes:
+            return await certless.enable(
+                session.store,
+                nodes,
+                own_uuid(session),
+                lasts,
+                now=now(),
+                log=_log(session),
+                passphrase=passphrase,
+            )
 
     handed = session.run(hand_out)
     if bundle is not None and handed.bundle is not None:
@@ -99,10 +100,11 @@ def disable(session: Session) -> None:
     from kvmsec.cli.certificates import certificate_nodes, own_uuid
     from kvmsec.cluster import certless
 
-    async def end(_: Node) -> Handed:
-        return await certless.disable(
-            session.store, certificate_nodes(session), own_uuid(session), log=_log(session)
-        )
+    async def end(here: Node) -> Handed:
+        async with certificate_nodes(session, here) as nodes:
+            return await certless.disable(
+                session.store, nodes, own_uuid(session), log=_log(session)
+            )
 
     handed = session.run(end)
     say(f"{len(handed.done)} nodes run with client certificates again")

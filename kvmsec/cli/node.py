@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from kvmsec.cli.certless import node_certless
 from kvmsec.cli.members import COMMANDS
 from kvmsec.cli.output import shown_text
 from kvmsec.cli.session import Session, pass_session
 
 
-@click.group(commands=COMMANDS)
+@click.group(commands=(*COMMANDS, node_certless))
 def node() -> None:
     """This node's daemon, and the nodes of its cluster."""
 

@@ -12,7 +12,7 @@ from kvmsec.cli.params import json_option
 from kvmsec.cli.session import Session, pass_session
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Sequence
 
     from kvmsec.cli.session import Node
     from kvmsec.cluster.renewal.operations import Outcome, Step, Wish
@@ -65,20 +65,19 @@ def renew_crypto(
     from kvmsec.cli.certificates import renewing
     from kvmsec.cluster.renewal import operations
 
-    work = renewing(session)
+    async def preview(here: Node) -> Sequence[Step]:
+        async with renewing(session, here) as work:
+            return await operations.preview(work, wish)
 
-    async def preview(_: Node) -> Sequence[Step]:
-        return await operations.preview(work, wish)
-
-    async def act(_: Node) -> Outcome | None:
-        done: Awaitable[Outcome | None]
-        if abort:
-            done = operations.abort(work)
-        elif forget:
-            done = operations.forget_offline(work)
-        else:
-            done = operations.go_on(work) if wish is None else operations.renew(work, wish)
-        return await done
+    async def act(here: Node) -> Outcome | None:
+        async with renewing(session, here) as work:
+            if abort:
+                return await operations.abort(work)
+            if forget:
+                return await operations.forget_offline(work)
+            if wish is None:
+                return await operations.go_on(work)
+            return await operations.renew(work, wish)
 
     if dry_run:
         _show_plan(session.run(preview), as_json=as_json)

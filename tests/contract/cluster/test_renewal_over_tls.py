@@ -7,23 +7,26 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import UUID
 
 import pytest
-from attrs import define, evolve
+from attrs import define, evolve, field, frozen
 
 from kvmsec.cluster import certless
 from kvmsec.cluster.renewal import operations
-from kvmsec.cluster.renewal.directly import Direct
+from kvmsec.cluster.renewal.calling import Calling, Line
 from kvmsec.cluster.renewal.operations import Outcome, Wish
 from kvmsec.cluster.renewal.reached import OwnNode, RemoteNode
 from kvmsec.cluster.renewal.sequence import Renewing
 from kvmsec.model.cluster import cluster_from
 from kvmsec.pki.certificates import anchors_of, fingerprint_of
-from kvmsec.pki.contexts import server_context
+from kvmsec.pki.contexts import client_context, server_context
 from kvmsec.pki.keys import KeyKind
+from kvmsec.pki.pems import Pair
 from kvmsec.pki.standing import Trust
 from kvmsec.rpc import messages as m
 from kvmsec.rpc.calls import Call
+from kvmsec.rpc.client import HttpsTransport
 from kvmsec.rpc.server import Server
 from kvmsec.rpc.service import respond
 from kvmsec.rpc.wire import Caller
@@ -113,16 +116,48 @@ class Served:
         self.server = None
 
 
+@frozen
+class InProcess:
+    """A line without a courier: what the courier does, in this very process."""
+
+    context: ssl.SSLContext
+    trust: Trust
+    opened: list[HttpsTransport]
+
+    def transport(self, *, name: str, uuid: UUID, address: str, port: int) -> HttpsTransport:
+        made = HttpsTransport(address, port, name, uuid, lambda: self.context, lambda: self.trust)
+        self.opened.append(made)
+        return made
+
+    async def peer_fingerprint(self, *, name: str, uuid: UUID, address: str, port: int) -> str:
+        _, writer = await asyncio.open_connection(
+            address, port, ssl=self.context, server_hostname=""
+        )
+        der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.transport.abort()
+        return fingerprint_of(der)
+
+
 @define
 class Trial:
     world: World
     served: dict[str, Served]
+    opened: list[HttpsTransport] = field(factory=list)
+
+    async def open_line(self, pair: Pair, anchors: str, trust: Trust) -> Line:
+        return InProcess(client_context(pair, anchors), trust, self.opened)
+
+    async def close(self) -> None:
+        while self.opened:
+            await self.opened.pop().close()
 
     def nodes(self) -> list[OwnNode | RemoteNode]:
         world = self.world
-        direct = Direct(keys=world.head.keys, store=world.store, now=now)
+        calling = Calling(
+            keys=world.head.keys, store=world.store, now=now, open_line=self.open_line
+        )
         return [
-            OwnNode(box.member, box.keys) if box is world.head else RemoteNode(box.member, direct)
+            OwnNode(box.member, box.keys) if box is world.head else RemoteNode(box.member, calling)
             for box in world.boxes.values()
         ]
 
@@ -165,6 +200,12 @@ async def refuse(listener: socket.socket) -> None:
 def while_served(
     trial: Trial, names: tuple[str, ...], act: Callable[[], Awaitable[object]]
 ) -> object:
+    async def closing() -> object:
+        try:
+            return await act()
+        finally:
+            await trial.close()
+
     async def serve() -> object:
         async with asyncio.timeout(60):
             silent = [
@@ -173,7 +214,7 @@ def while_served(
                 if name not in names
             ]
             try:
-                return await _within([trial.served[name] for name in names], act)
+                return await _within([trial.served[name] for name in names], closing)
             finally:
                 for task in silent:
                     task.cancel()

@@ -1,10 +1,9 @@
-"""Calling a member over TLS with a pair of one's choice, and a look at what it shows."""
+"""Calling a member with a pair of one's choice, and a look at what it shows."""
 
-import asyncio
-import ssl
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Final, TypeVar
+from typing import Protocol, TypedDict, TypeVar
+from uuid import UUID
 
 from attrs import frozen
 
@@ -12,25 +11,37 @@ from kvmsec.cluster.renewal.nodes import Credentials
 from kvmsec.cluster.renewal.reached import Reached
 from kvmsec.model.cluster import Member
 from kvmsec.pki.certificates import anchors_of, fingerprint_of
-from kvmsec.pki.contexts import client_context
 from kvmsec.pki.errors import PkiError
 from kvmsec.pki.files import KeyFiles
 from kvmsec.pki.pems import Pair
 from kvmsec.pki.standing import Trust
 from kvmsec.rpc import messages as m
-from kvmsec.rpc.client import HttpsTransport
-from kvmsec.rpc.errors import Refused, Unreachable
+from kvmsec.rpc.errors import Refused
 from kvmsec.rpc.remote import RemoteHousehold
+from kvmsec.rpc.transport import Transport
 from kvmsec.store import Store
 
 _T = TypeVar("_T")
 
-_HANDSHAKE_S: Final = 8.0
+
+class Line(Protocol):
+    """What calls members with one pair (`kvmsec.daemon.courier.Courier`)."""
+
+    def transport(self, *, name: str, uuid: UUID, address: str, port: int) -> Transport:
+        """The way to one of them; nothing is asked of it yet."""
+
+    async def peer_fingerprint(self, *, name: str, uuid: UUID, address: str, port: int) -> str:
+        """The fingerprint of what it shows in a new handshake. Raises Unreachable."""
+
+
+OpenLine = Callable[[Pair, str, Trust], Awaitable[Line]]
+"""Opens a line, or gives the one that there is: the pair to show, the anchors (PEM) that TLS takes,
+and whom to trust."""
 
 
 @frozen(kw_only=True)
-class Direct:
-    """`kvmsec.cluster.renewal.reached.Reach`: from this process, a connection for each call.
+class Calling:
+    """`kvmsec.cluster.renewal.reached.Reach`, over lines that somebody else opens.
 
     While this node holds the common certificate of the last resort, it is tried where the pair
     that was chosen is refused.
@@ -39,6 +50,7 @@ class Direct:
     keys: KeyFiles
     store: Store
     now: Callable[[], datetime]
+    open_line: OpenLine
 
     def __call__(self, member: Member, way: Credentials | None) -> Reached:
         return _Member(member, self, way)
@@ -60,10 +72,11 @@ class Direct:
             ways.append(Credentials(common, self._anchors_if_any()))
         return tuple(ways)
 
-    def context(self, way: Credentials) -> ssl.SSLContext:
+    async def line(self, way: Credentials) -> Line:
+        """The line for a pair; whoever shows the common certificate is taken as well."""
         common = self._common()
         also = "" if common is None else common.certificate_pem
-        return client_context(way.pair, way.anchors + also)
+        return await self.open_line(way.pair, way.anchors + also, self.trust(way))
 
     def trust(self, way: Credentials) -> Trust:
         cluster, _ = self.store.load()
@@ -95,7 +108,7 @@ class _Member:
     """One member, called over the first pair that it does not refuse."""
 
     member: Member
-    direct: Direct
+    calling: Calling
     chosen: Credentials | None
 
     async def prepare(self, request: m.PrepareRequest) -> m.Prepared:
@@ -118,13 +131,13 @@ class _Member:
 
     async def shown(self) -> str:
         """Over the chosen pair alone: with the common one, everything would be proved by it."""
-        way = self.direct.ways(self.chosen)[0]
-        shown = await self._look(self.direct.context(way))
+        way = self.calling.ways(self.chosen)[0]
         await self._by(way, lambda node: node.info())
-        return shown
+        line = await self.calling.line(way)
+        return await line.peer_fingerprint(**self._target())
 
     async def _over(self, call: Callable[[RemoteHousehold], Awaitable[_T]]) -> _T:
-        *first, last = self.direct.ways(self.chosen)
+        *first, last = self.calling.ways(self.chosen)
         for way in first:
             try:
                 return await self._by(way, call)
@@ -133,39 +146,16 @@ class _Member:
         return await self._by(last, call)
 
     async def _by(self, way: Credentials, call: Callable[[RemoteHousehold], Awaitable[_T]]) -> _T:
-        context, trust = self.direct.context(way), self.direct.trust(way)
-        transport = HttpsTransport(
-            self.member.address,
-            self.member.port,
-            self.member.name,
-            self.member.uuid,
-            lambda: context,
-            lambda: trust,
-        )
-        try:
-            return await call(RemoteHousehold(transport))
-        finally:
-            await transport.close()
+        line = await self.calling.line(way)
+        return await call(RemoteHousehold(line.transport(**self._target())))
 
-    async def _look(self, context: ssl.SSLContext) -> str:
-        """The certificate that the node shows in a new handshake."""
+    def _target(self) -> "_Target":
         member = self.member
-        try:
-            async with asyncio.timeout(_HANDSHAKE_S):
-                _, writer = await asyncio.open_connection(
-                    member.address, member.port, ssl=context, server_hostname=""
-                )
-        except ssl.SSLError as error:
-            raise Refused(
-                member.name,
-                f"this node does not trust what it shows ({error.reason or error})",
-                hint="compare server.pem on both nodes with `kvmsec cluster verify`",
-            ) from error
-        except OSError as error:
-            reason = f"{member.address} port {member.port} can't be reached: {error}"
-            raise Unreachable(member.name, reason, hint="does its daemon run?") from error
-        try:
-            tls = writer.get_extra_info("ssl_object")
-            return fingerprint_of(tls.getpeercert(binary_form=True) or b"")
-        finally:
-            writer.transport.abort()
+        return _Target(name=member.name, uuid=member.uuid, address=member.address, port=member.port)
+
+
+class _Target(TypedDict):
+    name: str
+    uuid: UUID
+    address: str
+    port: int
