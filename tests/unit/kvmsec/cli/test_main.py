@@ -71,6 +71,7 @@ def test_every_command_of_this_release_is_there() -> None:
             *("config show", "config check"),
             *("cluster init", "cluster modify", "cluster info", "cluster destroy"),
             *("cluster verify", "cluster sync", "cluster master-failover"),
+            *("cluster renew-crypto", "cluster certless", "node certless"),
             *("node serve", "node invite", "node join", "node add", "node list", "node info"),
             *("node promote", "node demote", "node readd", "node remove", "node leave"),
             *("uids provision", "uids list", "uids release"),
