@@ -21,9 +21,12 @@ _STANDARD: Final = (0, 1, 2)
 _LATE: Final = (
     *("encodings.idna", "encodings.ascii", "encodings.latin_1", "encodings.utf_8", "stringprep"),
     *("asyncio.sslproto", "ssl", "traceback", "linecache", "logging", "warnings", "zoneinfo"),
-    *("hypervisor.foreign_text", "concurrent.futures.thread", "email.utils", "http.cookies"),
+    *("kvmsec.pki.certificates", "kvmsec.pki.contexts", "kvmsec.pki.judgement"),
+    *("hypervisor.foreign_text", "kvmsec.daemon.told", "kvmsec.daemon.system_calls"),
+    *("concurrent.futures.thread", "email.utils", "http.cookies"),
+    "cryptography.hazmat.backends.openssl.backend",
 )
-"""What Python imports by itself once it is needed: too late then, with no tree to find it in."""
+"""What is imported once it is needed, by Python or by us: too late then, with an empty tree."""
 
 
 def import_all(*modules: str) -> None:

@@ -10,7 +10,7 @@ import os
 import ssl
 import sys
 from socket import socket
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from kvmsec.daemon.front_messages import PEER, TRUST, PeerMessage, TrustMessage
 from kvmsec.linux.errors import Fault
@@ -21,10 +21,6 @@ from kvmsec.rpc.calls import PROTOCOL
 from kvmsec.rpc.errors import BadMessage, Unreachable
 from kvmsec.rpc.frames import Request, Target, serve_frames
 
-if TYPE_CHECKING:
-    from kvmsec.rpc.client import HttpsExchange
-
-_MOST_NODES: Final = 2048
 _HANDSHAKE_S: Final = 5.0
 
 
@@ -33,7 +29,7 @@ def main() -> None:
     from kvmsec.daemon.confined_life import import_all, shut_in
     from kvmsec.daemon.system_calls import courier_rules
 
-    import_all("kvmsec.rpc.client", "kvmsec.daemon.told", "kvmsec.pki.contexts")
+    import_all("kvmsec.rpc.courier")
     (control,) = shut_in(courier_rules())
     asyncio.run(_live(control))
     sys.stderr.flush()
@@ -49,26 +45,25 @@ class _Courier:
     """Calls with what it was told last."""
 
     def __init__(self) -> None:
+        from kvmsec.rpc.courier import Courier
+
         self._context: ssl.SSLContext | None = None
         self._trust: Trust | None = None
-        self._nodes: dict[Target, HttpsExchange] = {}
+        self._carrier = Courier(self._required_context, lambda: self._trust)
 
     async def told(self, request: Request) -> bytes:
         """Do what root's process asks for; raises nothing."""
-        node = None if request.target is None else request.target.name
         try:
             match request.call:
                 case TRUST.name:
                     self._take(wire.decode_request(TRUST, request.body))
                     return wire.encode_answer(m.Nothing(), PROTOCOL)
                 case PEER.name:
-                    return wire.encode_answer(await self._peer(self._target(request)), PROTOCOL)
+                    return wire.encode_answer(await self._peer(request.target), PROTOCOL)
                 case _:
-                    return await self._pass_on(request)
+                    return await self._carrier.carry(request)
         except Fault as error:
             return wire.encode_fault(error)
-        except (OSError, ValueError) as error:
-            return wire.encode_fault(Unreachable(node, f"the call failed: {error}"))
 
     def _take(self, told: m.Message) -> None:
         assert isinstance(told, TrustMessage)
@@ -79,51 +74,24 @@ class _Courier:
         pair = Pair.parse(told.pair, "this node's pair")
         self._context, self._trust = client_context(pair, told.anchors), trust_of(told)
 
-    async def _pass_on(self, request: Request) -> bytes:
-        target = self._target(request)
-        call = wire.find_call(request.call, request.protocol)
-        deadline_s = call.deadline_s(wire.decode_request(call, request.body))
-        node = self._node(target)
-        answer = await node.exchange(call, request.protocol, request.body, deadline_s)
-        return wire.encode_answer(
-            wire.decode_answer(call, answer, node=target.name), request.protocol
-        )
-
-    def _target(self, request: Request) -> Target:
-        if request.target is None or self._context is None:
-            raise BadMessage(None, "the courier was not told whom to call, or what with")
-        return request.target
-
-    def _node(self, target: Target) -> "HttpsExchange":
-        from kvmsec.rpc.client import HttpsExchange
-
-        if target not in self._nodes:
-            if len(self._nodes) >= _MOST_NODES:
-                raise BadMessage(None, f"more than {_MOST_NODES} nodes")
-            self._nodes[target] = HttpsExchange(
-                target.address,
-                target.port,
-                target.name,
-                target.uuid,
-                self._required_context,
-                lambda: self._trust,
-            )
-        return self._nodes[target]
-
     def _required_context(self) -> ssl.SSLContext:
-        assert self._context is not None
+        if self._context is None:
+            raise BadMessage(None, "the courier was not told what to call with")
         return self._context
 
-    async def _peer(self, target: Target) -> PeerMessage:
+    async def _peer(self, target: Target | None) -> PeerMessage:
         """Which certificate a node shows, for the proofs of a join, which are bound to it."""
         from kvmsec.pki.certificates import fingerprint_of
 
+        if target is None:
+            raise BadMessage(None, "a question without a node to ask")
+        context = self._required_context()
         try:
             async with asyncio.timeout(2 * _HANDSHAKE_S):
                 _, writer = await asyncio.open_connection(
                     target.address,
                     target.port,
-                    ssl=self._context,
+                    ssl=context,
                     server_hostname="",
                     ssl_handshake_timeout=_HANDSHAKE_S,
                 )

@@ -39,7 +39,7 @@ def main() -> None:
     from kvmsec.daemon.confined_life import import_all, shut_in
     from kvmsec.daemon.system_calls import front_rules
 
-    import_all("kvmsec.rpc.server", "kvmsec.daemon.told", "kvmsec.pki.contexts")
+    import_all("kvmsec.rpc.server")
     control, calls, *listeners = shut_in(front_rules())
     asyncio.run(_live(control, calls, listeners))
     sys.stderr.flush()
