@@ -28,6 +28,7 @@ from kvmsec.pki.certificates import (
 )
 from kvmsec.pki.contexts import client_context
 from kvmsec.pki.files import KeyFiles
+from kvmsec.pki.keys import KeyKind
 from kvmsec.pki.pems import Pair
 from kvmsec.pki.standing import Trust
 from kvmsec.rpc import messages as m
@@ -64,13 +65,14 @@ class Ours:
 class ClusterOfTwo:
     """`here` (served by a daemon), `other` (a candidate) and `plain`; none but the first exists."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, kind: KeyKind = KeyKind.ED25519) -> None:
         self.root = root
+        self.kind = kind
         self.paths = Paths(root)
         self.paths.make_directories()
         self.port = free_port()
         self.uuid = uuid4()
-        self.anchor = make_cluster_pair("site", self.uuid, now=datetime.now(UTC))
+        self.anchor = make_cluster_pair("site", self.uuid, kind=kind, now=datetime.now(UTC))
         self.here = self.make("here", Role.CANDIDATE)
         self.other = self.make("other", Role.CANDIDATE)
         self.plain = self.make("plain", Role.PLAIN)
@@ -79,7 +81,7 @@ class ClusterOfTwo:
 
     def make(self, name: str, role: Role, *, signed_by: Pair | None = None) -> Ours:
         uuid, now = uuid4(), datetime.now(UTC)
-        request = make_request(name, uuid)
+        request = make_request(name, uuid, kind=self.kind)
         signer = signed_by or self.anchor
         certificate = sign_request(
             signer, request.request_pem, node_name=name, node_uuid=uuid, now=now

@@ -15,6 +15,7 @@ from kvmsec.daemon.inspection import find_gaps
 from kvmsec.linux.credentials import Credentials
 from kvmsec.model.cluster import Role
 from kvmsec.pki.certificates import make_cluster_pair
+from kvmsec.pki.keys import KeyKind
 from kvmsec.rpc import messages as m
 from kvmsec.rpc.client import HttpsTransport
 from kvmsec.rpc.errors import Refused, RemoteFault
@@ -32,6 +33,16 @@ def test_a_candidate_is_answered(cluster: ClusterOfTwo, daemon: Daemon) -> None:
     assert (info.name, info.uuid) == ("here", cluster.here.member.uuid)
     assert info.revision == 1
     assert cluster.ask("instance.list", m.Nothing()).instances == ()
+
+
+@pytest.mark.parametrize("kind", list(KeyKind))
+def test_keys_of_every_kind_are_served_with_and_judged(
+    kind: KeyKind, root: Path, begin: Callable[..., Daemon]
+) -> None:
+    cluster = ClusterOfTwo(root, kind)
+    cluster.join()
+    begin("--bind", f"127.0.0.1:{cluster.port}").says("serving other nodes")
+    assert cluster.ask("node.info", m.Nothing()).name == "here"
 
 
 def test_every_kind_of_call_works_with_nothing_left_to_import(
@@ -318,3 +329,25 @@ os.dup2(int(sys.argv[1]), 3)
 os.environ["LISTEN_PID"] = str(os.getpid())
 os.execv(sys.argv[2], sys.argv[2:])
 """
+
+
+def test_settings_are_read_again_when_asked_and_a_bad_file_changes_nothing(
+    cluster: ClusterOfTwo, daemon: Daemon
+) -> None:
+    start = m.StartRequest(name="web", definition={"firmware": "/usr/share/nothing.fd"})
+
+    def refusal() -> str:
+        with pytest.raises(RemoteFault) as raised:
+            cluster.ask("instance.start", start)
+        return raised.value.message
+
+    assert "remote.firmware_folders is empty" in refusal()
+    cluster.paths.config.write_text('[remote]\nfirmware_folders = ["/usr/share"]\n')
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.says("settings were read again")
+    assert "can't be followed" in refusal()
+
+    cluster.paths.config.write_text("[remote]\nfirmware_folders = 7\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.says("settings stay as they were")
+    assert "can't be followed" in refusal()
