@@ -71,7 +71,8 @@ class TrustSource:
         return Trust(
             anchors=(),
             members=self._members(),
-            candidates={} if certless is not None else self._candidates(),
+            # The last resort must work where the list is what is broken.
+            candidates=self._candidates() if certless is None else self._candidates_or_nobody(),
             certless=None if certless is None else certless[0],
         )
 

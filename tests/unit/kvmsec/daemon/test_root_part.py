@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -16,6 +16,7 @@ from kvmsec.daemon.trust_source import TrustSource
 from kvmsec.model.cluster import Cluster, Member, Role
 from kvmsec.paths import Paths
 from kvmsec.pki.candidates import format_candidates
+from kvmsec.pki.certificates import fingerprint_of, make_certless_pair
 from kvmsec.rpc import messages as m
 from kvmsec.rpc import wire
 from kvmsec.rpc.calls import CALLS, PROTOCOL, Call
@@ -207,6 +208,26 @@ def test_a_list_that_others_could_write_lets_nobody_in(setting: Setting) -> None
     setting.list.chmod(0o666)
     with pytest.raises(Refused):
         setting.front("node.info", m.Nothing(), setting.caller())
+
+
+@pytest.mark.parametrize("list_is_whole", [True, False])
+def test_the_last_resort_lets_the_common_certificate_in_beside_the_list(
+    setting: Setting, list_is_whole: bool
+) -> None:
+    now = datetime.now(UTC)
+    common = make_certless_pair("site", now=now, lifetime=timedelta(hours=1))
+    setting.put("certless.pem", common.pem)
+    if not list_is_whole:
+        setting.list.unlink()
+
+    setting.front("rules.apply", m.Nothing(), Caller(fingerprint_of(common.certificate_pem), "x"))
+    if list_is_whole:
+        setting.front("rules.apply", m.Nothing(), setting.caller())
+    else:
+        with pytest.raises(Refused):
+            setting.front("rules.apply", m.Nothing(), setting.caller())
+    with pytest.raises(Refused):
+        setting.front("rules.apply", m.Nothing(), Caller(STRANGER, "x"))
 
 
 def test_a_node_of_no_cluster_takes_no_order(setting: Setting) -> None:
