@@ -146,7 +146,7 @@ def spawn(
         report, report_writer = os.pipe2(os.O_CLOEXEC)
         childs.callback(os.close, report_writer)
         undo.callback(os.close, report)
-        pid, pidfd = forking.fork_init(jail.born_in)
+        pid, pidfd = forking.clone_init(jail.born_in)
         if pid == 0:
             _become_qemu(jail, program, argv, go_reader, report_writer, witness)
         undo.callback(_end, pidfd)

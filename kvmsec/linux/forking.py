@@ -8,7 +8,7 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Final
 
 from kvmsec.linux import syscalls
@@ -32,7 +32,7 @@ def fork() -> int:
     Raises ManyThreads: what another thread holds (a lock of the allocator's) is held for ever in
     the child. OSError when the kernel refuses.
     """
-    return _fork_by(os.fork)
+    return _fork_by(os.fork, _forget_handlers)
 
 
 def fork_init(cgroup: str | None = None) -> tuple[int, int]:
@@ -43,35 +43,62 @@ def fork_init(cgroup: str | None = None) -> tuple[int, int]:
     10 ms on an idle host. Otherwise as `fork`. Raises ManyThreads, and OSError, which names the
     group where that is what was refused. See clone(2), `clone3`, Linux 5.7.
     """
+    return _fork_init_by(_clone_as_python, _forget_handlers, cgroup)
+
+
+def clone_init(cgroup: str | None = None) -> tuple[int, int]:
+    """As `fork_init`, for a child of a few system calls that then becomes another program.
+
+    Nothing that Python and libraries registered for a fork is called, in neither process. It puts
+    right what other threads may have held, and there are none; and each page that it touches has
+    to be copied first: it was two fifths of all that such a child touched.
+    """
+    return _fork_init_by(_clone, syscalls.reset_signals, cgroup)
+
+
+def _fork_init_by(
+    clone: Callable[[int], tuple[int, int]], forget_signals: Callable[[], None], cgroup: str | None
+) -> tuple[int, int]:
     group = -1 if cgroup is None else os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     pidfd = -1
 
-    def clone() -> int:
+    def fork_into_group() -> int:
         nonlocal pidfd
-        # What os.fork does around the system call, since Python has no name for this one.
-        ctypes.pythonapi.PyOS_BeforeFork()
         try:
-            pid, pidfd = syscalls.clone3(CLONE_NEWPID, group)
+            pid, pidfd = clone(group)
         except OSError as error:
-            ctypes.pythonapi.PyOS_AfterFork_Parent()
             raise OSError(error.errno, error.strerror, cgroup) from None
-        if pid == 0:
-            ctypes.pythonapi.PyOS_AfterFork_Child()
-        else:
-            ctypes.pythonapi.PyOS_AfterFork_Parent()
         return pid
 
     try:
-        return _fork_by(clone), pidfd
+        return _fork_by(fork_into_group, forget_signals), pidfd
     finally:
         if group >= 0:
             os.close(group)
 
 
-def _fork_by(clone: Callable[[], int]) -> int:
+def _clone(group: int) -> tuple[int, int]:
+    return syscalls.clone3(CLONE_NEWPID, group)
+
+
+def _clone_as_python(group: int) -> tuple[int, int]:
+    """What os.fork does around the system call, since Python has no name for this one."""
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid, pidfd = -1, -1
+    try:
+        pid, pidfd = _clone(group)
+    finally:
+        if pid == 0:
+            ctypes.pythonapi.PyOS_AfterFork_Child()
+        else:
+            ctypes.pythonapi.PyOS_AfterFork_Parent()
+    return pid, pidfd
+
+
+def _fork_by(clone: Callable[[], int], forget_signals: Callable[[], None]) -> int:
     _require_one_thread()
+    # What had come before runs its handler no later than at the next call, still in the parent.
     blocked = syscalls.set_signal_mask(_ALL_SIGNALS)
-    taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_DFL]
     collects = gc.isenabled()
     gc.disable()
     pid = -1
@@ -79,7 +106,7 @@ def _fork_by(clone: Callable[[], int]) -> int:
         pid = clone()
         if pid == 0:
             gc.freeze()
-            _forget_signals(taken)
+            _call_or_end(forget_signals)
         return pid
     finally:
         if collects:
@@ -99,10 +126,16 @@ def _require_one_thread() -> None:
         time.sleep(0.001)
 
 
-def _forget_signals(taken: Collection[int]) -> None:
+def _call_or_end(function: Callable[[], None]) -> None:
     try:
-        signal.set_wakeup_fd(-1)
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        function()
     except BaseException:
         os._exit(1)  # Anything else would let it into the parent's code.
+
+
+def _forget_handlers() -> None:
+    """Every signal as the kernel has it, for who goes on in Python."""
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)

@@ -7,10 +7,14 @@ import ctypes
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Final
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
+_libc.mount.argtypes = (*[ctypes.c_char_p] * 3, ctypes.c_ulong, ctypes.c_char_p)
+_libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+_libc.signal.restype = ctypes.c_void_p
 
 _NR_EXECVE: Final = {"x86_64": 59, "aarch64": 221, "riscv64": 221, "s390x": 11, "ppc64le": 11}
 _NR_FSOPEN: Final = 430
@@ -85,6 +89,12 @@ def set_signal_mask(mask: bytes) -> bytes:
     return former.raw
 
 
+def reset_signals() -> None:
+    """Take every signal as the kernel does (`signal(2)`), whatever Python believes from then on."""
+    for number in range(1, signal.NSIG):
+        _libc.signal(number, None)  # SIGKILL and the C library's own two can't be changed.
+
+
 class _CloneArguments(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_uint64)
@@ -109,10 +119,15 @@ def clone3(flags: int, cgroup: int) -> tuple[int, int]:
         cgroup=max(cgroup, 0),
     )
     size = ctypes.c_size_t(ctypes.sizeof(arguments))
-    # Not `_libc`: a call that returns twice must not give the interpreter's lock back meanwhile.
-    libc = ctypes.PyDLL(None, use_errno=True)
+    libc = _libc_that_keeps_the_lock()
     pid = _checked(libc.syscall(ctypes.c_long(_NR_CLONE3), ctypes.byref(arguments), size))
     return pid, pidfd.value if pid else -1
+
+
+@cache
+def _libc_that_keeps_the_lock() -> ctypes.PyDLL:
+    """For a call that returns twice: the interpreter's lock is not given back meanwhile."""
+    return ctypes.PyDLL(None, use_errno=True)
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
@@ -121,7 +136,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, data: s
         os.fsencode(source) if source else None,
         os.fsencode(target),
         kind.encode() if kind else None,
-        ctypes.c_ulong(flags),
+        flags,
         data.encode() if data else None,
     )
     _checked(result, target)

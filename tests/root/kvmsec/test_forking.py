@@ -20,10 +20,16 @@ pytestmark = pytest.mark.root
 STATUS = 7
 
 
-def told_by_init(function: Callable[[], object], cgroup: str | None = None) -> str:
+Fork = Callable[[str | None], tuple[int, int]]
+EITHER = pytest.mark.parametrize("fork", [forking.fork_init, forking.clone_init])
+
+
+def told_by_init(
+    function: Callable[[], object], cgroup: str | None = None, fork: Fork = forking.fork_init
+) -> str:
     """What a new first process returns from the function; its end is seen by its pidfd."""
     reader, writer = os.pipe()
-    pid, pidfd = forking.fork_init(cgroup)
+    pid, pidfd = fork(cgroup)
     if pid == 0:
         try:
             os.write(writer, str(function()).encode())
@@ -50,8 +56,9 @@ def group() -> Iterator[Path]:
     path.rmdir()
 
 
-def test_it_is_the_first_of_its_namespace_and_the_callers_own_child() -> None:
-    assert told_by_init(lambda: (os.getpid(), os.getppid())) == "(1, 0)"
+@EITHER
+def test_it_is_the_first_of_its_namespace_and_the_callers_own_child(fork: Fork) -> None:
+    assert told_by_init(lambda: (os.getpid(), os.getppid()), fork=fork) == "(1, 0)"
 
 
 def test_the_callers_later_children_are_born_where_it_is() -> None:
@@ -60,8 +67,9 @@ def test_the_callers_later_children_are_born_where_it_is() -> None:
     assert os.readlink("/proc/self/ns/pid_for_children") == own
 
 
-def test_it_is_in_its_control_group_from_birth(group: Path) -> None:
-    told = told_by_init(lambda: Path("/proc/self/cgroup").read_text(), str(group))
+@EITHER
+def test_it_is_in_its_control_group_from_birth(group: Path, fork: Fork) -> None:
+    told = told_by_init(lambda: Path("/proc/self/cgroup").read_text(), str(group), fork)
     assert f"0::/{group.name}\n" in told
 
 
@@ -115,13 +123,45 @@ def test_python_knows_that_it_was_forked() -> None:
     assert seen == []
 
 
-def test_a_process_with_several_threads_is_refused() -> None:
+def test_a_child_that_becomes_another_program_calls_nothing_that_is_registered() -> None:
+    seen: list[str] = []
+    os.register_at_fork(
+        before=lambda: seen.append("before"),
+        after_in_parent=lambda: seen.append("parent"),
+        after_in_child=lambda: seen.append("child"),
+    )
+    assert told_by_init(lambda: seen, fork=forking.clone_init) == "[]"
+    assert seen == []
+    told_by_init(lambda: seen)
+    assert seen == ["before", "parent"], "the control: by fork_init each is called"
+
+
+def test_the_kernel_takes_every_signal_as_at_the_beginning() -> None:
+    """Those that Python ignores, and those that the parent handles, past Python (faulthandler)."""
+
+    def look() -> object:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return [line for line in lines if line.startswith(("SigBlk", "SigIgn", "SigCgt"))]
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    try:
+        told = told_by_init(look, fork=forking.clone_init)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+        signal.signal(signal.SIGUSR1, before)
+    none = "0" * 16
+    assert told == str([f"SigBlk:\t{none}", f"SigIgn:\t{none}", f"SigCgt:\t{none}"])
+
+
+@EITHER
+def test_a_process_with_several_threads_is_refused(fork: Fork) -> None:
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:
         with pytest.raises(ManyThreads):
-            forking.fork_init()
+            fork(None)
     finally:
         stop.set()
         thread.join()
