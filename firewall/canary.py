@@ -10,14 +10,15 @@ another firewall's refusal proves nothing about our rules.
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, Final
 
 from attrs import frozen
 
 from firewall.backend import Dropped
 from firewall.policy import FAMILIES, Family
-from firewall.routes import LOOPBACK, Target, find_routed_target
+from firewall.routes import LOOPBACK, Target, candidates_beyond, find_routed_target
 from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import Credentials
 
@@ -104,16 +105,18 @@ def probe(
     Raises ChildFailed and ChildTimedOut (kvmsec.linux.errors), and what `read_dropped` and the
     carrier raise.
     """
+    # Here, and not where they are sent: that child touches no more than it must.
+    send = partial(_send_all, candidates_beyond())
     before = read_dropped()
-    answers = carrier(_send_all) if carrier is not None else _send_by_child(uid, gid)
+    answers = carrier(send) if carrier is not None else _send_by_child(uid, gid, send)
     after = read_dropped()
     risen = Dropped(*(max(0, after.of(family) - before.of(family)) for family in FAMILIES))
     return Report(uid, tuple(_parse(answer) for answer in answers), risen)
 
 
-def _send_by_child(uid: int, gid: int) -> Any:
+def _send_by_child(uid: int, gid: int, send: Callable[[], Any]) -> Any:
     return run_in_child(
-        _send_all,
+        send,
         what=f"sending a packet as uid {uid}",
         credentials=Credentials(uid, gid),
         timeout_s=DEADLINE_S,
@@ -131,14 +134,16 @@ def _parse(answer: Any) -> Attempt:
     )
 
 
-def _send_all() -> list[tuple[str, str, int | None, bool]]:
+def _send_all(candidates: Collection[Target]) -> list[tuple[str, str, int | None, bool]]:
     """The sender's part. Nothing is sent beyond the host unless all of loopback is closed."""
     answers: list[tuple[str, str, int | None, bool]] = []
     for target in LOOPBACK:
         answers.append((target.family, target.address, _send(target), True))
     if all(error in (errno.EPERM, *_FAMILY_ABSENT) for _, _, error, _ in answers):
-        for beyond in filter(None, map(find_routed_target, FAMILIES)):
-            answers.append((beyond.family, beyond.address, _send(beyond), False))
+        for family in FAMILIES:
+            beyond = find_routed_target(family, candidates)
+            if beyond is not None:
+                answers.append((beyond.family, beyond.address, _send(beyond), False))
     return answers
 
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from attrs import frozen
 
-from firewall.policy import Family
+from firewall.policy import FAMILIES, Family
 
 # RFC 863, discard: whoever did receive an empty datagram there would throw it away.
 DISCARD_PORT: Final = 9
@@ -57,16 +57,29 @@ class Target:
 LOOPBACK: Final = (Target("ipv4", "127.0.0.1"), Target("ipv6", "::1"))
 
 
-def find_routed_target(family: Family) -> Target | None:
-    """An address of the family that is not this host's and that the caller has a route to.
+def candidates_beyond() -> tuple[Target, ...]:
+    """Addresses that may be beyond this host, of both families, the ones to be preferred first.
 
-    Looks at the caller's network namespace with the caller's uid, which routing rules may ask
-    for. A documentation address serves where a default route takes it; else an address inside a
-    network that an interface is connected to, link-local ones included.
+    A documentation address serves where a default route takes it; else an address inside a
+    network that an interface of the caller's namespace is connected to, link-local ones included.
     """
-    candidates = (Target(family, address) for address in _DOCUMENTATION[family])
-    for target in (*candidates, *_connected(family)):
-        if _is_routed(target):
+    return tuple(
+        target
+        for family in FAMILIES
+        for target in (
+            *(Target(family, address) for address in _DOCUMENTATION[family]),
+            *_connected(family),
+        )
+    )
+
+
+def find_routed_target(family: Family, candidates: Iterable[Target]) -> Target | None:
+    """The first of the family that is not this host's and that the caller has a route to.
+
+    Looks at the caller's network namespace with the caller's uid, which routing rules may ask for.
+    """
+    for target in candidates:
+        if target.family == family and _is_routed(target):
             return target
     return None
 

@@ -173,19 +173,20 @@ def _inside(path: str) -> str:
 def _bind_programs(jail: Jail) -> None:
     # All places first: once something of the node is mounted, making one could change the node.
     made = {""}
-    for source, target in jail.binds:
-        _make_parents(_inside(target), made)
+    binds = [(source, _inside(target)) for source, target in jail.binds]
+    for source, target in binds:
+        _make_parents(target, made)
         if stat.S_ISDIR(os.stat(source).st_mode):
-            os.mkdir(_inside(target), 0o755)
-            made.add(_inside(target))
+            os.mkdir(target, 0o755)
+            made.add(target)
         else:
-            os.mknod(_inside(target), stat.S_IFREG | 0o444)
-    for source, target in jail.binds:
-        namespaces.mount(source, _inside(target), None, namespaces.MS_BIND)
+            os.mknod(target, stat.S_IFREG | 0o444)
+    for source, target in binds:
+        namespaces.mount(source, target, None, namespaces.MS_BIND)
 
 
 def _make_parents(path: str, made: set[str]) -> None:
-    parent = os.path.dirname(path)
+    parent = path.rpartition("/")[0]
     if parent not in made:
         _make_parents(parent, made)
         os.mkdir(parent, 0o755)

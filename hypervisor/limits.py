@@ -6,13 +6,14 @@ named here stays as the launcher has it: `stack` (the default size of QEMU's thr
 priority), and `locks`, which Linux has not counted since 2.4.25 (getrlimit(2)).
 """
 
+import contextlib
 import os
 import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 UNLIMITED: Final = resource.RLIM_INFINITY
 _MOST: Final = 2**63 - 1
@@ -35,7 +36,7 @@ class Bound:
     @property
     def shown(self) -> str:
         """The value as /proc/PID/limits has it."""
-        return "unlimited" if self.value == UNLIMITED else str(self.value)
+        return _shown(self.value)
 
     def agrees_with(self, found: tuple[str, str] | None) -> bool:
         """Whether these soft and hard values are what was asked for, or lower where that does."""
@@ -62,10 +63,11 @@ class ProcessLimits:
     file_bytes: int = 1 << 30
     locked_bytes: int = 8 << 20
     oom_score_adjust: int = 0
+    bounds: tuple[Bound, ...] = field(init=False, repr=False)
+    """Every limit that is set; `core` first, since a failure must not leave a core."""
 
-    @property
-    def bounds(self) -> tuple[Bound, ...]:
-        """Every limit that is set; `core` first, since a failure must not leave a core."""
+    @bounds.default
+    def _of_all(self) -> tuple[Bound, ...]:
         return (
             # One byte is too little for a file, and the one value for which the kernel starts no
             # program of the node's that a core is piped to: for zero it does (fs/coredump.c).
@@ -93,15 +95,21 @@ class ProcessLimits:
         return Bound(resource.RLIMIT_MEMLOCK, "Max locked memory", self.locked_bytes, may_be_lower)
 
     def apply(self) -> None:
-        """Limit the calling process, and read back what it has then. Raises OSError."""
+        """Limit the calling process, and read back what it has then. Raises OSError.
+
+        Asked of the kernel without /proc's table of them: it is for `problems_of`.
+        """
         for bound in self.bounds:
             _set(bound)
+            soft, hard = resource.getrlimit(bound.resource)
+            if not bound.agrees_with((_shown(soft), _shown(hard))):
+                raise OSError(0, f"{bound.name} {soft}, {hard}, wanted {bound.shown}")
         _write_own(_OOM_SCORE, str(self.oom_score_adjust))
         # Should a core be written all the same (gcore, another kernel), no mapping is in it. It
         # lasts through the exec (core(5)).
-        if os.path.exists(f"/proc/self/{_CORE_FILTER}"):
+        with contextlib.suppress(FileNotFoundError):  # A kernel without CONFIG_ELF_CORE.
             _write_own(_CORE_FILTER, "0")
-        if problems := self.problems_of("self"):
+        if problems := self._other_problems_of("self"):
             raise OSError(0, "; ".join(problems))
 
     def problems_of(self, pid: int | str) -> list[str]:
@@ -112,12 +120,17 @@ class ProcessLimits:
             found = shown.get(bound.name)
             if not bound.agrees_with(found):
                 problems.append(f"{bound.name} {found}, wanted {bound.shown}")
-        score = Path(f"/proc/{pid}/{_OOM_SCORE}").read_text().strip()
+        return problems + self._other_problems_of(pid)
+
+    def _other_problems_of(self, pid: int | str) -> list[str]:
+        """What is no limit of getrlimit(2)."""
+        problems = []
+        score = _read(f"/proc/{pid}/{_OOM_SCORE}").strip()
         if score != str(self.oom_score_adjust):
             problems.append(f"{_OOM_SCORE} {score}, wanted {self.oom_score_adjust}")
         try:
             # Empty once the process has ended and has no memory that could be in one.
-            kinds = int(Path(f"/proc/{pid}/{_CORE_FILTER}").read_text() or "0", 16)
+            kinds = int(_read(f"/proc/{pid}/{_CORE_FILTER}") or "0", 16)
         except FileNotFoundError:
             return problems  # A kernel without CONFIG_ELF_CORE writes none at all.
         if kinds:
@@ -133,6 +146,18 @@ def parse_limits(text: str) -> Mapping[str, tuple[str, str]]:
         if len(values) >= 2:
             found[name] = (values[0], values[1])
     return found
+
+
+def _shown(value: int) -> str:
+    return "unlimited" if value == UNLIMITED else str(value)
+
+
+def _read(path: str) -> str:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 4096).decode()
+    finally:
+        os.close(descriptor)
 
 
 def _set(bound: Bound) -> None:

@@ -1,14 +1,13 @@
 """The only place that starts QEMU; what the kernel says of it afterwards; its end."""
 
 import contextlib
-import json
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-import psutil
+import msgspec
 from attrs import frozen
 
 from hypervisor.descriptors import foreign_descriptors, identity_of
@@ -80,7 +79,7 @@ class Newborn:
                 raise _failure(self._heard)
             self._heard += chunk
         answer, _, self._heard = self._heard.partition(b"\n")
-        return json.loads(answer)
+        return msgspec.json.decode(answer)
 
     def release(self) -> None:
         """Let the child execute QEMU once its jail stands."""
@@ -121,7 +120,7 @@ def _require_executed(report: int, words: bytes = b"") -> None:
 
 def _failure(words: bytes) -> JailFailed:
     try:
-        failure = json.loads(words.removeprefix(_EXECUTING))
+        failure = msgspec.json.decode(words.removeprefix(_EXECUTING))
         step, number, detail = failure["step"], failure["errno"], failure["detail"]
     except (ValueError, TypeError, KeyError):
         return JailFailed("exec", 0, _KILLED)
@@ -213,11 +212,13 @@ def _testify(jail: Jail, go: int, report: int, witness: Witness) -> None:
     with acting_as(jail.credentials):
         _end_with_launcher(go)
         answer = witness()
-    os.write(report, json.dumps(answer).encode() + b"\n")
+    os.write(report, msgspec.json.encode(answer) + b"\n")
 
 
 def _report(pipe: int, step: str, number: int, detail: str) -> None:
-    os.write(pipe, json.dumps({"step": step, "errno": number, "detail": detail[:1024]}).encode())
+    said = detail[:1024].encode(errors="backslashreplace").decode()  # A path may be no text.
+    told = {"step": step, "errno": number, "detail": said}
+    os.write(pipe, msgspec.json.encode(told))
 
 
 def confinement_problems(newborn: Newborn) -> list[str]:
@@ -317,6 +318,8 @@ class Use:
 
 def use_of(process: ProcessId) -> Use | None:
     """What a running process uses; None once it is gone."""
+    import psutil  # Not for a start, which forks: what is loaded has to be forked as well.
+
     try:
         seen = psutil.Process(process.pid)
         with seen.oneshot():
