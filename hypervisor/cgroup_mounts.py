@@ -1,7 +1,6 @@
 """Which control group hierarchies this host has mounted, and what each has to give."""
 
 from collections.abc import Collection, Iterable
-from pathlib import Path
 
 from attrs import frozen
 
@@ -26,7 +25,8 @@ class Mount:
 def lines_of(path: str) -> list[str]:
     """The lines of a file of the kernel's; none where there is no such file."""
     try:
-        return Path(path).read_text(errors="replace").splitlines()
+        with open(path, "rb", buffering=0) as file:
+            return file.readall().decode(errors="replace").splitlines()
     except OSError:
         return []
 

@@ -27,13 +27,18 @@ def pools_mib(directory: Path = _POOLS) -> tuple[int, ...]:
         names = sorted(os.listdir(directory))
     except FileNotFoundError:
         return ()
-    found = ((_NAME.fullmatch(name), directory / name) for name in names)
+    found = ((_NAME.fullmatch(name), os.path.join(directory, name)) for name in names)
     sizes = (int(size[1]) >> 10 for size, pool in found if size and _has_pages(pool))
     return tuple(size for size in sizes if size)
 
 
-def _has_pages(pool: Path) -> bool:
-    return any(int((pool / count).read_text()) for count in _COUNTS)
+def _has_pages(pool: str) -> bool:
+    return any(_number_in(f"{pool}/{count}") for count in _COUNTS)
+
+
+def _number_in(path: str) -> int:
+    with open(path, "rb", buffering=0) as file:
+        return int(file.readall())
 
 
 def limits_for(machine: Machine, pools: Collection[int]) -> tuple[HugePageLimit, ...]:

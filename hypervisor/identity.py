@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -13,6 +14,7 @@ from attrs import frozen
 from kvmsec.linux.files import make_private_directory, write_atomically
 
 _LIMIT_BYTES: Final = 1 << 20
+_SETTLED_NS: Final = 1_000_000_000
 T = TypeVar("T")
 
 
@@ -43,9 +45,16 @@ class FileIdentity:
     def still_holds(self) -> bool:
         """Whether the path leads to the same file, unchanged."""
         try:
-            return FileIdentity.of(self.path) == self
+            status = os.stat(self.path)
         except OSError:
             return False
+        return (
+            status.st_ino == self.inode
+            and status.st_ctime_ns == self.changed_ns
+            and status.st_mtime_ns == self.modified_ns
+            and status.st_size == self.size_bytes
+            and status.st_dev == self.device
+        )
 
 
 @frozen
@@ -53,6 +62,9 @@ class _Entry:
     key: str
     files: tuple[FileIdentity, ...]
     answer: msgspec.Raw
+
+
+_read: Final[dict[str, tuple[FileIdentity, _Entry, Any]]] = {}
 
 
 @frozen
@@ -68,12 +80,26 @@ class Memory:
     def recall(self, key: str, kind: type[T]) -> T | None:
         """The answer that was kept for `key`, if it still holds."""
         try:
-            entry = msgspec.json.decode(self._read(key), type=_Entry)
+            entry, answer = self._kept(key, kind)
             if entry.key == key and all(file.still_holds() for file in entry.files):
-                return msgspec.json.decode(entry.answer, type=kind)
+                return answer
         except (OSError, msgspec.MsgspecError):
             pass
         return None
+
+    def _kept(self, key: str, kind: type[T]) -> tuple[_Entry, T]:
+        """What is on disk; what this process has read of that very file is not read again."""
+        path = self._path(key)
+        file = FileIdentity.of(path)
+        known = _read.get(file.path)
+        if known is not None and known[0] == file and isinstance(known[2], kind):
+            return known[1], known[2]
+        entry = msgspec.json.decode(self._read(key), type=_Entry)
+        answer = msgspec.json.decode(entry.answer, type=kind)
+        # Within one tick of the file system's clock it could change and look the same.
+        if time.time_ns() - file.changed_ns > _SETTLED_NS:
+            _read[file.path] = file, entry, answer
+        return entry, answer
 
     def keep(self, key: str, files: tuple[FileIdentity, ...], answer: Any) -> None:
         """Write an answer down; a full disk costs the next caller a question, no more."""

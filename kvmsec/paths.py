@@ -8,7 +8,7 @@ that two roots never touch each other's.
 
 import hashlib
 import os
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from attrs import field, frozen
@@ -30,24 +30,24 @@ class InstancePaths:
 
     directory: Path
 
-    @property
+    @cached_property
     def record(self) -> Path:
         return self.directory / "record.json"
 
-    @property
+    @cached_property
     def qmp_socket(self) -> Path:
         return self.directory / "qmp.sock"
 
-    @property
+    @cached_property
     def serial_socket(self) -> Path:
         return self.directory / "serial.sock"
 
-    @property
+    @cached_property
     def output(self) -> Path:
         """Where the instance's sized filesystem is mounted: its own output, and nothing else."""
         return self.directory / "output"
 
-    @property
+    @cached_property
     def mount_point(self) -> Path:
         """An empty directory: in the instance's own mount namespace its root is built on it."""
         return self.directory / "root"
@@ -58,23 +58,29 @@ class InstancePaths:
             make_private_directory(directory)
 
 
+@lru_cache
+def _instance_paths(instances: Path, name: str) -> InstancePaths:
+    return InstancePaths(instances / name)
+
+
 @frozen
 class Paths:
     """Every path of a kvmsec whose files lie below `root` (links in it are resolved once)."""
 
     root: Path = field(default=Path("/"), converter=_resolved)
 
+    # Each is made once: a start asks for them some hundred times, and to make one takes 10 us.
     # Names that become paths are checked here as well: this is the last place before the disk.
 
-    @property
+    @cached_property
     def etc(self) -> Path:
         return self.root / "etc/kvmsec"
 
-    @property
+    @cached_property
     def config(self) -> Path:
         return self.etc / "kvmsec.toml"
 
-    @property
+    @cached_property
     def definitions(self) -> Path:
         return self.etc / "instances"
 
@@ -82,11 +88,11 @@ class Paths:
         """The definition of an instance. Raises BadName."""
         return self.definitions / f"{require_name('an instance', name)}.toml"
 
-    @property
+    @cached_property
     def var(self) -> Path:
         return self.root / "var/lib/kvmsec"
 
-    @property
+    @cached_property
     def cluster(self) -> Path:
         return self.var / "cluster.json"
 
@@ -110,12 +116,12 @@ class Paths:
         """The join tokens that are not spent; on the master only."""
         return self.var / "invitations.json"
 
-    @property
+    @cached_property
     def features(self) -> Path:
         """The directory where QEMU's features are kept once they were asked for."""
         return self.var / "features"
 
-    @property
+    @cached_property
     def last_states(self) -> Path:
         return self.var / "instances"
 
@@ -123,7 +129,6 @@ class Paths:
         """How an instance ended, for those who ask later. Raises BadName."""
         return self.last_states / f"{require_name('an instance', name)}.json"
 
-    # Kept: a start asks for a path of each instance several times.
     @cached_property
     def run(self) -> Path:
         return self.root / "run/kvmsec"
@@ -134,9 +139,9 @@ class Paths:
 
     def instance(self, name: str) -> InstancePaths:
         """The files of an instance that runs. Raises BadName."""
-        return InstancePaths(self.instances / require_name("an instance", name))
+        return _instance_paths(self.instances, require_name("an instance", name))
 
-    @property
+    @cached_property
     def locks(self) -> Path:
         return self.run / "locks"
 
@@ -149,12 +154,12 @@ class Paths:
         """Who ordered what of this node's daemon."""
         return self.log / "orders.jsonl"
 
-    @property
+    @cached_property
     def images_lock(self) -> Path:
         """The lock under which it is decided who may open which image: one for all roots."""
         return _HOST_RUN / "images.lock"
 
-    @property
+    @cached_property
     def image_holdings(self) -> Path:
         """What instances have open: one place for all roots of this host."""
         return _HOST_RUN / "images"
@@ -164,11 +169,11 @@ class Paths:
         """Where the command line reaches this node's daemon."""
         return self.run / "node.sock"
 
-    @property
+    @cached_property
     def log(self) -> Path:
         return self.root / "var/log/kvmsec"
 
-    @property
+    @cached_property
     def instance_logs(self) -> Path:
         return self.log / "instances"
 
@@ -180,17 +185,17 @@ class Paths:
         """What an instance said in its last run, copied off at its end. Raises BadName."""
         return self.instance_logs / f"{require_name('an instance', name)}.output"
 
-    @property
+    @cached_property
     def uid_leases(self) -> Path:
         """Who holds which uid: one place for all roots of this host."""
         return _HOST_RUN / "uids"
 
-    @property
+    @cached_property
     def uid_state(self) -> Path:
         """What rests or is quarantined: one place for all roots, and kept over a reboot."""
         return _HOST_VAR / "uids"
 
-    @property
+    @cached_property
     def tag(self) -> str:
         """What the packet rules of this root go by: `kvmsec`, or `kvmsec_` and 8 hex digits."""
         if self.root == Path("/"):

@@ -8,6 +8,7 @@ finished bytes to the kernel.
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -90,7 +91,7 @@ def find_filter(cache: Path | None = None, rules: Sequence[Rule] = RULES) -> Fil
     if machine != _MACHINE:
         raise NoFilter(f"it is for {_MACHINE}, and this machine is {machine}")
     memory = Memory(cache) if cache is not None else None
-    key = f"seccomp 1 {machine} {hashlib.sha256(repr(rules).encode()).hexdigest()}"
+    key = f"seccomp 1 {machine} {_digest_of(tuple(rules))}"
     known = memory.recall(key, _Kept) if memory is not None else None
     found = known.filter() if known is not None else None
     if found is not None:
@@ -101,6 +102,11 @@ def find_filter(cache: Path | None = None, rules: Sequence[Rule] = RULES) -> Fil
     if memory is not None and (files := library.files):
         memory.keep(key, tuple(map(FileIdentity.of, files)), _Kept.of(made))
     return made
+
+
+@cache
+def _digest_of(rules: tuple[Rule, ...]) -> str:
+    return hashlib.sha256(repr(rules).encode()).hexdigest()
 
 
 def _compiled(library: Library, rules: Sequence[Rule]) -> Filter:

@@ -87,7 +87,13 @@ def _has_ended(state: str, threads: int) -> bool:
 
 def myself() -> ProcessId:
     """The identity of the calling process."""
-    found = identify(os.getpid())
+    return _of_this_process(os.getpid())
+
+
+@cache
+def _of_this_process(pid: int) -> ProcessId:
+    """Remembered by pid, since a forked child is another: it starts once."""
+    found = identify(pid)
     if found is None:
         raise ProcessLookupError("/proc does not show the calling process: is it mounted?")
     return found
