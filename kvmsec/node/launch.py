@@ -257,7 +257,8 @@ class _Start:
             self.host.paths.tag, self.record.name, config.cgroup.parent, self.allotment.groups
         )
         self.cgroup = group
-        self.note(cgroups=group.paths)
+        # Written down with the process: an empty group that no record names is found by its name.
+        self.record = evolve(self.record, cgroups=group.paths)
         limits.require(group.lacks, config.confinement.may_be_missing)
 
     def fork(self) -> None:
