@@ -63,7 +63,7 @@ def _instance_paths(instances: Path, name: str) -> InstancePaths:
     return InstancePaths(instances / name)
 
 
-@frozen
+@frozen(cache_hash=True)
 class Paths:
     """Every path of a kvmsec whose files lie below `root` (links in it are resolved once)."""
 

@@ -208,7 +208,7 @@ class LocalNode:
 
         self._require_root()
         self.host.prepare()
-        done = await reconcile(self.host)
+        done = await reconcile(self.host, self._watches.alive())
         try:
             cluster, _ = self.host.store.load()
             # With several members it takes all of them to say that nobody holds a uid any more.

@@ -13,6 +13,7 @@ from kvmsec.linux import processes
 from kvmsec.linux.errors import Fault, LockBusy
 from kvmsec.linux.files import remove_unfinished
 from kvmsec.linux.locks import FileLock
+from kvmsec.linux.processes import ProcessId
 from kvmsec.node import image_holdings, journal, leasing, records, taps
 from kvmsec.node.dismantle import Remains, dismantle, remove_files, remove_group
 from kvmsec.node.host import Host
@@ -25,16 +26,17 @@ _UNFINISHED_S: Final = 60.0
 _ORPHAN_TIMEOUT_S: Final = 2.0
 
 
-async def reconcile(host: Host) -> tuple[str, ...]:
+async def reconcile(host: Host, alive: Collection[ProcessId] = frozenset()) -> tuple[str, ...]:
     """Take back what has no living owner; returns what was done, a line each.
 
+    `alive` are processes that are known to run just now, without a look at each in /proc.
     An instance whose lock somebody holds is being worked on, and is left alone. What can't be put
     right is said too, and the rest goes on.
     """
     done: list[str] = []
     running: list[InstanceRecord] = []
     for name in _worked_on(host):
-        if (record := _running(host, name)) is not None:
+        if (record := _running(host, name, alive)) is not None:
             running.append(record)
             continue
         async with _turn_if_left(host, name) as is_ours:
@@ -47,13 +49,15 @@ async def reconcile(host: Host) -> tuple[str, ...]:
     return tuple(done)
 
 
-def _running(host: Host, name: str) -> InstanceRecord | None:
+def _running(host: Host, name: str, alive: Collection[ProcessId]) -> InstanceRecord | None:
     """The record of an instance that runs as it says: whoever works on it, it is to be left."""
     try:
         record = records.load(host.paths, name)
     except (Fault, OSError):
         return None
-    return record if record is not None and is_true(record) else None
+    if record is None or record.state is not InstanceState.RUNNING:
+        return None
+    return record if record.process in alive or is_true(record) else None
 
 
 def _settle_rules(host: Host) -> list[str]:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -152,12 +153,18 @@ def names(paths: Paths) -> list[str]:
 
 def names_in(directory: Path) -> list[str]:
     """The entries of a directory that have the name of an instance; sorted."""
-    found = []
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.listdir(directory):
-            with contextlib.suppress(KvmsecError):
-                found.append(require_name("an instance", entry))
-    return sorted(found)
+        return sorted(filter(_is_name, os.listdir(directory)))
+    return []
+
+
+@cache
+def _is_name(entry: str) -> bool:
+    """Remembered: the entries of root's own directories are looked through by every start."""
+    with contextlib.suppress(KvmsecError):
+        require_name("an instance", entry)
+        return True
+    return False
 
 
 def read_all(paths: Paths) -> tuple[list[InstanceRecord], list[RecordUnreadable]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from typing import Final
 from kvmsec.agent import Event, InstanceState
 from kvmsec.linux import processes
 from kvmsec.linux.errors import Fault
+from kvmsec.linux.processes import ProcessId
 from kvmsec.node import records
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord
@@ -32,6 +34,16 @@ class Watches:
         self._turn = turn
         self._listeners: set[asyncio.Queue[Event]] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._pidfds: dict[int, ProcessId] = {}
+        self._poll = select.poll()
+
+    def alive(self) -> frozenset[ProcessId]:
+        """The processes that are watched and run now: one poll(2) asks after all of them.
+
+        For who would else look each of them up in /proc. A descriptor never means another process.
+        """
+        ended = dict(self._poll.poll(0))
+        return frozenset(one for pidfd, one in self._pidfds.items() if pidfd not in ended)
 
     def publish(self, name: str, state: InstanceState, reason: str | None = None) -> None:
         """Tell every listener; one that is too far behind loses its oldest event."""
@@ -61,6 +73,9 @@ class Watches:
         if record.process is None or name in self._tasks:
             return
         pidfd = processes.open_pidfd(record.process)
+        if pidfd is not None:
+            self._pidfds[pidfd] = record.process
+            self._poll.register(pidfd, select.POLLIN)
         task = asyncio.create_task(self._see_end(name, record.generation, pidfd))
         self._tasks[name] = task
 
@@ -69,6 +84,8 @@ class Watches:
             if self._tasks.get(name) is task:
                 del self._tasks[name]
             if pidfd is not None:
+                self._poll.unregister(pidfd)
+                del self._pidfds[pidfd]
                 process.reap(pidfd)  # Whoever took the instance back may not be its parent.
                 os.close(pidfd)
 

@@ -78,7 +78,10 @@ def test_a_start_opens_no_file_of_those_that_run_on(lab):
                 opened.append(arguments[0])
 
         sys.addaudithook(note)  # It can't be taken back, and ends with this process.
-        await node.start(lab.definition("first"))  # What is opened once for all of them.
+        # What is opened once for all of them, and what is remembered only when it has settled.
+        await node.start(lab.definition("first"))
+        await asyncio.sleep(SETTLED_S)
+        await node.start(lab.definition("second"))
         counts = []
         for fleet in (["a", "b"], [f"vm{number}" for number in range(12)]):
             for name in fleet:

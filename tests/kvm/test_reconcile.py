@@ -70,6 +70,27 @@ def test_a_crash_is_shown_by_listings_that_change_nothing_and_cleaned_by_the_nex
     assert not lab.instances()
 
 
+def test_who_watches_its_instances_looks_none_of_them_up(lab, monkeypatch):
+    """One poll(2) asks after all, so that a start does not grow with the fleet by that."""
+    looked_up = []
+    look = processes.is_alive
+
+    def note(process: processes.ProcessId) -> bool:
+        looked_up.append(process.pid)
+        return look(process)
+
+    async def act(node: Any) -> None:
+        started = await node.start(lab.definition())
+        monkeypatch.setattr(processes, "is_alive", note)
+        assert await node.reconcile() == ()
+        assert started.pid not in looked_up
+        end(started.pid)
+        assert await node.reconcile() == ("web: crashed: killed by SIGKILL",)
+
+    lab.run(act)
+    assert not lab.leftovers()
+
+
 def test_what_nobody_saw_end_is_unknown_and_its_last_words_are_kept(lab):
     assert lab.rival(lambda node: node.start(lab.definition())).outcome()
     end(lab.instances()["web"].pid, signal.SIGTERM)
