@@ -16,9 +16,9 @@ import _sandbox
 
 from kvmsec.linux.processes import boot_id, myself
 from uidpool import usage
-from uidpool.claims import Claims
 from uidpool.ranges import UidRanges
 from uidpool.records import Lease, encode
+from uidpool.waiting import WaitingClaims
 
 POOL = UidRanges.parse("210000-219999")
 FREE = 214321
@@ -33,11 +33,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/run" if os.geteuid() == 0 else None) as place:
         leases, state = Path(place) / "leases", Path(place) / "state"
         fill(leases)
-        records_only = Claims(leases, state, root="/", inspect=usage.Usage, clean=usage.Usage)
+        records_only = WaitingClaims(
+            leases, state, root="/", inspect=usage.Usage, clean=usage.Usage
+        )
         print(f"pool of {POOL.size():,} uids, {POOL.size() - 1:,} taken, {arguments.draws} draws")
         report("choosing and recording", records_only, arguments.draws)
         if os.geteuid() == 0:
-            whole = Claims(leases, state, root="/", clean=usage.Usage)
+            whole = WaitingClaims(leases, state, root="/", clean=usage.Usage)
             report("with the look at the uid", whole, arguments.draws)
 
 
@@ -53,7 +55,7 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def report(what: str, claims: Claims, draws: int) -> None:
+def report(what: str, claims: WaitingClaims, draws: int) -> None:
     times_ms = []
     for number in range(draws):
         started = time.perf_counter()

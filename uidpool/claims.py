@@ -1,7 +1,8 @@
 """Draw a uid, hold it, release it: at most one holder on a node, whatever crashes when.
 
 To look at a uid, to clean it and to wait for another release of it can take long; the rest takes
-milliseconds. So each of these is there in steps (`uidpool.steps`) for who runs an event loop.
+milliseconds. So each of these is in steps (`uidpool.steps`), for who runs an event loop;
+`uidpool.waiting` does them in one go.
 
 A draw is uniform over the free uids, from the operating system's CSPRNG. Every change of the
 records is made under one lock, and written so that a crash at any line leaves a uid held rather
@@ -35,7 +36,7 @@ from uidpool.ledger import Ledger, writing
 from uidpool.occupation import Occupation
 from uidpool.ranges import EMPTY, UidRanges
 from uidpool.records import Lease, LeaseKey, Quarantine, Rest
-from uidpool.steps import Clean, Look, Step, Verdict, Work, carry_out
+from uidpool.steps import Clean, Look, Step, Verdict, Work
 
 __all__ = [
     "Claims",
@@ -49,7 +50,6 @@ __all__ = [
     "UidState",
 ]
 
-DEFAULT_REUSE_DELAY_S: Final = 60.0
 RELEASE_TIMEOUT_S: Final = 60.0
 """How long a release waits for another one of the same uid."""
 _ATTEMPTS: Final = 8
@@ -118,14 +118,9 @@ class Claims:
 
     # --- draw
 
-    def draw(
-        self,
-        pool: UidRanges,
-        *,
-        instance: str,
-        generation: str,
-        reuse_delay_s: float = DEFAULT_REUSE_DELAY_S,
-    ) -> Lease:
+    def drawing(
+        self, pool: UidRanges, instance: str, generation: str, reuse_delay_s: float
+    ) -> Work[Lease]:
         """Lease one uid of the pool, at random among the free ones, and prove that it is clean.
 
         Resting uids are drawn only when no other is free, the one that has rested longest first. A
@@ -133,12 +128,6 @@ class Claims:
         files are too many to look at the uid stays as free as it was, and none is drawn. Raises
         PoolExhausted, NoCleanUid, RecordNotWritten, LockBusy and UntrustedPath.
         """
-        return carry_out(self.drawing(pool, instance, generation, reuse_delay_s), self.take)
-
-    def drawing(
-        self, pool: UidRanges, instance: str, generation: str, reuse_delay_s: float
-    ) -> Work[Lease]:
-        """The steps of `draw`."""
         reasons: dict[int, str] = {}
         for _ in range(_ATTEMPTS):
             try:
@@ -214,17 +203,13 @@ class Claims:
 
     # --- release
 
-    def release(self, key: LeaseKey) -> Released | Quarantined:
+    def releasing(self, key: LeaseKey) -> Work[Released | Quarantined]:
         """Clean the uid of a lease and give it back, or quarantine it.
 
         A lease that is not there any more, or is another start's by now, is left alone: nothing
-        of its holder is touched, however often this is called. Raises RecordUnreadable,
+        of its holder is touched, however often this is done. Raises RecordUnreadable,
         RecordNotWritten (the uid stays leased), LockBusy.
         """
-        return carry_out(self.releasing(key), self.take)
-
-    def releasing(self, key: LeaseKey) -> Work[Released | Quarantined]:
-        """The steps of `release`."""
         with self._ledger.release_lock(key.uid) as lock:
             yield from _taking(lock)
             lease = self._ledger.lease(key.uid)
@@ -242,7 +227,7 @@ class Claims:
             return Released()
 
     def ending(self, key: LeaseKey) -> Work[None]:
-        """The steps of ending everything that the uid of a lease has; the lease stays.
+        """End everything that the uid of a lease has; the lease stays.
 
         A lease that is not there any more, or is another start's by now, is left alone. Raises
         RecordUnreadable, RecordNotWritten, LockBusy.
@@ -253,17 +238,13 @@ class Claims:
             if lease is not None and lease.key == key:
                 yield Clean(key.uid)
 
-    def retry(self, uid: int) -> Released | Quarantined:
+    def retrying(self, uid: int) -> Work[Released | Quarantined]:
         """Try again to clean a quarantined uid, or one whose lease can't be read.
 
         In the latter case nothing is ended or removed, since an instance may be running: the uid
         is freed when it is found clean. Raises UidHeld when an instance holds it, and ClaimsError
         when the uid is neither.
         """
-        return carry_out(self.retrying(uid), self.take)
-
-    def retrying(self, uid: int) -> Work[Released | Quarantined]:
-        """The steps of `retry`."""
         with self._ledger.release_lock(uid) as lock:
             yield from _taking(lock)
             try:

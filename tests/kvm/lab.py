@@ -25,6 +25,7 @@ from tests.kvm.serial_line import Line
 from uidpool import provision
 from uidpool.ranges import UidRanges
 from uidpool.snapshot import Snapshot
+from uidpool.steps import carry_out
 
 POOL = UidRanges.parse("245000-245029")
 DOMAIN = "guestkeeper"
@@ -201,9 +202,9 @@ class Lab:
                 os.kill(pid, signal.SIGKILL)
         with trying:
             for lease in self.leases():
-                self.claims.release(lease.key)
+                carry_out(self.claims.releasing(lease.key), self.claims.take)
             for quarantine in self.claims.quarantined():
-                self.claims.retry(quarantine.uid)
+                carry_out(self.claims.retrying(quarantine.uid), self.claims.take)
         for line in self._mounts():
             with trying:
                 namespaces.umount(line.split()[1], namespaces.MNT_DETACH)

@@ -30,8 +30,9 @@ from kvmsec.node.local import LocalNode
 from kvmsec.node.trial import NOBODY, TrialFailed, boot_tiny_guest
 from kvmsec.paths import Paths
 from uidpool import usage
-from uidpool.claims import Claims
 from uidpool.ranges import UidRanges
+from uidpool.steps import carry_out
+from uidpool.waiting import WaitingClaims
 
 pytestmark = pytest.mark.kvm
 
@@ -281,17 +282,17 @@ def test_a_user_that_became_unfit_is_an_error(pool: Host) -> None:
 
 
 def test_a_quarantined_uid_is_a_warning_with_its_reason(pool: Host) -> None:
-    lease = pool.claims.draw(POOL, instance="web", generation="0" * 16)
-    dirty = Claims(
+    dirty = WaitingClaims(
         pool.paths.uid_leases,
         pool.paths.uid_state,
         root=str(pool.paths.root),
         clean=lambda uid: evolve(usage.inspect(uid), incomplete="somebody is in the way"),
     )
+    lease = dirty.draw(POOL, instance="web", generation="0" * 16)
     dirty.release(lease.key)
 
     warned, counted = answers(accounts.check_claims, pool)
-    pool.claims.retry(lease.uid)
+    carry_out(pool.claims.retrying(lease.uid), pool.claims.take)
 
     assert warned.severity == "warning"
     assert "somebody is in the way" in warned.message
@@ -305,7 +306,7 @@ def test_a_lease_that_cannot_be_read_is_an_error(pool: Host) -> None:
     broken.write_text("not JSON")
 
     unreadable, _ = answers(accounts.check_claims, pool)
-    pool.claims.retry(246002)
+    carry_out(pool.claims.retrying(246002), pool.claims.take)
 
     assert unreadable.severity == "error"
     assert "246002" in unreadable.message

@@ -16,12 +16,13 @@ from kvmsec.linux import command
 from kvmsec.linux.children import Child
 from kvmsec.linux.processes import is_alive
 from kvmsec.linux.syscalls import mount, umount
-from uidpool.claims import Claims, LeaseKey, Quarantined, Released
+from uidpool.claims import LeaseKey, Quarantined, Released
 from uidpool.errors import NoCleanUid, RecordNotWritten
 from uidpool.provision import apply, plan, plan_removal, remove
 from uidpool.ranges import UidRanges
 from uidpool.snapshot import Snapshot
 from uidpool.usage import inspect
+from uidpool.waiting import WaitingClaims
 
 pytestmark = pytest.mark.root
 Spawn = Callable[..., Child]
@@ -36,15 +37,15 @@ def users() -> Iterator[None]:
 
 
 @pytest.fixture
-def claims(tmp_path: Path) -> Claims:
+def claims(tmp_path: Path) -> WaitingClaims:
     return claims_at(tmp_path, "/")
 
 
-def claims_at(directory: Path, root: str) -> Claims:
-    return Claims(directory / "run", directory / "lib", root=root)
+def claims_at(directory: Path, root: str) -> WaitingClaims:
+    return WaitingClaims(directory / "run", directory / "lib", root=root)
 
 
-def test_a_release_ends_what_the_uid_runs(claims: Claims, spawn: Spawn) -> None:
+def test_a_release_ends_what_the_uid_runs(claims: WaitingClaims, spawn: Spawn) -> None:
     lease = claims.draw(POOL, instance="vm", generation="g1", reuse_delay_s=0)
     spawn(lease.uid, lambda: Path("/dev/shm/left").touch())
     assert inspect(lease.uid).processes
@@ -53,7 +54,9 @@ def test_a_release_ends_what_the_uid_runs(claims: Claims, spawn: Spawn) -> None:
     assert not Path("/dev/shm/left").exists()
 
 
-def test_a_second_release_leaves_the_next_holder_running(claims: Claims, spawn: Spawn) -> None:
+def test_a_second_release_leaves_the_next_holder_running(
+    claims: WaitingClaims, spawn: Spawn
+) -> None:
     pool = UidRanges.parse("214000")
     first = claims.draw(pool, instance="vm", generation="g1", reuse_delay_s=0)
     claims.release(first.key)
@@ -66,7 +69,9 @@ def test_a_second_release_leaves_the_next_holder_running(claims: Claims, spawn: 
     assert claims.release(second.key) == Released()
 
 
-def test_a_dirty_uid_is_passed_over_and_freed_by_a_retry(claims: Claims, spawn: Spawn) -> None:
+def test_a_dirty_uid_is_passed_over_and_freed_by_a_retry(
+    claims: WaitingClaims, spawn: Spawn
+) -> None:
     for uid in list(POOL)[:9]:
         spawn(uid)
     drawn = set()
@@ -82,7 +87,7 @@ def test_a_dirty_uid_is_passed_over_and_freed_by_a_retry(claims: Claims, spawn: 
         assert inspect(record.uid).is_clean
 
 
-def test_without_the_reaper_a_dirty_uid_is_quarantined(claims: Claims, spawn: Spawn) -> None:
+def test_without_the_reaper_a_dirty_uid_is_quarantined(claims: WaitingClaims, spawn: Spawn) -> None:
     lease = claims.draw(POOL, instance="vm", generation="g1")
     child = spawn(lease.uid)
     command.run(["usermod", "--comment", "somebody else", "kvmsec-reaper"], timeout_s=10)
@@ -98,7 +103,7 @@ def test_without_the_reaper_a_dirty_uid_is_quarantined(claims: Claims, spawn: Sp
 
 @pytest.mark.parametrize("whose", ["root", "www-data", "nobody", "a person", "nobody known"])
 def test_a_damaged_lease_ends_nothing_of_somebody_else(
-    claims: Claims, spawn: Spawn, tmp_path: Path, whose: str
+    claims: WaitingClaims, spawn: Spawn, tmp_path: Path, whose: str
 ) -> None:
     people = {
         "root": 0,
@@ -223,7 +228,7 @@ def full_filesystem(directory: Path, inodes: int) -> Iterator[None]:
 def test_a_full_filesystem_for_leases_leaves_nothing_behind(tmp_path: Path, inodes: int) -> None:
     run = tmp_path / "run"
     with full_filesystem(run, inodes):
-        claims = Claims(run / "uids", tmp_path / "lib", root="/")
+        claims = WaitingClaims(run / "uids", tmp_path / "lib", root="/")
         drawn = set()
         with pytest.raises(RecordNotWritten, match="No space left") as caught:
             for number in range(10):
@@ -237,7 +242,7 @@ def test_a_full_filesystem_for_leases_leaves_nothing_behind(tmp_path: Path, inod
 def test_a_full_filesystem_for_rests_keeps_the_lease_until_there_is_room(tmp_path: Path) -> None:
     lib = tmp_path / "lib"
     with full_filesystem(lib, 6):
-        claims = Claims(tmp_path / "run", lib / "uids", root="/")
+        claims = WaitingClaims(tmp_path / "run", lib / "uids", root="/")
         lease = claims.draw(POOL, instance="vm", generation="g1")
         fillers = []
         with contextlib.suppress(OSError):
