@@ -122,7 +122,13 @@ _LOCKS_OF_FILES: Final = tuple(
     for command in (fcntl.F_SETLK, fcntl.F_SETLKW, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW)
 )
 
-_TUNSETDEBUG: Final = 0x400454C9  # linux/if_tun.h, _IOW('T', 201, int)
+# linux/if_tun.h, _IOW('T', NUMBER, int)
+_TUNSETDEBUG: Final = 0x400454C9
+_TUNSETPERSIST: Final = 0x400454CB
+_TUNSETOWNER: Final = 0x400454CC
+_TUNSETGROUP: Final = 0x400454CE
+_SIOCSIFHWADDR: Final = 0x8924  # linux/sockios.h
+_OF_TAPS: Final = (_TUNSETDEBUG, _TUNSETPERSIST, _TUNSETOWNER, _TUNSETGROUP, _SIOCSIFHWADDR)
 
 RULES: Final = (
     # Namespaces
@@ -231,9 +237,12 @@ RULES: Final = (
     Rule(
         ("ioctl",),
         Answer.NOT_PERMITTED,
-        "TUNSETDEBUG has the kernel log each ioctl on a tap, at no rate: 200,000 lines a second",
-        "ioctl(2); drivers/net/tun.c, tun_chr_ioctl",
-        (Comparison(1, "masked", _TUNSETDEBUG, _INT),),
+        "a tap is the node's, and its holder needs no capability to have the kernel log each "
+        "ioctl on it, at no rate (200,000 lines a second), to make it stay and give it away, or to "
+        "change the address of the node's end: a bridge takes its ports' lowest for its own, and "
+        "what is sent to any of them",
+        "ioctl(2); drivers/net/tun.c, tun_chr_ioctl; net/bridge/br_if.c",
+        tuple(Comparison(1, "masked", request, _INT) for request in _OF_TAPS),
     ),
     # Parts of the kernel with a history of holes, none of which QEMU needs
     Rule(

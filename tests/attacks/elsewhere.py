@@ -106,6 +106,16 @@ ELSEWHERE: Final = (
         "tests/kvm/test_fleet.py::test_a_start_and_a_stop_at_once_leave_it_running_or_stopped",
     ),
     Elsewhere(
+        "race-stop-with-reconcile",
+        "lock of the instance",
+        "tests/attacks/test_races.py::test_a_stop_that_others_reconcile_against_ends_all_of_it",
+    ),
+    Elsewhere(
+        "race-stop-while-forking",
+        "control group",
+        "tests/attacks/test_races.py::test_a_stop_and_a_start_at_once_leave_nothing_of_the_first",
+    ),
+    Elsewhere(
         "race-two-starts",
         "lock of the instance",
         "tests/kvm/test_fleet.py::test_of_two_starts_of_one_name_one_wins_and_the_other_is_refused",

@@ -10,6 +10,7 @@
 #include <linux/vm_sockets.h>
 #include <net/ethernet.h>
 #include <net/if.h>
+#include <net/if_arp.h>
 #include <netinet/icmp6.h>
 #include <netinet/ip_icmp.h>
 #include <poll.h>
@@ -223,27 +224,65 @@ static void second_tap(char **words)
     succeeded("has another tap");
 }
 
+/* Its own, or one that a control has just made. */
+static int tap_in_use(void)
+{
+    int held = tap();
+    if (getuid() == 0 && ioctl(held, TUNGETIFF, &(struct ifreq){0}) < 0)
+        make_tap(held);
+    return held;
+}
+
 /* Have the kernel log whatever is done with its tap, and that for ever again. */
 static void log_by_tap(char **words)
 {
-    int size, held = tap();
+    int size, held = tap_in_use();
     (void)words;
-    if (getuid() == 0 && ioctl(held, TUNGETIFF, &(struct ifreq){0}) < 0)
-        make_tap(held);
     must(ioctl(held, TUNSETDEBUG, 0xffff));
     must(ioctl(held, TUNGETSNDBUF, &size));
     ioctl(held, TUNSETDEBUG, 0);
     succeeded("the kernel's log has a line for it");
 }
 
+/* Let its tap outlast it. */
+static void persist_tap(char **words)
+{
+    int held = tap_in_use();
+    (void)words;
+    must(ioctl(held, TUNSETPERSIST, 1));
+    must(ioctl(held, TUNSETPERSIST, 0));
+    succeeded("could have left its tap behind");
+}
+
+/* Let a uid open its tap, and only that one. */
+static void give_tap(char **words)
+{
+    (void)words;
+    must(ioctl(tap_in_use(), TUNSETOWNER, getuid()));
+    succeeded("its tap has an owner");
+}
+
+static void group_of_tap(char **words)
+{
+    (void)words;
+    must(ioctl(tap_in_use(), TUNSETGROUP, getgid()));
+    succeeded("its tap has a group");
+}
+
+/* The address of the node's end: a bridge takes the lowest of its ports', and all frames for any. */
+static void address_of_tap(char **words)
+{
+    struct ifreq asked = {.ifr_hwaddr = {ARPHRD_ETHER, {2, 0, 0, 0, 0, 1}}};
+    (void)words;
+    must(ioctl(tap_in_use(), SIOCSIFHWADDR, &asked));
+    succeeded("the node's end has another address");
+}
+
 /* The namespace of its tap's other end, which is the node's. */
 static void namespace_of_tap(char **words)
 {
     (void)words;
-    int held = tap();
-    if (getuid() == 0 && ioctl(held, TUNGETIFF, &(struct ifreq){0}) < 0)
-        make_tap(held);
-    must(ioctl(held, TUNGETDEVNETNS, 0));
+    must(ioctl(tap_in_use(), TUNGETDEVNETNS, 0));
     succeeded("holds the namespace of its tap");
 }
 
@@ -277,6 +316,10 @@ const struct attack network[] = {
     {"use-inherited", use_inherited},
     {"second-tap", second_tap},
     {"log-by-tap", log_by_tap},
+    {"persist-tap", persist_tap},
+    {"give-tap", give_tap},
+    {"group-of-tap", group_of_tap},
+    {"address-of-tap", address_of_tap},
     {"namespace-of-tap", namespace_of_tap},
     {"namespace-of-socket", namespace_of_socket},
     {0},

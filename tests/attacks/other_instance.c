@@ -228,6 +228,54 @@ static void drain_message_queues(char **words)
     succeeded("they were held");
 }
 
+/* Pending signals, which end with who they wait for. */
+static void drain_signals(char **words)
+{
+    int count = 0;
+    sigset_t queued;
+    (void)words;
+    sigemptyset(&queued);
+    sigaddset(&queued, SIGRTMIN);
+    must(sigprocmask(SIG_BLOCK, &queued, 0));
+    while (count < 1 << 20 && sigqueue(getpid(), SIGRTMIN, (union sigval){0}) == 0)
+        count++;
+    ready("%d signals: %s", count, strerror(errno));
+    succeeded("they were held");
+}
+
+/* Pages of pipe buffers: pipe(7), pipe-user-pages-soft. */
+static void drain_pipes(char **words)
+{
+    int count = 0, line[2];
+    (void)words;
+    /* Those that are refused to be larger have two pages at least, past what there is for all. */
+    for (int large = 1; count < 400 && pipe(line) == 0; count++)
+        large = large && fcntl(line[0], F_SETPIPE_SZ, 1 << 20) >= 0;
+    ready("%d pipes: %s", count, strerror(errno));
+    succeeded("they were held");
+}
+
+/* Descriptors that are on their way in unix sockets: unix(7), ETOOMANYREFS. */
+static void drain_inflight(char **words)
+{
+    enum { EACH = 250, MOST = 20 };
+    int count = 0, pair[2], sent[EACH] = {0};
+    char room[CMSG_SPACE(sizeof sent)] = {0};
+    struct iovec one = {"x", 1};
+    struct msghdr message = {
+        .msg_iov = &one, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof room};
+    struct cmsghdr *head = CMSG_FIRSTHDR(&message);
+    (void)words;
+    *head = (struct cmsghdr){
+        .cmsg_len = CMSG_LEN(sizeof sent), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+    memcpy(CMSG_DATA(head), sent, sizeof sent);
+    must(socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+    while (count < MOST && sendmsg(pair[0], &message, MSG_DONTWAIT) == 1)
+        count++;
+    ready("%d descriptors: %s", count * EACH, strerror(errno));
+    succeeded("they were held");
+}
+
 /* COUNT */
 static void drain_processes(char **words)
 {
@@ -266,6 +314,9 @@ const struct attack other_instance[] = {
     {"drain-inotify", drain_inotify},
     {"drain-keys", drain_keys},
     {"drain-message-queues", drain_message_queues},
+    {"drain-signals", drain_signals},
+    {"drain-pipes", drain_pipes},
+    {"drain-inflight", drain_inflight},
     {"drain-processes", drain_processes},
     {0},
 };

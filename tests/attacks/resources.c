@@ -26,6 +26,20 @@ static void fork_bomb(char **words)
     succeeded("has %d processes", most);
 }
 
+/* Each ends as soon as the next one is there, for as long as the attacker is let. */
+static void fork_on(char **words)
+{
+    (void)words;
+    if (must(fork()) == 0) {
+        alarm(0);
+        for (;;)
+            if (fork() > 0) /* Where it is refused, it tries again. */
+                _exit(0);
+    }
+    ready("forks on");
+    succeeded("it forked on");
+}
+
 /* MIB */
 static void hog_memory(char **words)
 {
@@ -131,6 +145,7 @@ static void dump_core(char **words)
 
 const struct attack resources[] = {
     {"fork-bomb", fork_bomb},
+    {"fork-on", fork_on},
     {"hog-memory", hog_memory},
     {"hog-descriptors", hog_descriptors},
     {"hog-locks", hog_locks},

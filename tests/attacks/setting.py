@@ -1,8 +1,10 @@
 """What is attacked: a victim (a real guest), a peer on the wire, the node and its launcher."""
 
 import ctypes
+import errno
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -24,6 +26,7 @@ SOMEBODY: Final = 245950
 """A uid that nobody has."""
 _ABSTRACT: Final = "hostile-attacks"
 _SEGMENT: Final = 0x1EF5
+_USUAL_PIPE_BYTES: Final = 1 << 16  # pipe(7)
 _QUEUE: Final = "/victims-queue"
 _KEY: Final = "victims-key"
 _DEVICES: Final = ("null", "zero", "full", "random", "urandom", "kvm")
@@ -216,6 +219,13 @@ def is_hurt(setting: Setting, what: str) -> bool:
             result = int(_libc.mq_open(b"/another", os.O_RDWR | os.O_CREAT, 0o600, None))
             _libc.mq_unlink(b"/another")
             return result < 0
+        if what == "pipes":
+            reader, _ = os.pipe()
+            return fcntl.fcntl(reader, fcntl.F_GETPIPE_SZ) < _USUAL_PIPE_BYTES
+        if what == "signals":
+            return _can_queue_none()
+        if what == "inflight":
+            return _can_pass_none()
         limit = (ctypes.c_ulong * 2)(1000, 1000)
         assert _libc.setrlimit(6, limit) == 0  # RLIMIT_NPROC
         try:
@@ -228,6 +238,26 @@ def is_hurt(setting: Setting, what: str) -> bool:
 
     who = Credentials(uid, uid)
     return bool(run_in_child(ask, what=f"one more of {what}", timeout_s=20, credentials=who))
+
+
+def _can_queue_none() -> bool:
+    """Whether no signal more may wait, with the limit that each instance has."""
+    resource.setrlimit(resource.RLIMIT_SIGPENDING, (1024, 1024))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGRTMIN])
+    return int(_libc.sigqueue(os.getpid(), signal.SIGRTMIN, None)) < 0
+
+
+def _can_pass_none() -> bool:
+    """Whether no descriptor more may be on its way, with the limit that a small instance has."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+    one, other = socket.socketpair()
+    with one, other:
+        try:
+            socket.send_fds(one, [b"x"], [other.fileno()])
+        except OSError as error:
+            assert error.errno == errno.ETOOMANYREFS
+            return True
+    return False
 
 
 def is_taken(path: Path) -> bool:

@@ -107,6 +107,16 @@ OTHER_INSTANCE: Final = in_room(
         second=Refusal("limits", "UNHURT"),
         control=Control(attacker="victim"),
     ),
+    *(
+        Attack(
+            f"drain-{what}",
+            f"drain-{what}",
+            Refusal("a uid of its own", "UNHURT"),
+            shared="user|none",
+            control=Control(attacker="victim"),
+        )
+        for what in ("signals", "pipes", "inflight")
+    ),
     Attack(
         "drain-processes",
         "drain-processes 1500",
@@ -336,6 +346,11 @@ NETWORKS: Final = in_room(
         rules=Refusal("descriptors", "EEXIST"),
     ),
     Attack("log-by-tap", "log-by-tap", NOT_PERMITTED, second=OPEN),
+    # Behind these: the record names the tap, and the node takes it back whatever has become of it.
+    *(
+        Attack(name, name, NOT_PERMITTED, second=OPEN)
+        for name in ("persist-tap", "give-tap", "group-of-tap", "address-of-tap")
+    ),
     Attack("namespace-of-tap", "namespace-of-tap", CAPABILITIES, rules=CAPABILITIES),
     Attack("namespace-of-socket", "namespace-of-socket", CAPABILITIES, rules=CAPABILITIES),
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hypervisor.jail import SECCOMP
 from kvmsec.agent import InstanceState
 from kvmsec.linux import command
 from kvmsec.linux.children import run_in_child
@@ -163,8 +164,14 @@ def bridge() -> Iterator[str]:
     command.run(("ip", "link", "del", name), timeout_s=10)
 
 
-def test_a_tap_that_it_made_last_goes_all_the_same(bridge: str, place: Any, start: Start) -> None:
-    info = start("keeps-tap", nics=[{"bridge": bridge}])
+def test_a_tap_that_it_made_last_goes_all_the_same(
+    bridge: str, place: Any, stand_ins: Path
+) -> None:
+    """Where seccomp lets it: that refuses it first (tests/attacks, `persist-tap`)."""
+    qemu = str(stand_ins / "qemu")
+    definition = place.lab.definition("keeps-tap", qemu=qemu, nics=[{"bridge": bridge}])
+    without = frozenset({SECCOMP})
+    info = place.lab.run(lambda node: node.start(definition), without_locks=without)
     (tap,) = info.details["taps"]
     assert "persist: done" in place.lab.run(lambda node: node.log("keeps-tap")).qemu
     pidfd = os.pidfd_open(info.pid)

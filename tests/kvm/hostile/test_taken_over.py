@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hypervisor.features import find_qemu
+from hypervisor.jail import SECCOMP
 from kvmsec.linux import command, readiness, tun, unix_sockets
 from kvmsec.linux.children import Child, run_in_child, start_child
 from kvmsec.linux.credentials import Credentials
@@ -157,8 +158,10 @@ def tun_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tun_for_all")
-def test_a_tap_that_it_gave_away_keeps_no_uid(lab: Any, start: Start, tap: str) -> None:
-    info = start("gives-tap", nics=[{"tap": tap}])
+def test_a_tap_that_it_gave_away_keeps_no_uid(lab: Any, program: Path, tap: str) -> None:
+    """Where seccomp lets it: that refuses it first (tests/attacks, `give-tap`)."""
+    definition = lab.definition("gives-tap", qemu=str(program), nics=[{"tap": tap}])
+    info = lab.run(lambda node: node.start(definition), without_locks=frozenset({SECCOMP}))
     with take_tap(tap, 248900):
         with pytest.raises(Fault, match=tap):
             lab.stop("gives-tap")

@@ -185,14 +185,23 @@ def test_no_fcntl_locks_a_part_of_a_file(command: int) -> None:
         assert answer(PROGRAM, number_of("fcntl"), (3, command, 0)) == ALLOW
 
 
-@given(st.integers(0, 2**64 - 1))
-def test_no_ioctl_has_the_kernel_log_what_is_done_with_a_tap(high: int) -> None:
-    debug = 0x400454C9  # linux/if_tun.h, TUNSETDEBUG
+# linux/if_tun.h: TUNSETDEBUG, TUNSETPERSIST, TUNSETOWNER, TUNSETGROUP; linux/sockios.h
+OF_TAPS = (0x400454C9, 0x400454CB, 0x400454CC, 0x400454CE, 0x8924)
+
+
+@given(st.sampled_from(OF_TAPS), st.integers(0, 2**64 - 1))
+def test_no_ioctl_changes_the_nodes_side_of_a_tap(request: int, high: int) -> None:
     ioctl = number_of("ioctl")
-    shown = (debug | high << 32) & 2**64 - 1
+    shown = (request | high << 32) & 2**64 - 1
     assert answer(PROGRAM, ioctl, (3, shown, 1)) == Answer.NOT_PERMITTED.value
-    if high & 0xFFFFFFFF != debug:
-        assert answer(PROGRAM, ioctl, (3, high, debug)) == ALLOW
+    if high & 0xFFFFFFFF not in OF_TAPS:
+        assert answer(PROGRAM, ioctl, (3, high, request)) == ALLOW
+
+
+def test_what_qemu_sets_on_a_tap_is_allowed() -> None:
+    for request in (0x400454D0, 0x400454D4, 0x400454D8, 0x400454DC, 0x800454D2):
+        # TUNSETOFFLOAD, TUNSETSNDBUF, TUNSETVNETHDRSZ, TUNSETVNETLE, TUNGETIFF
+        assert answer(PROGRAM, number_of("ioctl"), (3, request, 1)) == ALLOW
 
 
 def test_threads_can_be_made() -> None:
