@@ -51,7 +51,7 @@ def make_group(place: Place, name: str) -> tuple[str, Mapping[str, str]]:
     for is_last in (*[False] * (_TRIES - 1), True):
         try:
             refusals = _make_parents(place, below)
-            if not remove_tree(path):
+            if not remove_tree(path, emptying_s=0):
                 raise OSError(errno.EBUSY, "processes of an earlier start are still in it", path)
             os.mkdir(path, 0o755)
         except OSError as error:

@@ -11,7 +11,7 @@ from typing import Final
 from kvmsec.linux import processes
 from kvmsec.linux.readiness import is_readable, is_ready
 
-_EMPTYING_S: Final = 1.0  # What has just ended may still be leaving its group.
+EMPTYING_S: Final = 1.0  # What has just ended may still be leaving its group.
 
 
 def subgroups(path: str) -> list[str]:
@@ -105,11 +105,14 @@ def wait_until_empty(path: str, deadline: float) -> bool:
     return True
 
 
-def remove_tree(path: str) -> bool:
-    """Remove a group and all below it; False when something runs in one of them."""
+def remove_tree(path: str, emptying_s: float = EMPTYING_S) -> bool:
+    """Remove a group and all below it; False when something runs in one of them.
+
+    What is still leaving one is waited for, at most `emptying_s` seconds.
+    """
     for group in tree(path):
         if not remove_one(group) and not (
-            wait_until_empty(group, time.monotonic() + _EMPTYING_S) and remove_one(group)
+            wait_until_empty(group, time.monotonic() + emptying_s) and remove_one(group)
         ):
             return False
     return True

@@ -191,8 +191,8 @@ class Hierarchy:
 
         `parent` is a path below each hierarchy's root (None: `kvmsec`), never the caller's own
         group; nothing is changed above one that systemd has delegated. A group that exists and
-        still has processes is not taken over. What can't be made is left out, and `lacks` of the
-        result says so: nothing is raised.
+        still has processes is not taken over, nor waited for (see `leftover`). What can't be made
+        is left out, and `lacks` of the result says so: nothing is raised.
         """
         limits = limits or GroupLimits()
         wanted = limits.controllers
@@ -218,6 +218,15 @@ class Hierarchy:
         if whole := of_version_2 if paths else failures:
             lacks.insert(0, Lack("cgroup", "; ".join(dict.fromkeys(whole))))
         return InstanceCgroup(tuple(paths), tuple(lacks), tuple(held))
+
+    def leftover(self, tag: str, instance: str, parent: str | None = None) -> InstanceCgroup:
+        """The groups that are there before an instance's are made, for their removal."""
+        try:
+            below = f"{relative(tag, parent)}/{_PREFIX}{_escape(instance)}"
+        except OSError:
+            return InstanceCgroup()  # No path of one; `create` says why.
+        paths = (f"{mount.path}/{below}" for mount in self.mounts)
+        return InstanceCgroup(tuple(path for path in paths if os.path.isdir(path)))
 
     def leaked(
         self, tag: str, known: Collection[str], parent: str | None = None

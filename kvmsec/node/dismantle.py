@@ -13,11 +13,12 @@ from typing import Final
 from attrs import frozen
 
 from hypervisor import cgroups, process
+from hypervisor.cgroup_tree import EMPTYING_S
 from hypervisor.process import Ended
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import processes
 from kvmsec.linux.children import start_child
-from kvmsec.linux.errors import ChildTimedOut, Fault
+from kvmsec.linux.errors import ChildFailed, ChildTimedOut, Fault
 from kvmsec.model.security import SecurityModel
 from kvmsec.node import image_holdings, journal, leasing, output, taps
 from kvmsec.node.host import Host
@@ -153,6 +154,18 @@ async def remove_group(group: cgroups.InstanceCgroup) -> None:
         group.remove()
     else:
         raise cgroups.CgroupBusy(group.paths[0], ())
+
+
+async def remove_leftover(group: cgroups.InstanceCgroup) -> None:
+    """Remove what is there before a start makes its own; what runs in it is left alone.
+
+    What has just ended may still be leaving it: a child waits for that. What stays all the same
+    the start meets, and says so.
+    """
+    if group.paths:
+        child = start_child(group.remove, what=f"removing the control group {group.paths[0]}")
+        with contextlib.suppress(ChildFailed, ChildTimedOut):
+            await collect(child, len(group.paths) * EMPTYING_S + _LAST_WAIT_S)
 
 
 def _keep_words(host: Host, record: InstanceRecord) -> str:

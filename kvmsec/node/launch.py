@@ -40,7 +40,7 @@ from kvmsec.node import (
     records,
     taps,
 )
-from kvmsec.node.dismantle import Remains, dismantle
+from kvmsec.node.dismantle import Remains, dismantle, remove_leftover
 from kvmsec.node.engine import Engine
 from kvmsec.node.grants import Lent, place
 from kvmsec.node.host import Host
@@ -243,8 +243,10 @@ class _Start:
         self.log = output.mount(self.files.output, self.identity.credentials, size_kib)
         self.opened.callback(os.close, self.log)
 
-    def make_cgroup(self) -> None:
+    async def make_cgroup(self) -> None:
         config = self.host.config
+        parent, name = config.cgroup.parent, self.record.name
+        await remove_leftover(self.host.hierarchy.leftover(self.host.paths.tag, name, parent))
         self.allotment = limits.allot(
             config,
             self.machine,
@@ -253,9 +255,7 @@ class _Start:
             self.security.model,
             huge_pages.pools_mib(),
         )
-        group = self.host.hierarchy.create(
-            self.host.paths.tag, self.record.name, config.cgroup.parent, self.allotment.groups
-        )
+        group = self.host.hierarchy.create(self.host.paths.tag, name, parent, self.allotment.groups)
         self.cgroup = group
         # Written down with the process: an empty group that no record names is found by its name.
         self.record = evolve(self.record, cgroups=group.paths)

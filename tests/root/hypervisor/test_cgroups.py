@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hypervisor import cgroup_tree
 from hypervisor.cgroup_limits import GroupLimits
 from hypervisor.cgroup_mounts import Mount, mounted
 from hypervisor.cgroup_tree import pids_below
@@ -147,6 +148,28 @@ def test_an_empty_leftover_is_replaced_and_a_populated_one_is_not_taken_over(
     assert (refused.paths, refused.lacks[0].piece) == ((), "cgroup")
     assert refused.problem is not None
     assert "earlier start" in refused.problem
+
+
+def test_a_leftover_is_found_and_is_waited_for_by_who_removes_it(
+    one: Hierarchy, parent: str, join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def wait(path: str, deadline: float) -> bool:
+        waits.append(deadline - time.monotonic())
+        return False
+
+    assert one.leftover("kvmsec_1", "guest", parent).paths == ()
+    assert one.leftover("kvmsec_1", "guest", "../elsewhere").paths == ()
+    made = one.create("kvmsec_1", "gu.est", parent)
+    assert one.leftover("kvmsec_1", "gu.est", parent).paths == made.paths
+    join(made, _SLEEP)
+    monkeypatch.setattr(cgroup_tree, "wait_until_empty", wait)
+    assert one.create("kvmsec_1", "gu.est", parent).paths == ()
+    assert max(waits) <= 0
+    with pytest.raises(CgroupBusy):
+        made.remove()
+    assert max(waits) > 0
 
 
 def test_without_its_version_two_group_it_has_not_all_that_ends_it(parent: str, join: Join) -> None:
