@@ -16,6 +16,9 @@ ORDER_S: Final = 150.0
 SILENCE: Final = frozenset({"Unreachable", "CallTimedOut", "Overloaded"})
 """The kinds of error that say that a node gave no answer, rather than that it said no."""
 
+AT_ONCE: Final = 96
+"""Nodes that are asked at the same time. A call's own deadline begins with it, and where each of
+500 waits for the handshakes of all others, none is answered within it."""
 
 _GRACE_S: Final = 0.5
 
@@ -46,11 +49,13 @@ class Answers(Generic[_T]):
 async def ask_all(
     nodes: Sequence[_N], call: Callable[[_N], Awaitable[_T]], *, deadline_s: float = ASK_S
 ) -> Answers[_T]:
-    """Ask every node at once; returns `deadline_s` seconds and a moment later at the latest.
+    """Ask every node, `AT_ONCE` at a time, the first ones first.
 
-    An error that is no Fault and no OSError is a bug and is raised, once every node was heard.
+    Returns `deadline_s` seconds and a moment later at the latest. An error that is no Fault and no
+    OSError is a bug and is raised, once every node was heard.
     """
-    tasks = {node.name: asyncio.ensure_future(_asked(call, node)) for node in nodes}
+    turns = asyncio.Semaphore(AT_ONCE)
+    tasks = {node.name: asyncio.ensure_future(_asked(call, node, turns)) for node in nodes}
     try:
         if tasks:
             await asyncio.wait(tasks.values(), timeout=deadline_s)
@@ -74,8 +79,9 @@ def _forget(task: "asyncio.Future[_T]") -> None:
         task.exception()
 
 
-async def _asked(call: Callable[[_N], Awaitable[_T]], node: _N) -> _T:
-    return await call(node)
+async def _asked(call: Callable[[_N], Awaitable[_T]], node: _N, turns: asyncio.Semaphore) -> _T:
+    async with turns:
+        return await call(node)
 
 
 def _sorted(tasks: Mapping[str, "asyncio.Future[_T]"], deadline_s: float) -> Answers[_T]:

@@ -25,6 +25,27 @@ def state_of(cluster: Cluster, revision: int) -> State:
     return State(revision=revision, format=FORMAT, document=document_of(cluster))
 
 
+class _Newest:
+    """The newest state of a store as it travels, made once for all nodes that it is handed to.
+
+    Making it anew for each would take time by the square of their number: it names them all.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._made: State | None = None
+
+    def state(self) -> State:
+        """Raises NoCluster, and what the store raises."""
+        cluster, revision = require_cluster(self._store)
+        if self._made is None or self._made.revision != revision:
+            self._made = state_of(cluster, revision)
+        return self._made
+
+    def is_newer_than(self, state: State) -> bool:
+        return self._store.load()[1] != state.revision
+
+
 async def hand_out(store: Store, team: Team) -> None:
     """Hand the state to every member that listens, and put its rules in force on all nodes.
 
@@ -39,9 +60,10 @@ async def hand_out_copies(store: Store, team: Team) -> None:
 
     Who already has it has it confirmed. Raises a node's refusal, and what the store raises.
     """
+    newest = _Newest(store)
 
     async def take(node: MemberNode) -> None:
-        await _hand(store, node)
+        await _hand(newest, node)
 
     await team.tell(take, deadline_s=ORDER_S)
 
@@ -62,9 +84,10 @@ async def spread(store: Store, team: Team) -> Mapping[str, str]:
     this node raises.
     """
     await team.here.sync_rules()
+    newest = _Newest(store)
 
     async def take(node: MemberNode) -> None:
-        await _hand(store, node)
+        await _hand(newest, node)
         await node.sync_rules()
 
     answers = await ask_all(team.listening, take, deadline_s=ORDER_S)
@@ -80,17 +103,17 @@ async def catch_up(store: Store, directory: Directory, member: Member) -> int:
     cluster, _ = require_cluster(store)
     require_master(store, cluster)
     node = directory.node(member)
-    revision = await _hand(store, node)
+    revision = await _hand(_Newest(store), node)
     await node.sync_rules()
     return revision
 
 
-async def _hand(store: Store, node: MemberNode) -> int:
+async def _hand(newest: _Newest, node: MemberNode) -> int:
     """Hand the newest state to one node; a rival may have handed it a newer one meanwhile."""
     while True:
-        cluster, revision = require_cluster(store)
+        state = newest.state()
         try:
-            return await node.household.put_state(state_of(cluster, revision))
+            return await node.household.put_state(state)
         except Fault as error:
-            if kind_of(error) != CopyRefused.__name__ or store.load()[1] == revision:
+            if kind_of(error) != CopyRefused.__name__ or not newest.is_newer_than(state):
                 raise

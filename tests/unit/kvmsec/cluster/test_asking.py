@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from attrs import frozen
 
-from kvmsec.cluster.asking import ask_all, is_silence
+from kvmsec.cluster.asking import AT_ONCE, ask_all, is_silence
 from kvmsec.linux.errors import Fault
 from tests.unit.kvmsec.fake_node import Refusal, Silence
 
@@ -68,6 +68,33 @@ def test_all_are_asked_before_the_first_has_answered() -> None:
         assert len(got.answered) == 3
 
     asyncio.run(check())
+
+
+def test_of_many_nodes_no_more_are_asked_at_once_than_can_be_answered_in_time() -> None:
+    under_way, most = 0, 0
+
+    async def count() -> int:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+        return 1
+
+    nodes = [Node(f"node{number}", count) for number in range(3 * AT_ONCE)]
+
+    got = asyncio.run(ask_all(nodes, lambda node: node.answer()))
+
+    assert len(got.answered) == len(nodes)
+    assert most == AT_ONCE
+
+
+def test_nodes_that_wait_for_their_turn_are_silent_at_the_deadline() -> None:
+    nodes = [Node(f"node{number}", never) for number in range(AT_ONCE + 1)]
+
+    got = asyncio.run(ask_all(nodes, lambda node: node.answer(), deadline_s=0.05))
+
+    assert len(got.silent) == len(nodes)
 
 
 def test_a_call_that_will_not_be_cancelled_holds_nobody_up() -> None:

@@ -44,6 +44,23 @@ def test_every_nodes_reasons_are_told_and_nothing_changes(cluster: FakeCluster) 
     assert cluster.require_converged() == before
 
 
+def test_the_state_is_made_once_for_all_nodes_it_is_handed_to(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    make = handing.state_of
+
+    def counted(state: Any, revision: int) -> State:
+        made.append(revision)
+        return make(state, revision)
+
+    monkeypatch.setattr(handing, "state_of", counted)
+    cluster.modify(add=ranges("1020"))
+
+    # Handed out when it is saved, and confirmed when it is settled.
+    assert made == [made[0]] * 2
+
+
 def test_every_node_is_asked_at_once(cluster: FakeCluster) -> None:
     asked: list[str] = []
     for node in cluster.nodes.values():
