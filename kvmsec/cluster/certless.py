@@ -29,7 +29,12 @@ from attrs import field, frozen
 from kvmsec.errors import KvmsecError, NoCluster, NotMaster
 from kvmsec.linux.errors import Fault
 from kvmsec.model.cluster import Cluster
-from kvmsec.pki.certificates import facts_of, fingerprint_of, make_certless_pair
+from kvmsec.pki.certificates import (
+    CERTLESS_SERVER_NAME,
+    facts_of,
+    fingerprint_of,
+    make_certless_pair,
+)
 from kvmsec.pki.errors import PkiError
 from kvmsec.pki.files import KeyFiles
 from kvmsec.pki.pems import Pair
@@ -40,10 +45,6 @@ from kvmsec.store import Store
 SHORTEST: Final = timedelta(minutes=10)
 LONGEST: Final = timedelta(hours=24)
 """Long enough to carry a file to a far node, short enough to be over by the next day."""
-
-CERTLESS_SERVER_NAME: Final = "certless.kvmsec.invalid"
-"""What a caller asks for (SNI, RFC 6066 3) to be shown the common certificate. RFC 2606 keeps
-`.invalid` from ever being a node's name."""
 
 CERTLESS_FILE: Final = "certless.pem"
 

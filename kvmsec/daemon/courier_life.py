@@ -18,7 +18,7 @@ from kvmsec.pki.standing import Trust
 from kvmsec.rpc import messages as m
 from kvmsec.rpc import wire
 from kvmsec.rpc.calls import PROTOCOL
-from kvmsec.rpc.errors import BadMessage, Unreachable
+from kvmsec.rpc.errors import BadMessage, Refused, Unreachable
 from kvmsec.rpc.frames import Request, Target, serve_frames
 
 _HANDSHAKE_S: Final = 5.0
@@ -42,14 +42,26 @@ async def _live(control: socket) -> None:
 
 
 class _Courier:
-    """Calls with what it was told last."""
+    """Calls with what it was told last: see `kvmsec.cluster.certless.ways_to_call`."""
 
     def __init__(self) -> None:
+        from kvmsec.pki.certificates import CERTLESS_SERVER_NAME
         from kvmsec.rpc.courier import Courier
 
         self._context: ssl.SSLContext | None = None
+        self._common: ssl.SSLContext | None = None
         self._trust: Trust | None = None
-        self._carrier = Courier(self._required_context, lambda: self._trust)
+        self._server_name = ""
+        self._carrier = Courier(
+            lambda: _required(self._context),
+            lambda: self._trust,
+            server_name=lambda: self._server_name,
+        )
+        self._common_carrier = Courier(
+            lambda: _required(self._common),
+            lambda: self._trust,
+            server_name=lambda: CERTLESS_SERVER_NAME,
+        )
 
     async def told(self, request: Request) -> bytes:
         """Do what root's process asks for; raises nothing."""
@@ -61,23 +73,34 @@ class _Courier:
                 case PEER.name:
                     return wire.encode_answer(await self._peer(request.target), PROTOCOL)
                 case _:
-                    return await self._carrier.carry(request)
+                    return await self._carry(request)
         except Fault as error:
             return wire.encode_fault(error)
 
     def _take(self, told: m.Message) -> None:
         assert isinstance(told, TrustMessage)
         from kvmsec.daemon.told import trust_of
+        from kvmsec.pki.certificates import CERTLESS_SERVER_NAME, fingerprint_of
         from kvmsec.pki.contexts import client_context
         from kvmsec.pki.pems import Pair
 
         pair = Pair.parse(told.pair, "this node's pair")
-        self._context, self._trust = client_context(pair, told.anchors), trust_of(told)
+        is_common = fingerprint_of(pair.certificate_pem) == told.certless
+        context, common = client_context(pair, told.anchors), None
+        if told.common is not None and not is_common:
+            common = client_context(Pair.parse(told.common, "the common pair"), told.anchors)
+        self._trust = trust_of(told)
+        self._context, self._common = context, common
+        self._server_name = CERTLESS_SERVER_NAME if is_common else ""
 
-    def _required_context(self) -> ssl.SSLContext:
-        if self._context is None:
-            raise BadMessage(None, "the courier was not told what to call with")
-        return self._context
+    async def _carry(self, request: Request) -> bytes:
+        """By the common pair where the own is refused: nothing was done then. Raises a Fault."""
+        try:
+            return await self._carrier.answer(request)
+        except Refused:
+            if self._common is None:
+                raise
+        return await self._common_carrier.answer(request)
 
     async def _peer(self, target: Target | None) -> PeerMessage:
         """Which certificate a node shows, for the proofs of a join, which are bound to it."""
@@ -85,7 +108,7 @@ class _Courier:
 
         if target is None:
             raise BadMessage(None, "a question without a node to ask")
-        context = self._required_context()
+        context = _required(self._context)
         try:
             async with asyncio.timeout(2 * _HANDSHAKE_S):
                 _, writer = await asyncio.open_connection(
@@ -106,3 +129,9 @@ class _Courier:
         finally:
             writer.transport.abort()
         return PeerMessage(fingerprint=fingerprint_of(der))
+
+
+def _required(context: ssl.SSLContext | None) -> ssl.SSLContext:
+    if context is None:
+        raise BadMessage(None, "the courier was not told what to call with")
+    return context

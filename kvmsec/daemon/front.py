@@ -85,11 +85,16 @@ class _Front:
         """Serve with this from now on, and trust nobody else: at once, for those connected too."""
         assert isinstance(told, TrustMessage)
         from kvmsec.daemon.told import trust_of
+        from kvmsec.pki.certificates import CERTLESS_SERVER_NAME
         from kvmsec.pki.contexts import server_context
         from kvmsec.pki.pems import Pair
         from kvmsec.rpc.server import Server
 
-        context = server_context(Pair.parse(told.pair, "this node's pair"), told.anchors)
+        by_name = {}
+        if told.common is not None:
+            by_name[CERTLESS_SERVER_NAME] = Pair.parse(told.common, "the common pair")
+        own = Pair.parse(told.pair, "this node's pair")
+        context = server_context(own, told.anchors, by_name)
         self._trust = trust_of(told)
         if self._server is not None:
             self._server.use(context)

@@ -15,8 +15,10 @@ from kvmsec.rpc.calls import Call
 class TrustMessage(m.Message, frozen=True, kw_only=True):
     """What a node serves with and whom it trusts, from now on: see `kvmsec.pki.standing.Trust`.
 
-    `pair` is its key and certificate, `anchors` what a peer's must be signed by, both PEM. With
-    `is_joining` it belongs to no cluster yet, and these are the temporary ones of a join.
+    `pair` is its key and certificate, `anchors` what a peer's must be signed by, both PEM. While
+    the last resort lasts, `common` is the common pair and `certless` its fingerprint; `pair` is the
+    common one too where the node's own can't be used. With `is_joining` it belongs to no cluster
+    yet, and these are the temporary ones of a join.
     """
 
     pair: m.Pem
@@ -24,6 +26,7 @@ class TrustMessage(m.Message, frozen=True, kw_only=True):
     members: dict[UUID, m.Name]
     candidates: dict[UUID, tuple[m.Fingerprint, ...]]
     certless: m.Fingerprint | None = None
+    common: m.Pem | None = None
     is_joining: bool = False
 
     def __repr__(self) -> str:

@@ -91,7 +91,7 @@ class Household:
             return None
         from kvmsec.pki.certificates import facts_of
 
-        common = self._files.certless(datetime.now(UTC))
+        common = self._files.usable_certless(datetime.now(UTC))
         return None if common is None else facts_of(common.certificate_pem).not_after
 
     async def examine(self, pool: UidRanges) -> m.Examination:
@@ -144,6 +144,8 @@ class Household:
     # Certificates ------------------------------------------------------------------------------
 
     async def prepare(self, request: m.PrepareRequest) -> m.Prepared:
+        from kvmsec.pki.keys import KeyKind
+
         identity = self._identity()
         cluster, _ = self._store.load()
         signing_request = self._files.prepare(
@@ -151,6 +153,7 @@ class Household:
             request.wants_key,
             node_name=self._name(cluster, identity.uuid),
             node_uuid=identity.uuid,
+            kind=KeyKind(request.key_kind),
         )
         return m.Prepared(signing_request=signing_request)
 

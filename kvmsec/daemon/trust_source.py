@@ -11,16 +11,20 @@ the front.
 import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from kvmsec.daemon.front_messages import TrustMessage
+from kvmsec.errors import StoreError
 from kvmsec.paths import Paths
 from kvmsec.pki.candidates import parse_candidates
 from kvmsec.pki.errors import CANDIDATES_FILE, BadCandidates, KeyFileRefused
 from kvmsec.pki.private_files import read_private
 from kvmsec.pki.standing import Trust
 from kvmsec.store import Store
+
+if TYPE_CHECKING:
+    from kvmsec.pki.pems import Pair
 
 _HINT: Final = "run `kvmsec node readd NAME` on the master, which hands it out again"
 _FILES: Final = ("client.pem", "server.pem", CANDIDATES_FILE, "certless.pem")
@@ -67,13 +71,17 @@ class TrustSource:
         """
         if not self.is_member():
             return None
-        certless = self._certless()
+        common = self._common()
+        if common is None:
+            return Trust(anchors=(), members=self._members(), candidates=self._candidates())
+        from kvmsec.pki.certificates import fingerprint_of
+
+        # The last resort must work where the list or the state is what is broken.
         return Trust(
             anchors=(),
-            members=self._members(),
-            # The last resort must work where the list is what is broken.
-            candidates=self._candidates() if certless is None else self._candidates_or_nobody(),
-            certless=None if certless is None else certless[0],
+            members=self._members_or_nobody(),
+            candidates=self._candidates_or_nobody(),
+            certless=fingerprint_of(common.certificate_pem),
         )
 
     def message(self) -> TrustMessage | None:
@@ -83,23 +91,40 @@ class TrustSource:
         """
         if not self.is_member():
             return self._joining()
-        certless = self._certless()
-        if certless is not None:
-            fingerprint, pair, anchors = certless
-        else:
-            fingerprint, pair, anchors = None, self._required(_FILES[0]), self._required(_FILES[1])
-        candidates = self._candidates_or_nobody()
+        common = self._common()
+        if common is not None:
+            return self._message_beside(common)
         return TrustMessage(
-            pair=pair,
-            anchors=anchors,
+            pair=self._required(_FILES[0]),
+            anchors=self._required(_FILES[1]),
             members=dict(self._members()),
-            candidates={uuid: tuple(sorted(known)) for uuid, known in candidates.items()},
-            certless=fingerprint,
+            candidates=_sorted(self._candidates_or_nobody()),
+        )
+
+    def _message_beside(self, common: "Pair") -> TrustMessage:
+        """Own pair first, as far as there is one: see `kvmsec.cluster.certless.pair_to_serve`."""
+        from kvmsec.pki.certificates import fingerprint_of
+        from kvmsec.pki.files import KeyFiles
+
+        own, anchors = KeyFiles(self._paths.key_files).beside_certless()
+        return TrustMessage(
+            pair=(own or common).pem,
+            anchors=anchors + common.certificate_pem,
+            members=dict(self._members_or_nobody()),
+            candidates=_sorted(self._candidates_or_nobody()),
+            certless=fingerprint_of(common.certificate_pem),
+            common=common.pem,
         )
 
     def _members(self) -> Mapping[UUID, str]:
         cluster, _ = self._store.load()
         return {} if cluster is None else {node.uuid: node.name for node in cluster.nodes}
+
+    def _members_or_nobody(self) -> Mapping[UUID, str]:
+        try:
+            return self._members()
+        except StoreError:
+            return {}
 
     def _candidates(self) -> Mapping[UUID, frozenset[str]]:
         path = self._paths.key_files / CANDIDATES_FILE
@@ -117,22 +142,16 @@ class TrustSource:
     def _candidates_or_nobody(self) -> Mapping[UUID, frozenset[str]]:
         try:
             return self._candidates()
-        except BadCandidates:
+        except (BadCandidates, StoreError):
             return {}
 
-    def _certless(self) -> tuple[str, str, str] | None:
-        """The common pair while it is valid: its fingerprint, itself, the anchors beside it."""
+    def _common(self) -> "Pair | None":
+        """The common pair while it is valid. One that can't be used counts as none."""
         if not (self._paths.key_files / _FILES[3]).exists():
             return None
-        from kvmsec.pki.certificates import fingerprint_of
         from kvmsec.pki.files import KeyFiles  # cryptography, of which the root part has no need
 
-        files, now = KeyFiles(self._paths.key_files), self._now()
-        common = files.certless(now)
-        if common is None:
-            return None
-        pair, anchors = files.serving(now)
-        return fingerprint_of(common.certificate_pem), pair.pem, anchors
+        return KeyFiles(self._paths.key_files).usable_certless(self._now())
 
     def _required(self, name: str) -> str:
         path = self._paths.key_files / name
@@ -140,6 +159,10 @@ class TrustSource:
         if text is None:
             raise KeyFileRefused(path, "is missing", hint=_HINT)
         return text
+
+
+def _sorted(candidates: Mapping[UUID, frozenset[str]]) -> dict[UUID, tuple[str, ...]]:
+    return {uuid: tuple(sorted(known)) for uuid, known in candidates.items()}
 
 
 def _signature_of(path: str) -> tuple[int, int, int] | None:

@@ -44,6 +44,10 @@ CERTLESS_MARK: Final = "kvmsec:certless"
 """The URI (SAN) that tells the common certificate of the last resort from a node's."""
 CERTLESS_MOST: Final = timedelta(days=7)
 
+CERTLESS_SERVER_NAME: Final = "certless.kvmsec.invalid"
+"""What a caller asks for (SNI, RFC 6066 3) to be shown the common certificate. RFC 2606 keeps
+`.invalid` from ever being a node's name."""
+
 _MOST_ANCHORS: Final = 2  # Before and after a renewal.
 
 

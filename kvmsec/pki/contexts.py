@@ -6,6 +6,7 @@ is confined: it reads the key through /proc/self/fd.
 
 import os
 import ssl
+from collections.abc import Mapping
 
 from kvmsec.pki.certificates import require_whole
 from kvmsec.pki.errors import BadPem
@@ -13,8 +14,10 @@ from kvmsec.pki.join_certificates import join_anchor, make_joining_pair
 from kvmsec.pki.pems import Pair
 
 
-def server_context(own: Pair, anchors_pem: str) -> ssl.SSLContext:
-    """What a node serves with. Raises BadPem.
+def server_context(
+    own: Pair, anchors_pem: str, by_name: Mapping[str, Pair] | None = None
+) -> ssl.SSLContext:
+    """What a node serves with; `by_name` has what it shows to who asks for a name. Raises BadPem.
 
     `anchors_pem` has the cluster's certificate, both of them during a renewal, and the common
     certificate of the last resort while it is valid.
@@ -22,6 +25,15 @@ def server_context(own: Pair, anchors_pem: str) -> ssl.SSLContext:
     context = _context(ssl.PROTOCOL_TLS_SERVER, own, anchors_pem)
     # A ticket would bring a session back without its certificate being shown again.
     context.num_tickets = 0
+    if by_name:
+        others = {name: server_context(pair, anchors_pem) for name, pair in by_name.items()}
+
+        def choose(tls: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+            """Other names are no error: a caller's trust is in the certificate, not in them."""
+            if name in others:
+                tls.context = others[name]
+
+        context.sni_callback = choose
     return context
 
 

@@ -127,22 +127,23 @@ class KeyFiles:
         is_valid = certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc
         return pair if is_valid else None
 
-    def serving(self, now: datetime) -> tuple[Pair, str]:
-        """What to serve and call with, and the anchors to trust, at this time.
+    def usable_certless(self, now: datetime) -> Pair | None:
+        """The common pair while it is valid; one that can't be read or used counts as none."""
+        with contextlib.suppress(PkiError):
+            return self.certless(now)
+        return None
 
-        The node's own pair; the common one while it is valid, as an anchor beside the cluster's.
+    def beside_certless(self) -> tuple[Pair | None, str]:
+        """This node's own pair and its anchors, as far as they can be used (None, empty).
+
+        The last resort must work where `client.pem` or `server.pem` is what is broken.
         """
-        common = self.certless(now)
-        if common is None:
-            return self.own(), self.anchors()
-        return common, self._anchors_if_any() + common.certificate_pem
-
-    def _anchors_if_any(self) -> str:
-        """The last resort must work where server.pem is what is broken."""
-        try:
-            return self.anchors()
-        except PkiError:
-            return ""
+        own, anchors = None, ""
+        with contextlib.suppress(PkiError):
+            own = self.own()
+        with contextlib.suppress(PkiError):
+            anchors = self.anchors()
+        return own, anchors
 
     # Files that a candidate hands out ------------------------------------------------------------
 

@@ -80,6 +80,8 @@ class HttpsExchange:
     `context` and `trust` give what holds at the time of each request; another context makes the
     connections of the one before useless, and a `trust` of None (this node belongs to no cluster,
     or calls one that doesn't yet) leaves the judgement to the context's anchors alone.
+    `server_name` gives what the node is asked for (SNI, RFC 6066 3), empty for nothing: it chooses
+    which certificate is shown, and who the peer is is judged by the certificate all the same.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class HttpsExchange:
         context: Callable[[], ssl.SSLContext],
         trust: Callable[[], Trust | None],
         *,
+        server_name: Callable[[], str] = lambda: "",
         patience: Patience | None = None,
     ) -> None:
         self._address = address
@@ -99,6 +102,7 @@ class HttpsExchange:
         self._uuid = uuid
         self._context = context
         self._trust = trust
+        self._server_name = server_name
         self._patience = patience or Patience()
         self._turns = asyncio.Semaphore(self._patience.connections)
         self._idle: deque[_Kept] = deque()
@@ -237,7 +241,7 @@ class HttpsExchange:
             reader, writer = await asyncio.open_connection(
                 sock=connected,
                 ssl=context,
-                server_hostname="",
+                server_hostname=self._server_name(),
                 ssl_handshake_timeout=patience.handshake_s,
                 limit=_HEAD_BYTES,
             )
@@ -336,9 +340,14 @@ class HttpsTransport(ExchangeTransport):
         context: Callable[[], ssl.SSLContext],
         trust: Callable[[], Trust | None],
         *,
+        server_name: Callable[[], str] = lambda: "",
         patience: Patience | None = None,
     ) -> None:
-        self._https = HttpsExchange(address, port, name, uuid, context, trust, patience=patience)
+        self._https = HttpsExchange(
+            *(address, port, name, uuid, context, trust),
+            server_name=server_name,
+            patience=patience,
+        )
         super().__init__(self._https)
 
     async def close(self) -> None:

@@ -20,31 +20,40 @@ _MOST_KEPT: Final = 1024
 
 
 class Courier:
-    """Carries calls; `context` and `trust` give what holds at the time of each."""
+    """Carries calls; `context`, `trust` and `server_name` give what holds at the time of each.
+
+    `server_name` is what a node is asked for (SNI), empty for nothing.
+    """
 
     def __init__(
         self,
         context: Callable[[], ssl.SSLContext],
         trust: Callable[[], Trust | None],
         *,
+        server_name: Callable[[], str] = lambda: "",
         patience: Patience | None = None,
     ) -> None:
         self._context = context
         self._trust = trust
+        self._server_name = server_name
         self._patience = patience
         self._ways: dict[Target, HttpsTransport] = {}
 
     async def carry(self, request: Request) -> bytes:
         """Answer a frame (`kvmsec.rpc.frames.Handler`): with the node's answer, or a fault."""
         try:
-            if request.target is None:
-                raise BadMessage(None, "a call without a node to make it to")
-            call = wire.find_call(request.call, request.protocol)
-            message = wire.decode_request(call, request.body)
-            way = await self._way_to(request.target)
-            return wire.encode_answer(await way.call(call.name, message), request.protocol)
+            return await self.answer(request)
         except Fault as error:
             return wire.encode_fault(error)
+
+    async def answer(self, request: Request) -> bytes:
+        """As `carry`, but a fault is raised: one that is `Refused` says that nothing was done."""
+        if request.target is None:
+            raise BadMessage(None, "a call without a node to make it to")
+        call = wire.find_call(request.call, request.protocol)
+        message = wire.decode_request(call, request.body)
+        way = await self._way_to(request.target)
+        return wire.encode_answer(await way.call(call.name, message), request.protocol)
 
     async def close(self) -> None:
         """End all connections."""
@@ -62,6 +71,7 @@ class Courier:
                 target.uuid,
                 self._context,
                 self._trust,
+                server_name=self._server_name,
                 patience=self._patience,
             )
         self._ways[target] = way  # The last in the order of dict: the first is asked least.

@@ -106,11 +106,13 @@ def names_for(name: str, uuid: UUID) -> list[x509.GeneralName]:
     return [x509.DNSName(name), x509.UniformResourceIdentifier(uuid.urn)]
 
 
-def shake(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+def shake(
+    client: ssl.SSLContext, server: ssl.SSLContext, server_name: str = ""
+) -> tuple[ssl.SSLObject, ssl.SSLObject]:
     """A handshake in memory: the client's side and the server's. Raises ssl.SSLError."""
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     sides = [
-        client.wrap_bio(to_client, to_server, server_side=False),
+        client.wrap_bio(to_client, to_server, server_hostname=server_name or None),
         server.wrap_bio(to_server, to_client, server_side=True),
     ]
     pending = list(sides)

@@ -203,3 +203,24 @@ def test_an_authority_below_the_clusters_is_refused(cluster: Pair) -> None:
     server = contexts.server_context(make_node(cluster, "beta", now=TODAY), cluster.certificate_pem)
     with pytest.raises(ssl.SSLError):
         shake(client, server)
+
+
+def test_who_asks_for_a_name_is_shown_what_is_kept_under_it(cluster: Pair) -> None:
+    own, caller = (make_node(cluster, name, now=TODAY) for name in ("beta", "alpha"))
+    common = make_certless_pair("prod", now=TODAY, lifetime=timedelta(hours=2))
+    anchors = cluster.certificate_pem + common.certificate_pem
+    server = contexts.server_context(own, anchors, {"common.invalid": common})
+    wanted = {"": own, "other.invalid": own, "common.invalid": common}
+    for name, shown in wanted.items():
+        for pair in (caller, common):
+            client, _ = shake(contexts.client_context(pair, anchors), server, name)
+            assert client.getpeercert(True) == ssl.PEM_cert_to_DER_cert(shown.certificate_pem)
+
+
+def test_who_asks_for_a_name_is_not_let_in_by_it(cluster: Pair) -> None:
+    own = make_node(cluster, "beta", now=TODAY)
+    common = make_certless_pair("prod", now=TODAY, lifetime=timedelta(hours=2))
+    anchors = cluster.certificate_pem + common.certificate_pem
+    server = contexts.server_context(own, anchors, {"common.invalid": common})
+    with pytest.raises(ssl.SSLError):
+        shake(contexts.client_context(_foreign(cluster), anchors), server, "common.invalid")

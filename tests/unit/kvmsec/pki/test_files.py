@@ -267,20 +267,25 @@ def test_a_cluster_key_without_its_certificate_is_told_as_such(
     assert files.cluster() == new
 
 
-def test_the_common_pair_serves_while_it_lasts_and_beside_a_broken_anchor(
+def test_the_common_pair_counts_while_it_lasts_and_beside_broken_files(
     files: KeyFiles, town: Town
 ) -> None:
+    assert files.usable_certless(NOW) is None
     common = _common()
-    assert files.serving(NOW) == (town.pairs["alpha"], town.cluster.certificate_pem)
     files.put("certless.pem", common.pem)
-    own, anchors = files.serving(NOW)
-    assert own == common
-    assert anchors == town.cluster.certificate_pem + common.certificate_pem
-    assert files.serving(NOW + timedelta(hours=3))[0] == town.pairs["alpha"]
+    assert files.usable_certless(NOW) == common
+    assert files.usable_certless(NOW + timedelta(hours=3)) is None
 
+    assert files.beside_certless() == (town.pairs["alpha"], town.cluster.certificate_pem)
     (files.directory / "server.pem").write_text("broken")
     (files.directory / "client.pem").unlink()
-    assert files.serving(NOW) == (common, common.certificate_pem)
+    assert files.beside_certless() == (None, "")
+
+
+def test_a_broken_common_pair_counts_as_none(files: KeyFiles) -> None:
+    (files.directory / "certless.pem").write_text("broken")
+    (files.directory / "certless.pem").chmod(0o600)
+    assert files.usable_certless(NOW) is None
 
 
 def test_leaving_forgets_every_file(full: KeyFiles, town: Town) -> None:
