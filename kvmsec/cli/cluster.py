@@ -164,7 +164,10 @@ def _uids_and_reason(problem: str) -> tuple[str | None, str]:
 @cluster.command
 @pass_session
 def sync(session: Session) -> None:
-    """Hand the state to every node that answers; on the master."""
+    """Hand the state to every node that answers; on the master.
+
+    Nodes that a renewal of certificates still waits for catch up with it first.
+    """
 
     async def act(reach: Reach) -> Mapping[str, str]:
         from kvmsec.cluster.handing import require_cluster
@@ -173,6 +176,7 @@ def sync(session: Session) -> None:
 
         await reach.here.reconcile()
         require_master(session.store, require_cluster(session.store)[0])
+        await _catch_up_certificates(session, reach)
         return await sync_nodes(session.store, reach)
 
     behind = session.run_reaching(act)
@@ -180,6 +184,18 @@ def sync(session: Session) -> None:
     if behind:
         raise click.exceptions.Exit(FAILED)
     say("every node has the state")
+
+
+async def _catch_up_certificates(session: Session, reach: Reach) -> None:
+    if not session.paths.renewal.exists():
+        return
+    from kvmsec.cli.certificates import renewing
+    from kvmsec.cluster.renewal.operations import catch_up_certificates
+
+    async with renewing(session, reach.here) as work:
+        outcome = await catch_up_certificates(work)
+    for name, why in ({} if outcome is None else outcome.behind).items():
+        warn(f"{name} has not got its new certificate yet: {why}")
 
 
 @cluster.command
@@ -207,6 +223,21 @@ def master_failover(session: Session, force: bool) -> None:
     for name, reason in taken.unheard.items():
         warn(f"the candidate {name} did not say what it has; what only it knew is lost: {reason}")
     tell_behind(taken.behind)
+    _tell_left_over(session)
+
+
+def _tell_left_over(session: Session) -> None:
+    """Of a renewal that the old master had begun: nobody but this one can end it now."""
+    from kvmsec.cli.certificates import require_none_pending
+    from kvmsec.cluster.renewal.errors import RenewalPending
+    from kvmsec.pki.errors import PkiError
+
+    try:
+        require_none_pending(session)
+    except RenewalPending:
+        warn("a renewal of certificates was left over: end it by `kvmsec cluster renew-crypto`")
+    except PkiError as error:
+        warn(error.message)
 
 
 @cluster.command

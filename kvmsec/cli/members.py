@@ -231,6 +231,7 @@ def _change(session: Session, act: Callable[[Master], Awaitable[Changed]], what:
     """Change the members, and tell what came of it."""
 
     async def make(reach: Reach) -> Changed:
+        from kvmsec.cli.certificates import require_none_pending
         from kvmsec.cluster.authority import KeyFilesAuthority, PkiInvitations
         from kvmsec.cluster.members.master import Master
         from kvmsec.pki.files import KeyFiles
@@ -243,6 +244,7 @@ def _change(session: Session, act: Callable[[Master], Awaitable[Changed]], what:
             authority=KeyFilesAuthority(KeyFiles(session.paths.key_files)),
             invitations=PkiInvitations(Invitations(session.paths.invitations)),
             on_step=session.on_step,
+            require_none_pending=lambda: require_none_pending(session),
         )
         return await act(master)
 

@@ -31,13 +31,16 @@ _LOCAL_CONNECTIONS: Final = 64
 _ACCEPT_PAUSE_S: Final = 0.2
 _CHANGE_TRUST: Final = frozenset(
     {
-        *("state.put", "files.put", "join.admit"),
+        *("state.put", "rules.sync", "files.put", "join.admit"),
         *("certificates.prepare", "certificates.commit"),
         *("certificates.rollback", "certificates.finish"),
     }
 )
 """After these the front must know before the order is answered. Not `node.leave`: the front goes
 with it, and could not pass the answer on."""
+_WHO_ARE_YOU: Final = "node.info"
+"""A command of this host that has changed this node's files by itself asks for this next: it is
+answered once the front has what they hold."""
 _REFUSALS: Final = (Refused, RemoteOrderRefused, SecurityRefused)
 
 
@@ -99,6 +102,8 @@ class RootPart:
     async def _answer(self, call: Call, request: m.Message, caller: Caller | None) -> m.Message:
         if not call.is_order:
             self._judge(call, caller)
+            if caller is None and call.name == _WHO_ARE_YOU:
+                await self._refresh()
             return await self._service.answer(call, request, caller)
         self._under_way += 1
         try:

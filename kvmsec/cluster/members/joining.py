@@ -27,10 +27,10 @@ async def add(
 
     Its name is that of its invitation: the one that is the address, or the only one, unless `name`
     chooses. Steps: hello, save, admit, spend, spread. Killed at any of them, run it again. Raises
-    NoCluster, NotMaster, MemberRefused, and what the node and the authority raise; the node is no
-    member then, unless a note of the error says that it may be.
+    NoCluster, NotMaster, RenewalPending, MemberRefused, and what the node and the authority raise;
+    the node is no member then, unless a note of the error says that it may be.
     """
-    cluster = master.cluster()
+    cluster = master.settled_cluster()
     wanted = name or _invited(master, address)
     return await _bring_in(master, _planned(cluster, wanted, address, port))
 
@@ -39,10 +39,10 @@ async def readd(master: Master, name: str) -> Changed:
     """Mend a member that has lost its files or its copy of the state.
 
     One that answers gets them again; one that doesn't joins anew under its old uuid, if it is
-    invited. Raises NoCluster, NotMaster, UnknownMember, MemberRefused, NodeSilent, and what `add`
-    raises.
+    invited. Raises NoCluster, NotMaster, RenewalPending, UnknownMember, MemberRefused, NodeSilent,
+    and what `add` raises.
     """
-    cluster = master.cluster()
+    cluster = master.settled_cluster()
     member = require_member(cluster, name)
     if member.uuid == cluster.master:
         raise MemberRefused(

@@ -14,20 +14,36 @@ from kvmsec.model.cluster import Cluster, Member
 from kvmsec.store import Store
 
 
+def nothing_pending() -> None:
+    """What stands for the renewals where there are none."""
+
+
 @frozen(kw_only=True)
 class Master:
-    """The master's means. `on_step` is told the name of each step before it is taken."""
+    """The master's means. `on_step` is told the name of each step before it is taken.
+
+    `require_none_pending` raises RenewalPending while certificates are renewed
+    (`kvmsec.cluster.renewal.operations`): who joins or changes its role then would be given what
+    is about to be dropped.
+    """
 
     store: Store
     directory: Directory
     authority: Authority
     invitations: Invitations
     on_step: OnStep = no_step
+    require_none_pending: Callable[[], None] = nothing_pending
 
     def cluster(self) -> Cluster:
         """The state. Raises NoCluster and NotMaster."""
         cluster, _ = require_cluster(self.store)
         require_master(self.store, cluster)
+        return cluster
+
+    def settled_cluster(self) -> Cluster:
+        """As `cluster`, for what must not be done during a renewal. Raises RenewalPending."""
+        cluster = self.cluster()
+        self.require_none_pending()
         return cluster
 
     def team(self) -> Team:

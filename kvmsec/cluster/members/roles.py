@@ -15,9 +15,10 @@ async def promote(master: Master, name: str) -> Changed:
     """Let a node order, and hand it the cluster's key, so that it may become the master.
 
     Steps: key, save, spread. Killed at any of them, run it again, or `demote`. Raises NoCluster,
-    NotMaster, UnknownMember, MemberRefused, and what the node raises; the node is plain then.
+    NotMaster, RenewalPending, UnknownMember, MemberRefused, and what the node raises; the node is
+    plain then.
     """
-    cluster = master.cluster()
+    cluster = master.settled_cluster()
     member = require_member(cluster, name)
     if not member.certificates:
         raise MemberRefused(
@@ -47,9 +48,9 @@ async def demote(master: Master, name: str) -> Changed:
     """Let a candidate order no more: first every list forgets it, then its key is taken away.
 
     Steps: save, spread, key. Killed at any of them, run it again. Raises NoCluster, NotMaster,
-    UnknownMember, MemberRefused for the master.
+    RenewalPending, UnknownMember, MemberRefused for the master.
     """
-    cluster = master.cluster()
+    cluster = master.settled_cluster()
     member = require_member(cluster, name)
     require_not_master(cluster, member, "demoted")
     master.on_step("save")

@@ -177,10 +177,15 @@ async def _why_not(node: CertificateNode) -> str | None:
 
 
 def require_none_pending(work: Renewing) -> None:
-    """For whoever changes the members: not while a renewal is on its way. Raises RenewalPending."""
+    """For whoever changes the members: not while a renewal is on its way. Raises RenewalPending.
+
+    One that an earlier master has left over counts, too.
+    """
     cluster = _require_master(work)
     if (standing := _standing(work, cluster)) is not None:
         raise RenewalPending([one.name for one in behind(standing)])
+    if is_left_over(cluster, work.keys.anchors()):
+        raise RenewalPending([])
 
 
 # What is there -------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from kvmsec.cluster.members.joining import add, readd
 from kvmsec.cluster.members.leaving import remove
 from kvmsec.cluster.members.master import Changed
 from kvmsec.cluster.members.roles import demote, promote
+from kvmsec.cluster.renewal.errors import RenewalPending
 from kvmsec.errors import (
     InstancesRun,
     MemberRefused,
@@ -328,3 +329,15 @@ def test_only_the_master_changes_the_members(cluster: FakeCluster) -> None:
     for act in (remove, promote, demote, readd, add):
         with pytest.raises(NotMaster):
             do(cluster, act, "node3")
+
+
+@pytest.mark.parametrize("act", [add, readd, promote, demote])
+def test_nobody_joins_or_changes_its_role_during_a_renewal(cluster: FakeCluster, act: Any) -> None:
+    def refuse() -> None:
+        raise RenewalPending(["node3"])
+
+    before = standing(cluster)
+    master = evolve(cluster.master(), require_none_pending=refuse)
+    with pytest.raises(RenewalPending, match="it waits for node3"):
+        asyncio.run(act(master, "node2"))
+    assert standing(cluster) == before

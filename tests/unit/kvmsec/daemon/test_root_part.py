@@ -29,6 +29,18 @@ from uidpool.ranges import EMPTY
 CANDIDATE, PLAIN, STRANGER = "a" * 64, "b" * 64, "c" * 64
 
 
+INFO = m.NodeInfo(
+    name="here",
+    uuid=UUID(int=2),
+    cluster_uuid=UUID(int=1),
+    version="1",
+    protocols=(1, 1),
+    time=datetime(2026, 5, 4, tzinfo=UTC),
+    revision=1,
+    confirmed_at=None,
+)
+
+
 class Answers:
     """What stands for the node: it notes what reaches it."""
 
@@ -39,6 +51,8 @@ class Answers:
         self.reached.append((call.name, caller))
         if call.name == "state.put":
             return m.Revision(revision=1)
+        if call.name == "node.info":
+            return INFO
         return m.Nothing()
 
 
@@ -248,6 +262,7 @@ def test_a_member_is_not_joined_again(setting: Setting) -> None:
         ("state.put", m.State(revision=1, format=2, document={})),
         ("files.put", m.FileRequest(name="server.pem", content=None)),
         ("certificates.rollback", m.Nothing()),
+        ("rules.sync", m.Nothing()),  # the list of candidates follows the state in it
     ],
 )
 def test_the_front_knows_of_a_change_of_trust_before_the_order_is_answered(
@@ -274,3 +289,12 @@ def test_a_refusal_of_the_fronts_is_written_down(setting: Setting) -> None:
     (order,) = setting.written.orders
     assert (order.peer, order.outcome) == ("192.0.2.9", "refused")
     assert "3 more" in str(order.message)
+
+
+def test_who_this_node_is_is_answered_once_the_front_knows_what_a_command_has_changed(
+    setting: Setting,
+) -> None:
+    assert setting.local("node.info", m.Nothing()) == INFO
+    assert setting.refreshed == 1
+    assert setting.front("node.info", m.Nothing(), setting.caller()) == INFO
+    assert setting.refreshed == 1
