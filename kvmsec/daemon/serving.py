@@ -12,6 +12,7 @@ from typing import Final
 from kvmsec.cluster.upkeep import upkeep
 from kvmsec.config import load_config
 from kvmsec.daemon import systemd
+from kvmsec.daemon.certificates_kept import CertificatesKept
 from kvmsec.daemon.confined_child import Start
 from kvmsec.daemon.confined_start import start_of
 from kvmsec.daemon.front_keeper import FrontKeeper
@@ -89,12 +90,13 @@ class _Daemon:
             keeping = asyncio.create_task(keeper.run())
             mending = asyncio.create_task(self._reconcile())
             tending = asyncio.create_task(self._tend_members())
+            renewing = asyncio.create_task(self._keep_certificates(keeper).run())
             systemd.notify("READY=1")
             try:
-                await self._until_the_end(local, keeping, tending)
+                await self._until_the_end(local, keeping, tending, renewing)
             finally:
                 systemd.notify("STOPPING=1")
-                await _end(keeping, tending)
+                await _end(keeping, tending, renewing)
                 await keeper.stop()
                 await self._let_orders_end(root_part)
                 await _end(local, watching, mending)
@@ -151,6 +153,12 @@ class _Daemon:
                 copy_valid_s=host.config.cluster.copy_valid_s,
                 report=self._say,
             )
+
+    def _keep_certificates(self, keeper: FrontKeeper) -> CertificatesKept:
+        host = self._node.host
+        return CertificatesKept(
+            host.paths, lambda: host.config, host.store, keeper.refresh, self._say
+        )
 
     def _report_serving(self, keeper: FrontKeeper) -> None:
         if keeper.is_serving and self._source.is_member():
