@@ -93,6 +93,8 @@ class CertificatesKept:
             outcome = await catch_up_certificates(work)
         if outcome is not None:
             self._tell(outcome.behind)
+            if outcome.is_at_its_end:
+                self._say("every node has its new certificate, and the old ones are forgotten")
 
     def _tell(self, behind: Mapping[str, str]) -> None:
         for name, why in behind.items():

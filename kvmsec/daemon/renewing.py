@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from attrs import frozen
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from kvmsec.pki.pems import Pair
     from kvmsec.pki.standing import Trust
     from kvmsec.store import Store
+
+
+PATIENCE_S: Final = 20.0
+"""A command waits for the daemon, which may just let a node catch up."""
 
 
 def now() -> datetime:
@@ -116,4 +120,5 @@ class Means:
             journal=Journal(self.paths.renewal),
             now=now,
             on_step=self.on_step,
+            patience_s=PATIENCE_S,
         )

@@ -195,7 +195,7 @@ def require_none_pending(work: Renewing) -> None:
 def _turn(work: Renewing) -> Iterator[None]:
     """One renewal at a time. Raises LockBusy."""
     lock = FileLock(work.journal.lock_path)
-    lock.acquire(timeout_s=0)
+    lock.acquire(timeout_s=work.patience_s)
     with lock:
         yield
 

@@ -53,7 +53,7 @@ class Renewing:
 
     `own_uuid` is this node's. `on_step` is told before and after each thing that is done; what it
     raises ends the renewal there, as a kill would. `only` is the one member that steps are done
-    on, None for all.
+    on, None for all. `patience_s` is how many seconds another's turn is waited for.
     """
 
     own_uuid: UUID
@@ -64,6 +64,7 @@ class Renewing:
     now: Callable[[], datetime]
     on_step: Callable[[str], None] = field(default=_go_on)
     only: UUID | None = None
+    patience_s: float = 0.0
 
     def keep(self, renewal: Renewal) -> Renewal:
         """Write the journal: what it says is known from here on."""

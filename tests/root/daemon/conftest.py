@@ -9,6 +9,7 @@ import pytest
 
 from kvmsec.linux import command
 from tests.root.daemon.cluster_of_two import FRONT_USER, ClusterOfTwo, Daemon, make_front_user
+from tests.root.daemon.node_by_command import Node
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,45 @@ def daemon(cluster: ClusterOfTwo, begin: Callable[..., Daemon]) -> Daemon:
     daemon = begin("--bind", f"127.0.0.1:{cluster.port}")
     daemon.says("serving other nodes")
     return daemon
+
+
+@pytest.fixture
+def nodes(front_user: str) -> Iterator[Callable[[], Node]]:
+    """Makes nodes; their daemons and files go in the end."""
+    made: list[Node] = []
+
+    def make() -> Node:
+        made.append(Node(Path(tempfile.mkdtemp(dir="/run"))))
+        return made[-1]
+
+    yield make
+    for node in made:
+        if node.daemon is not None:
+            node.daemon.close()
+        shutil.rmtree(node.root)
+
+
+@pytest.fixture
+def master(nodes: Callable[[], Node]) -> Node:
+    node = nodes()
+    node.do("cluster", "init", "--name", "site", "--address", f"127.0.0.1:{node.port}")
+    node.serve()
+    assert node.daemon is not None
+    node.daemon.says("serving other nodes")
+    return node
+
+
+@pytest.fixture
+def bring_in(master: Node, nodes: Callable[[], Node]) -> Callable[[str], Node]:
+    """Lets a node join."""
+
+    def make(name: str) -> Node:
+        node = nodes()
+        node.do("node", "join", given=master.do("node", "invite", name))
+        node.serve()
+        assert node.daemon is not None
+        node.daemon.says("waiting to be admitted")
+        master.do("node", "add", f"127.0.0.1:{node.port}", "--name", name)
+        return node
+
+    return make

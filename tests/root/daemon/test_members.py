@@ -2,95 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-from attrs import define, field
 
 from kvmsec.paths import Paths
-from tests.root.daemon.cluster_of_two import KVMSEC, Daemon, free_port
+from tests.root.daemon.node_by_command import Node
 
 pytestmark = pytest.mark.root
-
-
-@define
-class Node:
-    """One root, its commands, and its daemon."""
-
-    root: Path
-    port: int = field(factory=free_port)
-    daemon: Daemon | None = None
-
-    def run(self, *words: str, given: str = "") -> subprocess.CompletedProcess[str]:
-        argv = [str(KVMSEC), "--root", str(self.root), *words]
-        return subprocess.run(
-            argv, capture_output=True, text=True, input=given, timeout=120, check=False
-        )
-
-    def do(self, *words: str, given: str = "") -> str:
-        done = self.run(*words, given=given)
-        assert done.returncode == 0, (words, done.stdout, done.stderr)
-        return done.stdout
-
-    def serve(self) -> None:
-        self.daemon = Daemon(self.root, "--bind", f"127.0.0.1:{self.port}")
-
-    def has(self, name: str) -> bool:
-        return (Paths(self.root).key_files / name).exists()
-
-    def state(self) -> Any:
-        return json.loads(self.do("cluster", "info", "--json"))
-
-    def codes(self) -> set[tuple[str, str]]:
-        """What `verify` finds, but for this host having no model but none."""
-        found = json.loads(self.run("cluster", "verify", "--json").stdout)
-        return {(one["node"], one["code"]) for one in found if one["severity"] == "error"}
-
-
-@pytest.fixture
-def nodes(front_user: str) -> Iterator[Callable[[], Node]]:
-    """Makes nodes; their daemons and files go in the end."""
-    made: list[Node] = []
-
-    def make() -> Node:
-        made.append(Node(Path(tempfile.mkdtemp(dir="/run"))))
-        return made[-1]
-
-    yield make
-    for node in made:
-        if node.daemon is not None:
-            node.daemon.close()
-        shutil.rmtree(node.root)
-
-
-@pytest.fixture
-def master(nodes: Callable[[], Node]) -> Node:
-    node = nodes()
-    node.do("cluster", "init", "--name", "site", "--address", f"127.0.0.1:{node.port}")
-    node.serve()
-    assert node.daemon is not None
-    node.daemon.says("serving other nodes")
-    return node
-
-
-@pytest.fixture
-def bring_in(master: Node, nodes: Callable[[], Node]) -> Callable[[str], Node]:
-    """Lets a node join."""
-
-    def make(name: str) -> Node:
-        node = nodes()
-        node.do("node", "join", given=master.do("node", "invite", name))
-        node.serve()
-        assert node.daemon is not None
-        node.daemon.says("waiting to be admitted")
-        master.do("node", "add", f"127.0.0.1:{node.port}", "--name", name)
-        return node
-
-    return make
 
 
 def test_a_node_joins_is_promoted_demoted_and_leaves(
