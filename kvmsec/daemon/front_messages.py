@@ -7,6 +7,7 @@ from typing import Annotated, Final
 from uuid import UUID
 
 import msgspec
+from msgspec import field
 
 from kvmsec.rpc import messages as m
 from kvmsec.rpc.calls import Call
@@ -25,6 +26,7 @@ class TrustMessage(m.Message, frozen=True, kw_only=True):
     anchors: m.Pem
     members: dict[UUID, m.Name]
     candidates: dict[UUID, tuple[m.Fingerprint, ...]]
+    certificates: dict[UUID, tuple[m.Fingerprint, ...]] = field(default_factory=dict)
     certless: m.Fingerprint | None = None
     common: m.Pem | None = None
     is_joining: bool = False

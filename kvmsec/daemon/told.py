@@ -17,4 +17,5 @@ def trust_of(told: TrustMessage) -> Trust | None:
         members=told.members,
         candidates={uuid: frozenset(known) for uuid, known in told.candidates.items()},
         certless=told.certless,
+        certificates={uuid: frozenset(known) for uuid, known in told.certificates.items()},
     )

@@ -99,6 +99,7 @@ class TrustSource:
             anchors=self._required(_FILES[1]),
             members=dict(self._members()),
             candidates=_sorted(self._candidates_or_nobody()),
+            certificates=self._certificates(),
         )
 
     def _message_beside(self, common: "Pair") -> TrustMessage:
@@ -112,6 +113,7 @@ class TrustSource:
             anchors=anchors + common.certificate_pem,
             members=dict(self._members_or_nobody()),
             candidates=_sorted(self._candidates_or_nobody()),
+            certificates=self._certificates_or_none(),
             certless=fingerprint_of(common.certificate_pem),
             common=common.pem,
         )
@@ -123,6 +125,18 @@ class TrustSource:
     def _members_or_nobody(self) -> Mapping[UUID, str]:
         try:
             return self._members()
+        except StoreError:
+            return {}
+
+    def _certificates(self) -> dict[UUID, tuple[str, ...]]:
+        """As the state has them: a copy of the cluster's key makes nobody another member."""
+        cluster, _ = self._store.load()
+        known = () if cluster is None else cluster.nodes
+        return {node.uuid: node.certificates for node in known}
+
+    def _certificates_or_none(self) -> dict[UUID, tuple[str, ...]]:
+        try:
+            return self._certificates()
         except StoreError:
             return {}
 

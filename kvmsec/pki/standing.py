@@ -8,7 +8,7 @@ import hmac
 from collections.abc import Iterable, Mapping
 from uuid import UUID
 
-from attrs import frozen
+from attrs import field, frozen
 
 from kvmsec.pki.errors import PeerRefused, Step
 
@@ -19,12 +19,15 @@ class Trust:
 
     `anchors` are DER; `members` has the name of each node's uuid, `candidates` the fingerprints of
     those that may order. `certless` is the fingerprint of the common certificate while it is valid.
+    `certificates` has those that the state has of each member: a plain node shows one of them. One
+    that the state has none of is asked for an anchor's signature alone.
     """
 
     anchors: tuple[bytes, ...]
     members: Mapping[UUID, str]
     candidates: Mapping[UUID, frozenset[str]]
     certless: str | None = None
+    certificates: Mapping[UUID, frozenset[str]] = field(factory=dict)
 
 
 @frozen(kw_only=True)
@@ -52,6 +55,12 @@ def judge_standing(name: str, uuid: UUID | None, fingerprint: str, trust: Trust)
     if is_candidate and not is_among(fingerprint, trust.candidates[uuid]):
         raise PeerRefused(
             Step.FINGERPRINT, f"the list has another certificate for {name} than {fingerprint}"
+        )
+    known = trust.certificates.get(uuid)
+    if not is_candidate and known and not is_among(fingerprint, known):
+        raise PeerRefused(
+            Step.FINGERPRINT,
+            f"the cluster's state has another certificate for {name} than {fingerprint}",
         )
     for other, fingerprints in trust.candidates.items():
         if other != uuid and is_among(fingerprint, fingerprints):

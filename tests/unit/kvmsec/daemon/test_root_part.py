@@ -140,6 +140,14 @@ def setting(tmp_path: Path) -> Iterator[Setting]:
     yield Setting(tmp_path)
 
 
+def test_the_courier_is_told_each_members_certificate(setting: Setting) -> None:
+    setting.put("server.pem", "unread")
+    told = TrustSource(setting.paths, setting.store).message()
+
+    assert told is not None
+    assert told.certificates[setting.plain] == (PLAIN,)
+
+
 def test_a_candidate_is_answered_and_its_order_written_down(setting: Setting) -> None:
     setting.front("rules.apply", m.Nothing(), setting.caller())
 

@@ -524,6 +524,18 @@ def test_another_node_that_answers_is_refused(name: str, uuid: UUID, town: Town)
     assert caught.value.step is Step.NAME
 
 
+def test_a_plain_node_is_known_by_the_certificate_that_the_state_has_for_it(town: Town) -> None:
+    known = {PLAIN: frozenset({fingerprint_of(town.pairs["plain"].certificate_pem)})}
+    trust = evolve(town.trust(), certificates=known)
+    # A key that was stolen before a renewal, or one that a demoted candidate has signed itself.
+    other = _der(make_node(town.cluster, "plain"))
+
+    require_node(town.der("plain"), trust, name="plain", uuid=PLAIN, now=NOW)
+    with pytest.raises(PeerRefused) as caught:
+        require_node(other, trust, name="plain", uuid=PLAIN, now=NOW)
+    assert caught.value.step is Step.FINGERPRINT
+
+
 def test_a_name_and_a_fingerprint_are_judged_again_without_the_certificate(town: Town) -> None:
     peer = judge_orderer(town.der("alpha"), town.trust(), NOW)
 
