@@ -7,8 +7,15 @@ from attrs import define, field
 
 from kvmsec.cluster.members.proofs import said_in_admission, said_in_answer, said_in_hello
 from kvmsec.errors import MemberRefused
-from kvmsec.pki.certificates import Request, anchors_of, fingerprint_of, make_request
-from kvmsec.pki.errors import BadToken
+from kvmsec.pki.certificates import (
+    Request,
+    anchors_of,
+    fingerprint_of,
+    load_certificate,
+    make_request,
+)
+from kvmsec.pki.chain import anchor_of
+from kvmsec.pki.errors import BadToken, PeerRefused
 from kvmsec.pki.files import KeyFiles
 from kvmsec.pki.invitations import Invitations
 from kvmsec.pki.joining import (
@@ -90,9 +97,7 @@ class Arrival:
         self._check(request.proof, JoinRole.MASTER_ADMIT, caller, said_in_admission(request))
         if self._request is None or self._asked is None or request.state.document is None:
             raise MemberRefused("nobody has said hello yet", hint="run `kvmsec node add` again")
-        known = {fingerprint_of(der) for der in anchors_of(request.anchors)}
-        if self.invitation.anchor_fingerprint not in known:
-            raise BadToken("was made for a cluster with another certificate")
+        self._require_invited(request)
         if not self.files.is_member():
             self.store.leave()  # what a killed admission may have left
         self.store.introduce(self._asked.node_uuid)
@@ -109,6 +114,25 @@ class Arrival:
         self.files.install(request.anchors, Pair(request.certificate, self._request.key_pem))
         self.invitations.spend(self.invitation, datetime.now(UTC))
         self.welcomed()
+
+    def _require_invited(self, request: AdmitRequest) -> None:
+        """Hold the certificate to the one that the token was made for. Raises BadToken, BadPem.
+
+        By its signature: whoever has read the token can put that anchor beside one of its own, as
+        they are during a renewal, but has not the key.
+        """
+        invited = [
+            der
+            for der in anchors_of(request.anchors)
+            if fingerprint_of(der) == self.invitation.anchor_fingerprint
+        ]
+        try:
+            anchor_of(load_certificate(request.certificate), invited)
+        except PeerRefused as error:
+            raise BadToken(
+                "was made for a cluster with another certificate",
+                hint="invite the node again with `kvmsec node invite NAME`",
+            ) from error
 
     def _check(self, shown: str, role: JoinRole, caller: str, said: bytes) -> None:
         require_current(self.invitation, datetime.now(UTC))

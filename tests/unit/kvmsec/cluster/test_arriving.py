@@ -235,6 +235,28 @@ def test_who_does_not_say_hello_first_is_not_admitted(world: World) -> None:
         asyncio.run(greeter.admit(world.master.files.anchors(), "x", state_of(cluster, revision)))
 
 
+def test_the_token_alone_brings_a_node_into_no_other_cluster(world: World, tmp_path: Path) -> None:
+    # Who has read the token over a shoulder knows the cluster's certificate, and has not its key.
+    world.accept(world.invite())
+    theirs = Place(tmp_path / "theirs")
+    here = FakeNode(theirs.store, "node1")
+    founding = KeyFilesFounding(theirs.files)
+    asyncio.run(operations.init(theirs.store, here, "trial", founding=founding))
+    cluster, revision = theirs.store.load()
+    assert cluster is not None
+    member = Member("node2", uuid=uuid4(), address="x")
+    state = state_of(evolve(cluster, nodes=(*cluster.nodes, member)), revision)
+    greeter = world.joining(member)
+    request = asyncio.run(greeter.hello(member.name, member.uuid))
+    signed = KeyFilesAuthority(theirs.files).sign(request, member)
+    both = world.master.files.anchors() + theirs.files.anchors()
+
+    with pytest.raises(BadToken, match="another certificate"):
+        asyncio.run(greeter.admit(both, signed.certificate, state))
+    assert world.new.store.load() == (None, 0)
+    assert not world.new.files.is_member()
+
+
 def test_an_admission_killed_halfway_is_taken_again(world: World) -> None:
     world.accept(world.invite())
     cluster, revision = world.master.store.load()
