@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _LINE_LIMIT: Final = 8192
 _NOTHING: Final = "-"
 _LIST_CHARS: Final = 100
+_MOST_WIDE: Final = 40
+"""Of a column that is filled up for all: one long item of a node makes no page of blanks."""
 _STYLES: Final = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
@@ -179,7 +181,7 @@ def _yes_or_no(value: bool) -> str:
 def print_findings(findings: Iterable[Finding]) -> None:
     """Check by check: its severity, what it is about, what was found, and the fix."""
     known = list(findings)
-    width = max((len(shown_line(finding.item)) for finding in known), default=0)
+    width = min(_MOST_WIDE, max((len(shown_line(finding.item)) for finding in known), default=0))
     for finding in known:
         severity = click.style(f"{finding.severity:<9}", fg=_STYLES.get(finding.severity))
         say(f"{severity}{shown_line(finding.item):<{width}}  {shown_text(finding.message)}")

@@ -1,6 +1,6 @@
 """Asking all members about themselves, and judging what they say."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 from typing import Final
 
@@ -36,6 +36,9 @@ CHECKS: Final = (
     uids.check_rules,
     uids.check_confinement,
 )
+
+MOST_ALIKE: Final = 50
+"""Findings of one code about one node: more than anybody reads, and a node may say anything."""
 
 OnHeard = Callable[[str], None]
 
@@ -98,7 +101,7 @@ async def _examine(node: _Asked, pool: UidRanges, on_heard: OnHeard) -> Heard:
 
 def judge(subject: Subject) -> tuple[Finding, ...]:
     """All findings of all checks, by the members' order; pure."""
-    findings = [finding for check in CHECKS for finding in check(subject)]
+    findings = _cut(finding for check in CHECKS for finding in check(subject))
     names = {member.name: place for place, member in enumerate(subject.cluster.nodes)}
     touched = {finding.node for finding in findings}
     findings += [
@@ -107,6 +110,20 @@ def judge(subject: Subject) -> tuple[Finding, ...]:
         if name not in touched
     ]
     return tuple(sorted(findings, key=lambda one: names[one.node or ""]))
+
+
+def _cut(findings: Iterable[Finding]) -> list[Finding]:
+    """The first of each code and node, and how many like them there are besides."""
+    alike: dict[tuple[str, str | None], list[Finding]] = {}
+    for one in findings:
+        alike.setdefault((one.code, one.node), []).append(one)
+    kept: list[Finding] = []
+    for several in alike.values():
+        kept += several[:MOST_ALIKE]
+        if left_out := several[MOST_ALIKE:]:
+            worst = next((one for one in left_out if one.severity == "error"), left_out[0])
+            kept.append(evolve(worst, message=f"{len(left_out)} more like these are left out"))
+    return kept
 
 
 def without_ignored(findings: tuple[Finding, ...], codes: Collection[str]) -> tuple[Finding, ...]:

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from kvmsec.agent import Finding
 from kvmsec.cluster.verify.codes import found
 from kvmsec.cluster.verify.subject import Subject
+from kvmsec.errors import BadName
+from kvmsec.model.cluster import Member
+from kvmsec.model.names import require_name
 from kvmsec.model.security import SecurityModel
 
 
@@ -13,7 +16,8 @@ def check_pool(subject: Subject) -> Iterator[Finding]:
     for member, said in subject.heard():
         for problem in said.pool_problems:
             if problem.severity != "ok":
-                hint = problem.hint or f"`kvmsec uids provision {subject.cluster.uid_pool}` there"
+                hint = f"`kvmsec uids provision {subject.cluster.uid_pool}` there"
+                hint += _its_words(member, problem.hint)
                 yield found(
                     "pool-user", problem.severity, member.name, "uid pool", problem.message, hint
                 )
@@ -30,7 +34,9 @@ def check_leases(subject: Subject) -> Iterator[Finding]:
                 yield found("lease-dead", "warning", member.name, "uids", message, hint)
         for name in said.running_without_lease:
             message = f"{name} runs under a uid of the pool without a lease of it"
-            hint = f"stop it: `kvmsec instance stop {name} --node {member.name}`"
+            hint = "stop it with `kvmsec instance stop` there"
+            if _may_be_an_instance(name):
+                hint = f"stop it: `kvmsec instance stop {name} --node {member.name}`"
             yield found("instance-unleased", "error", member.name, "uids", message, hint)
 
 
@@ -39,7 +45,7 @@ def check_rules(subject: Subject) -> Iterator[Finding]:
     for member, said in subject.heard():
         for rule in said.rules:
             if rule.severity != "ok":
-                hint = rule.hint or "`kvmsec firewall apply` there"
+                hint = "`kvmsec firewall apply` there" + _its_words(member, rule.hint)
                 yield found("rules", rule.severity, member.name, rule.item, rule.message, hint)
 
 
@@ -60,3 +66,17 @@ def check_confinement(subject: Subject) -> Iterator[Finding]:
             message = f"its settings let instances start without {piece}"
             hint = "take it out of confinement.may_be_missing in kvmsec.toml there"
             yield found("confinement", "warning", member.name, "confinement", message, hint)
+
+
+def _its_words(member: Member, hint: str | None) -> str:
+    """What a node would have done, as its own words: a hostile one would name any command."""
+    return f"; {member.name} says: {hint}" if hint else ""
+
+
+def _may_be_an_instance(name: str) -> bool:
+    """Whether a name that a node gave may stand in a command that a person copies."""
+    try:
+        require_name("an instance", name)
+    except BadName:
+        return False
+    return True

