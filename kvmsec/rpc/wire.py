@@ -214,8 +214,10 @@ def _fault_of(fault: _Fault, node: str | None) -> RemoteFault:
     kind = fault.kind if fault.kind.isidentifier() and len(fault.kind) <= 64 else "RemoteFault"
     # Over a socket of this host it is passed on; a node that names another speaks of that one.
     words = f"{fault.node}: {fault.message}" if node and fault.node else fault.message
+    # Who reads a hint does what it says: it must not pass for this node's own.
+    hint = f"{node} says: {fault.hint}" if node and fault.hint else fault.hint
     return KINDS.get(kind, RemoteFault)(
-        node or fault.node, words, hint=fault.hint, kind=kind, evidence=fault.evidence
+        node or fault.node, words, hint=hint, kind=kind, evidence=fault.evidence
     )
 
 

@@ -86,7 +86,7 @@ def test_what_a_node_refuses_comes_back_in_its_words(name: str) -> None:
 
     with pytest.raises(errors.RemoteFault) as caught:
         pair.run(QUESTIONS[name])
-    assert (caught.value.message, caught.value.hint) == ("node1: it can't", "do this")
+    assert (caught.value.message, caught.value.hint) == ("node1: it can't", "node1 says: do this")
     assert caught.value.kind == "Fault"
 
 

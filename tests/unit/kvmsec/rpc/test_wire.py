@@ -126,9 +126,19 @@ def test_a_lone_surrogate_is_refused_before_it_is_sent() -> None:
 def test_a_fault_keeps_its_kind_its_words_and_its_hint() -> None:
     got = fault(UidsInUse("these uids can't leave", {1000: "instance web1"}, hint="stop it"))
 
-    assert (got.node, got.kind, got.hint) == ("node2", "UidsInUse", "stop it")
+    assert (got.node, got.kind, got.hint) == ("node2", "UidsInUse", "node2 says: stop it")
     assert got.message.startswith("node2: these uids can't leave")
     assert got.evidence == {"holders": {"1000": "instance web1"}}
+
+
+def test_a_hint_of_this_hosts_daemon_is_ours_and_one_that_was_passed_on_keeps_its_node() -> None:
+    with pytest.raises(errors.RemoteFault) as own:
+        wire.decode_answer(CALLS["node.info"], wire.encode_fault(Fault("no", hint="stop it")))
+    assert own.value.hint == "stop it"
+    theirs = fault(Fault("no", hint="stop it"))
+    with pytest.raises(errors.RemoteFault) as passed_on:
+        wire.decode_answer(CALLS["node.info"], wire.encode_fault(theirs))
+    assert passed_on.value.hint == "node2 says: stop it"
 
 
 @pytest.mark.parametrize("kind", sorted(errors.KINDS))
@@ -161,7 +171,7 @@ def test_what_a_hostile_peer_says_is_escaped_and_bounded() -> None:
     got = fault(Fault("\x1b[2J" + "x" * 100_000 + "\n" * 10_000, hint="\x07"))
 
     assert "\x1b" not in got.message
-    assert got.hint == "\\x07"
+    assert got.hint == "node2 says: \\x07"
     assert len(got.message) < 5000
 
 
