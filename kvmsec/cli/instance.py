@@ -134,8 +134,10 @@ def start(
     info = session.run_on(node_name, lambda node: node.start(definition))
     user = f" ({info.user})" if info.user else ""
     say(
-        f"{name} {info.state.value}: pid {info.pid}, uid {info.uid}{shown_line(user)}, "
-        f"accelerator {info.accelerator}"
+        shown_line(
+            f"{name} {info.state.value}: pid {info.pid}, uid {info.uid}{user}, "
+            f"accelerator {info.accelerator}"
+        )
     )
     _warn_about(info)
 
@@ -173,7 +175,7 @@ def _warn_about(info: InstanceInfo) -> None:
 def stop(session: Session, name: str, timeout_s: float, force: bool, node_name: str | None) -> None:
     """Stop the instance NAME; its uid is released once it is clean."""
     info = session.run_on(node_name, lambda node: node.stop(name, timeout_s=timeout_s, force=force))
-    say(_state_of(info))
+    say(shown_line(_state_of(info)))
 
 
 @instance.command
@@ -265,7 +267,7 @@ def _facts(info: InstanceInfo) -> dict[str, object]:
     if info.resident_bytes is not None:
         facts["resident_bytes"] = f"{info.resident_bytes} ({info.resident_bytes / 2**20:.1f} MiB)"
     if argv := facts.get("command_line"):
-        facts["command_line"] = shlex.join(argv)
+        facts["command_line"] = shlex.join(map(str, argv))
     return facts
 
 
@@ -274,7 +276,7 @@ def _document(info: InstanceInfo) -> dict[str, object]:
 
 
 def _state_of(info: InstanceInfo) -> str:
-    reason = f" ({shown_line(info.reason)})" if info.reason else ""
+    reason = f" ({info.reason})" if info.reason else ""
     return f"{info.name} {info.state.value}{reason}"
 
 

@@ -15,6 +15,7 @@ from hypervisor.foreign_text import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from datetime import datetime
 
     from kvmsec.agent import Finding
 
@@ -87,16 +88,25 @@ def print_json(value: object) -> None:
 
 def _plain(value: Any) -> object:
     """What JSON lacks: times in ISO 8601 and UTC, everything else as its text."""
-    from datetime import UTC, datetime
+    from datetime import datetime
     from enum import Enum
 
     if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat()
+        return _in_utc(value).isoformat()
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
     return str(value)
+
+
+def _in_utc(time: datetime) -> datetime:
+    from datetime import UTC
+
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:  # Another node's word for a time at the end of all years.
+        return time
 
 
 def print_findings_json(findings: Iterable[Finding]) -> None:

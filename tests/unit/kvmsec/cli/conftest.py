@@ -25,6 +25,7 @@ class FakeNode:
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.infos: list[InstanceInfo] = []
+        self.stopped: InstanceInfo | None = None
         self.findings: tuple[Finding, ...] = ()
         self.rules: dict[str, Any] = {}
         self.states: tuple[UidState, ...] = ()
@@ -45,7 +46,8 @@ class FakeNode:
         self, name: str, *, timeout_s: float = 60.0, force: bool = False
     ) -> InstanceInfo:
         self.asked("stop", name, timeout_s, force)
-        return InstanceInfo(name=name, state=InstanceState.STOPPED, reason="powered down")
+        ended = InstanceInfo(name=name, state=InstanceState.STOPPED, reason="powered down")
+        return self.stopped or ended
 
     async def reboot(self, name: str) -> None:
         self.asked("reboot", name)

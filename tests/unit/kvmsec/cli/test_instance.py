@@ -1,7 +1,7 @@
 """`kvmsec instance`: what is asked of the node, and how its answers are shown."""
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,38 @@ def test_a_start_says_what_was_started(run: Any, node: Any) -> None:
 
     assert result.stdout == "web running: pid 4711, uid 20001 (kvmsec-20001), accelerator kvm\n"
     assert result.stderr == ""
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J"
+
+
+def test_what_another_node_says_of_an_instance_does_not_steer_the_terminal(
+    run: Any, node: Any
+) -> None:
+    node.infos = [running(name=f"web{HOSTILE}", accelerator=HOSTILE, user=HOSTILE)]
+    node.stopped = InstanceInfo(name=f"web{HOSTILE}", state=InstanceState.STOPPED, reason=HOSTILE)
+
+    told = [run("instance", "start", "web", "--memory", "64"), run("instance", "stop", "web")]
+
+    for result in told:
+        assert result.exit_code == 0
+        assert "owned" in result.output
+        assert "\x1b" not in result.output
+
+
+def test_a_time_that_another_node_made_up_ends_no_listing(run: Any, node: Any) -> None:
+    far = datetime.max.replace(tzinfo=timezone(-timedelta(hours=23)))
+    node.infos = [running(), running(name="odd", started_at=far)]
+
+    for arguments in (["list", "--json"], ["list"], ["info", "odd"], ["info", "odd", "--json"]):
+        result = run("instance", *arguments)
+        assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_a_command_line_that_is_none_is_shown_all_the_same(run: Any, node: Any) -> None:
+    node.infos = [running(details={"command_line": [1, None]})]
+
+    assert run("instance", "info", "web").exit_code == 0
 
 
 def test_a_start_warns_of_root_and_of_emulation(run: Any, node: Any) -> None:
