@@ -4,12 +4,20 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kvmsec.rpc import messages as m
 
 PROTOCOL: Final = 1
 OLDEST_PROTOCOL: Final = 1
+
+
+_ANSWER_BYTES: Final = 1 << 20
+"""A cluster's state is some 100 KiB."""
+_LISTING_BYTES: Final = 4 << 20
+"""Ten thousand free uids are 1.5 MiB."""
+LOG_BYTES: Final = 16 << 20
+"""768 KiB of which JSON may make six bytes each, `\\u0000`."""
 
 
 class Right(StrEnum):
@@ -34,6 +42,8 @@ class Call:
     is_order: bool = False
     right: Right = Right.CANDIDATE
     since: int = 1
+    answer_limit_bytes: int = _ANSWER_BYTES
+    """What is larger is not even decoded: in memory it may become twenty times as large."""
 
     def deadline_s(self, request: m.Message) -> float:
         """Seconds until an answer must be there: a request may itself ask to wait for something."""
@@ -52,29 +62,35 @@ def _calls() -> tuple[Call, ...]:
     def look(name: str, request: type[m.Message], response: type[m.Message]) -> Call:
         return Call(name=name, request=request, response=response, timeout_s=_QUICK_S)
 
+    def listing(name: str, request: type[m.Message], response: type[m.Message]) -> Call:
+        return evolve(look(name, request, response), answer_limit_bytes=_LISTING_BYTES)
+
     def order(name: str, request: type[m.Message], response: type[m.Message]) -> Call:
         return Call(name=name, request=request, response=response, timeout_s=_SLOW_S, is_order=True)
 
     return (
         look("node.info", m.Nothing, m.NodeInfo),
         look("node.doctor", m.Nothing, m.Findings),
-        look("node.examine", m.PoolRequest, m.Examination),
+        listing("node.examine", m.PoolRequest, m.Examination),
         order("node.reconcile", m.Nothing, m.Lines),
         order("node.leave", m.Nothing, m.Nothing),
         look("users.check", m.PoolRequest, m.Problems),
         order("users.provision", m.PoolRequest, m.Provisioned),
-        look("uids.held", m.Nothing, m.Held),
-        look("uids.states", m.UidStatesRequest, m.UidStates),
+        listing("uids.held", m.Nothing, m.Held),
+        listing("uids.states", m.UidStatesRequest, m.UidStates),
         order("uids.release", m.UidRequest, m.UidState),
         order("uids.forget_resting", m.Nothing, m.Nothing),
-        look("rules.show", m.Nothing, m.Shown),
+        listing("rules.show", m.Nothing, m.Shown),
         look("rules.verify", m.Nothing, m.Findings),
         order("rules.apply", m.Nothing, m.Nothing),
         order("rules.sync", m.Nothing, m.Nothing),
         order("rules.remove", m.Forced, m.Nothing),
-        look("instance.list", m.Nothing, m.Instances),
+        listing("instance.list", m.Nothing, m.Instances),
         look("instance.info", m.InstanceRequest, m.Instance),
-        look("instance.log", m.InstanceRequest, m.Log),
+        evolve(
+            look("instance.log", m.InstanceRequest, m.Log),
+            answer_limit_bytes=LOG_BYTES,
+        ),
         look("instance.events", m.EventsRequest, m.Events),
         order("instance.start", m.StartRequest, m.Instance),
         order("instance.stop", m.StopRequest, m.Instance),

@@ -200,8 +200,9 @@ class HttpsExchange:
         connection.writer.write(b"GET /rpc HTTP/1.1\r\nHost: kvmsec\r\n\r\n")
         try:
             async with asyncio.timeout(self._patience.handshake_s):
-                length, is_kept = self._parse(await self._head(connection.reader))
-                answer = await connection.reader.readexactly(min(length, _HEAD_BYTES))
+                head = await self._head(connection.reader)
+                length, is_kept = self._parse(head, _HEAD_BYTES)
+                answer = await connection.reader.readexactly(length)
         except TimeoutError:
             raise Unreachable(
                 self._name,
@@ -293,7 +294,8 @@ class HttpsExchange:
         )
         # At once, not drained: an answer may come, and must be read, before all of it is sent.
         connection.writer.write(head.encode() + body)
-        length, is_kept = self._parse(await self._head(connection.reader))
+        said = await self._head(connection.reader)
+        length, is_kept = self._parse(said, call.answer_limit_bytes)
         return await connection.reader.readexactly(length), is_kept
 
     async def _head(self, reader: asyncio.StreamReader) -> bytes:
@@ -304,7 +306,7 @@ class HttpsExchange:
                 self._name, f"its answer's head is longer than {_HEAD_BYTES} bytes"
             ) from None
 
-    def _parse(self, head: bytes) -> tuple[int, bool]:
+    def _parse(self, head: bytes, limit_bytes: int) -> tuple[int, bool]:
         """The length of the body and whether the connection goes on."""
         line, *lines = head[:-4].split(b"\r\n")
         status = _STATUS.fullmatch(line)
@@ -319,11 +321,10 @@ class HttpsExchange:
         length = _LENGTH.fullmatch(fields.get("content-length", ""))
         if length is None:
             raise BadMessage(self._name, "its answer has no length")
-        if int(length[0]) > wire.RESPONSE_LIMIT_BYTES:
+        if int(length[0]) > limit_bytes:
             raise BadMessage(
                 self._name,
-                f"its answer has {length[0]} bytes, and at most {wire.RESPONSE_LIMIT_BYTES} are "
-                "taken",
+                f"its answer has {length[0]} bytes, and at most {limit_bytes} are taken",
             )
         return int(length[0]), fields.get("connection", "").lower() != "close"
 

@@ -54,7 +54,8 @@ async def respond(
     try:
         call = wire.find_call(name, protocol)
         request = wire.decode_request(call, body)
-        return wire.encode_answer(await answering(call, request, caller), protocol)
+        answer = await answering(call, request, caller)
+        return wire.encode_answer(answer, protocol, limit_bytes=call.answer_limit_bytes)
     except Fault as error:
         return wire.encode_fault(error)
     except OSError as error:

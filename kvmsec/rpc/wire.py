@@ -14,14 +14,14 @@ import msgspec
 from msgspec import field
 
 from kvmsec.linux.errors import Fault
-from kvmsec.rpc.calls import CALLS, OLDEST_PROTOCOL, PROTOCOL, Call
+from kvmsec.rpc.calls import CALLS, LOG_BYTES, OLDEST_PROTOCOL, PROTOCOL, Call
 from kvmsec.rpc.errors import KINDS, BadMessage, RemoteFault, WrongProtocol
 from kvmsec.rpc.messages import Fingerprint, Message, Name
 
 REQUEST_LIMIT_BYTES: Final = 1 << 20
 """The largest request is a cluster's state: 500 nodes and a fragmented pool are some 100 KiB."""
-RESPONSE_LIMIT_BYTES: Final = 16 << 20
-"""The largest response is a log: 768 KiB of which JSON may make six bytes each, `\\u0000`."""
+RESPONSE_LIMIT_BYTES: Final = LOG_BYTES
+"""The largest response is a log; each call has its own limit (`Call.answer_limit_bytes`)."""
 EVIDENCE_LIMIT_BYTES: Final = 64 << 10
 
 _T = TypeVar("_T")
@@ -135,13 +135,15 @@ def decode_request(call: Call, body: bytes) -> Message:
     return _decode(body, call.request, f"the request of {call.name}", None)
 
 
-def encode_answer(response: Message, protocol: int) -> bytes:
+def encode_answer(
+    response: Message, protocol: int, *, limit_bytes: int = RESPONSE_LIMIT_BYTES
+) -> bytes:
     """A response in its envelope. Raises WrongProtocol, and BadMessage for one that is too large.
 
     Raises nothing that `encode_fault` could not send instead.
     """
     body = b'{"ok":' + _encode(response, protocol, None) + b"}"
-    return _bounded(body, RESPONSE_LIMIT_BYTES, "the response", None)
+    return _bounded(body, limit_bytes, "the response", None)
 
 
 def encode_fault(error: Fault) -> bytes:
@@ -163,7 +165,7 @@ def decode_answer(call: Call, body: bytes, *, node: str | None = None) -> Messag
 
     `node` is whom it came from, for the errors.
     """
-    _bounded(body, RESPONSE_LIMIT_BYTES, "the answer", node)
+    _bounded(body, call.answer_limit_bytes, "the answer", node)
     what = f"the answer to {call.name}"
     answer = _decode(body, _Answer, what, node)
     response = bytes(answer.ok)

@@ -120,6 +120,16 @@ def test_a_lone_surrogate_is_refused_before_it_is_sent() -> None:
         wire.encode_request(m.InstanceRequest(name="\ud800"), 1)
 
 
+def test_an_answer_is_no_larger_than_its_call_has_use_for() -> None:
+    # Of lists that hold nothing, JSON's three bytes become sixty in memory.
+    limit = CALLS["instance.info"].answer_limit_bytes
+    body = b'{"ok":{"name":"x","state":"running","details":{"a":[' + b"[]," * (limit // 3)
+    with pytest.raises(errors.BadMessage, match=f"at most {limit}"):
+        answered("instance.info", body + b"[]]}}}")
+    assert limit <= 1 << 20
+    assert CALLS["instance.log"].answer_limit_bytes == wire.RESPONSE_LIMIT_BYTES
+
+
 # Faults ---------------------------------------------------------------------------------------
 
 
