@@ -38,6 +38,10 @@ async def upkeep(
             behind = now_behind
         except (Fault, OSError) as error:
             report(f"the members could not be brought up to date: {error}")
+        except Exception as error:
+            # A bug, then; but what a member may have answered must not end the master's daemon.
+            words = f"unexpected {type(error).__name__}: {str(error)[:300]}"
+            report(f"the members could not be brought up to date: {words}")
         await asyncio.sleep(every_s)
 
 

@@ -18,6 +18,9 @@ Uids = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 Pem = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 Fingerprint = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Timeout = Annotated[float, msgspec.Meta(ge=0, le=86400)]
+Uid = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""JSON's own have no bound, and a node that lies may send four thousand digits."""
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
@@ -39,9 +42,9 @@ class NodeInfo(Message, frozen=True, kw_only=True):
     uuid: UUID
     cluster_uuid: UUID | None
     version: Name
-    protocols: tuple[int, int]
+    protocols: tuple[Number, Number]
     time: Time
-    revision: int
+    revision: Number
     confirmed_at: Time | None
     certless_until: Time | None = None
 
@@ -74,7 +77,7 @@ class CertificateFacts(Message, frozen=True, kw_only=True):
 class LeaseFacts(Message, frozen=True, kw_only=True):
     """A uid that is leased, and whether anything lives that it is leased to."""
 
-    uid: int
+    uid: Uid
     instance: Words
     is_alive: bool
 
@@ -126,14 +129,14 @@ class Provisioned(Message, frozen=True, kw_only=True):
 class Held(Message, frozen=True, kw_only=True):
     """The uids that are held, by whom or why; and the instances that run, start or stop."""
 
-    holders: dict[int, Words]
+    holders: dict[Uid, Words]
     instances: tuple[Words, ...]
 
 
 class UidState(Message, frozen=True, kw_only=True):
     """`kvmsec.agent.UidState`."""
 
-    uid: int
+    uid: Uid
     user: Words | None
     state: Literal["free", "leased", "resting", "draining", "quarantined"]
     instance: Words | None = None
@@ -184,7 +187,7 @@ class StartRequest(Message, frozen=True, kw_only=True):
 
     name: Name
     definition: dict[str, Any]
-    revision: int = 0
+    revision: Number = 0
 
 
 class StopRequest(Message, frozen=True, kw_only=True):
@@ -199,15 +202,15 @@ class Instance(Message, frozen=True, kw_only=True):
     name: Words
     state: Literal["starting", "running", "stopping", "stopped", "crashed", "unknown"]
     reason: Words | None = None
-    pid: int | None = None
-    uid: int | None = None
+    pid: Number | None = None
+    uid: Uid | None = None
     user: Words | None = None
     security_model: Words | None = None
     accelerator: Words | None = None
-    memory_mib: int | None = None
-    vcpus: int | None = None
+    memory_mib: Number | None = None
+    vcpus: Number | None = None
     started_at: Time | None = None
-    resident_bytes: int | None = None
+    resident_bytes: Number | None = None
     cpu_s: float | None = None
     autostart: bool = False
     details: dict[str, Any] = {}
@@ -228,7 +231,7 @@ class Log(Message, frozen=True, kw_only=True):
 class EventsRequest(Message, frozen=True, kw_only=True):
     """Wait at most `timeout_s` for events after `cursor` (None: from now on)."""
 
-    cursor: int | None = None
+    cursor: Number | None = None
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 30.0
 
 
@@ -244,9 +247,9 @@ class Event(Message, frozen=True, kw_only=True):
 class Events(Message, frozen=True, kw_only=True):
     """What happened; `lost` events were too old to be kept. Go on from `cursor`."""
 
-    cursor: int
+    cursor: Number
     events: tuple[Event, ...]
-    lost: int = 0
+    lost: Number = 0
 
 
 # The cluster's state ---------------------------------------------------------------------------
@@ -255,13 +258,13 @@ class Events(Message, frozen=True, kw_only=True):
 class State(Message, frozen=True, kw_only=True):
     """The cluster's state as its store keeps it (`kvmsec.model.cluster`)."""
 
-    revision: int
-    format: int
+    revision: Number
+    format: Number
     document: dict[str, Any] | None
 
 
 class Revision(Message, frozen=True, kw_only=True):
-    revision: int
+    revision: Number
 
 
 # Certificates ----------------------------------------------------------------------------------

@@ -75,6 +75,24 @@ def test_what_fails_here_is_told_and_tried_again(
     assert told == ["the members could not be brought up to date: no packet filter"]
 
 
+def test_an_answer_that_nobody_foresaw_does_not_end_the_masters_daemon(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lie(_: str) -> None:
+        raise ValueError("-5--5 is not a range of uids")
+
+    cluster.nodes["node3"].before = lie
+    told = keep_up(cluster, monkeypatch, lambda: None)
+    assert (
+        told
+        == [
+            "the members could not be brought up to date: unexpected ValueError: "
+            "-5--5 is not a range of uids"
+        ]
+        * 2
+    )
+
+
 def test_a_node_that_is_not_the_master_hands_nothing_out(cluster: FakeCluster) -> None:
     cluster.here_name = "node2"
     calls: list[str] = []

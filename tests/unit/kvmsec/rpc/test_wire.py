@@ -120,6 +120,18 @@ def test_a_lone_surrogate_is_refused_before_it_is_sent() -> None:
         wire.encode_request(m.InstanceRequest(name="\ud800"), 1)
 
 
+@pytest.mark.parametrize("uid", ["-1", str(2**32), "9" * 4000])
+def test_what_can_be_no_uid_is_no_holder(uid: str) -> None:
+    with pytest.raises(errors.BadMessage):
+        answered("uids.held", b'{"ok":{"holders":{"%s":"x"},"instances":[]}}' % uid.encode())
+
+
+@pytest.mark.parametrize("number", ["-1", "9" * 4000])
+def test_a_number_is_one_that_fits_somewhere(number: str) -> None:
+    with pytest.raises(errors.BadMessage):
+        answered("state.put", b'{"ok":{"revision":%s}}' % number.encode())
+
+
 def test_an_answer_is_no_larger_than_its_call_has_use_for() -> None:
     # Of lists that hold nothing, JSON's three bytes become sixty in memory.
     limit = CALLS["instance.info"].answer_limit_bytes
