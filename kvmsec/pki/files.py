@@ -39,9 +39,10 @@ HandedOut = Literal["server.pem", "server.key", "certless.pem"]
 
 _FROM_MASTER: Final = "run `kvmsec node readd NAME` on the master, which hands it out again"
 _OWN: Final = "run `kvmsec cluster renew-crypto --node NAME` or `kvmsec node readd NAME` there"
+_JOURNAL: Final = "renewal.json"  # `Paths.renewal`: it holds keys as well.
 _NAMES: Final = (
     *("server.pem", "server.key", "client.pem", CANDIDATES_FILE, "certless.pem"),
-    *("client.pem.next", "client.pem.previous", "server.pem.previous", "server.next"),
+    *("client.pem.next", "client.pem.previous", "server.pem.previous", _JOURNAL),
 )
 
 
@@ -62,7 +63,7 @@ class KeyFiles:
         self._next_key = directory / "client.pem.next"
         self._previous_own = directory / "client.pem.previous"
         self._previous_anchors = directory / "server.pem.previous"
-        self._next_cluster = directory / "server.next"
+        self._journal = directory / _JOURNAL
 
     # What is in force --------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class KeyFiles:
             remove_file(path)
         self._remove_unfinished()
         self.forget_renewal()
-        self.forget_next_cluster()
+        remove_file(self._journal)
         remove_file(self._anchors)
 
     # A renewal on this node --------------------------------------------------------------------
@@ -305,19 +306,6 @@ class KeyFiles:
         return any(
             path.exists() for path in (self._next_key, self._previous_own, self._previous_anchors)
         )
-
-    # The cluster's next pair, on the master ------------------------------------------------------
-
-    def keep_next_cluster(self, pair: Pair) -> None:
-        """Keep the cluster's new pair until it is in force on all nodes (`server.next`)."""
-        write_private(self._next_cluster, require_whole(pair, "the cluster's new pair").pem)
-
-    def next_cluster(self) -> Pair | None:
-        text = read_private(self._next_cluster, hint="roll the renewal back, and begin again")
-        return None if text is None else self._pair(self._next_cluster, text)
-
-    def forget_next_cluster(self) -> None:
-        remove_file(self._next_cluster)
 
     def _remove_unfinished(self) -> None:
         """Remove what a writer that was killed has left: it may hold a key."""

@@ -222,7 +222,7 @@ def test_a_broken_common_pair_counts_as_none(files: KeyFiles) -> None:
 
 def test_leaving_forgets_every_file(full: KeyFiles, town: Town) -> None:
     prepare(full, town.cluster.certificate_pem)
-    full.keep_next_cluster(town.cluster)
+    (full.directory / "renewal.json").write_text("keys of a renewal")
     (full.directory / ".client.pem.0123456789abcdef").write_text("a key")
     assert full.is_member()
     full.remove_all()

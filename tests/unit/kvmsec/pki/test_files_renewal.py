@@ -275,13 +275,3 @@ def test_a_join_that_is_killed_anywhere_leaves_no_half_member(tmp_path: Path, to
         install()
         require_usable(files)
         assert _no_half_file_is_left(files)
-
-
-def test_the_clusters_next_pair_is_kept_apart(files: KeyFiles, town: Town, new: Pair) -> None:
-    assert files.next_cluster() is None
-    files.keep_next_cluster(new)
-    assert files.next_cluster() == new
-    with pytest.raises(BadPem):
-        files.keep_next_cluster(Pair(new.certificate_pem, town.cluster.key_pem))
-    files.forget_next_cluster()
-    assert files.next_cluster() is None
