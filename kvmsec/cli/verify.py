@@ -11,7 +11,7 @@ import click
 
 from kvmsec.cli.failures import CHECK_FOUND_ERRORS, WrongUsage
 from kvmsec.cli.findings import conclude
-from kvmsec.cli.output import say, shown_line
+from kvmsec.cli.output import say, shown_line, warn
 from kvmsec.cli.params import json_option
 from kvmsec.cli.session import Session, pass_session
 
@@ -52,6 +52,7 @@ def verify(session: Session, as_json: bool, error_codes: bool, ignored: tuple[st
                 reach,
                 reach.household,
                 copy_valid_s=session.copy_valid_s,
+                awaited=_awaited(session),
                 on_heard=heard,
             )
 
@@ -60,6 +61,22 @@ def verify(session: Session, as_json: bool, error_codes: bool, ignored: tuple[st
         _print_lines(findings)
     else:
         conclude(findings, as_json=as_json)
+
+
+def _awaited(session: Session) -> tuple[str, ...]:
+    """Whom a renewal waits for; a journal that can't be read must not keep the rest from sight."""
+    if not session.paths.renewal.exists():
+        return ()
+    from kvmsec.cli.certificates import means
+    from kvmsec.cluster.renewal.errors import BadJournal
+    from kvmsec.cluster.renewal.operations import awaited
+    from kvmsec.pki.errors import PkiError
+
+    try:
+        return awaited(means(session, None).work())
+    except (BadJournal, PkiError) as error:
+        warn(error.message)
+        return ()
 
 
 def _print_lines(findings: tuple[Finding, ...]) -> None:

@@ -188,6 +188,21 @@ def require_none_pending(work: Renewing) -> None:
         raise RenewalPending([])
 
 
+def awaited(work: Renewing) -> tuple[str, ...]:
+    """The members that a renewal still waits for, by its journal; changes nothing.
+
+    None on a node that is not the master. Raises NoCluster, and what the store and the journal
+    raise.
+    """
+    cluster, _ = work.store.load()
+    if cluster is None:
+        raise NoCluster
+    if cluster.master != work.own_uuid or not work.journal.is_there():
+        return ()
+    renewal = _standing(work, cluster, is_look=True)
+    return () if renewal is None else tuple(one.name for one in behind(renewal))
+
+
 # What is there -------------------------------------------------------------------------------
 
 

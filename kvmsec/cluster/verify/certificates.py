@@ -79,6 +79,24 @@ def _check_end(
     yield found(code, severity, member.name, item, message, hint)
 
 
+def check_renewal(subject: Subject) -> Iterator[Finding]:
+    """A renewal that has not come to its end: who is waited for, and where old and new count."""
+    said = {member.uuid: said for member, said in subject.heard()}
+    hint = "go on with `kvmsec cluster renew-crypto` on the master"
+    for member in subject.cluster.nodes:
+        anchors = said[member.uuid].anchors if member.uuid in said else None
+        is_master = member.uuid == subject.cluster.master
+        if member.name in subject.awaited:
+            message = "a renewal of certificates waits for it"
+        elif len(member.certificates) > 1:
+            message = "its old and its new certificate count, until a renewal is at its end"
+        elif is_master and len(anchors or ()) > 1:
+            message = "server.pem has two certificates, until a renewal is at its end"
+        else:
+            continue
+        yield found("renewal-pending", "warning", member.name, "certificates", message, hint)
+
+
 def check_lists(subject: Subject) -> Iterator[Finding]:
     """The list of candidates on each node: each candidate with its certificate, nobody else."""
     wanted = subject.cluster.orderers

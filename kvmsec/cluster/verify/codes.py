@@ -15,7 +15,8 @@ CODES: Final = frozenset(
         *("certificate-name", "certificate-shared", "certificate-unknown"),
         *("candidates-unreadable", "candidate-unlisted", "candidate-other", "plain-listed"),
         *("stranger-listed", "candidates-few", "key-missing", "key-on-plain"),
-        *("certless", "certless-missing", "pool-user", "lease-dead", "instance-unleased"),
+        *("renewal-pending", "certless", "certless-missing"),
+        *("pool-user", "lease-dead", "instance-unleased"),
         *("rules", "model-none", "confinement"),
     }
 )

@@ -29,6 +29,7 @@ CHECKS: Final = (
     standing.check_certless,
     certificates.check_anchors,
     certificates.check_own,
+    certificates.check_renewal,
     certificates.check_lists,
     certificates.check_keys,
     uids.check_pool,
@@ -58,11 +59,14 @@ async def verify(
     *,
     copy_valid_s: float = COPY_VALID_S,
     deadline_s: float = DEADLINE_S,
+    awaited: Collection[str] = (),
     on_heard: OnHeard = lambda name: None,
 ) -> tuple[Finding, ...]:
     """What is wrong with the cluster, a finding each; a sound node has one that says so.
 
-    On any member; `on_heard` is told each node that answered, as it does. Raises NoCluster, and
+    On any member; `awaited` are the members that a renewal waits for, which its journal on the
+    master tells (`kvmsec.cluster.renewal.operations.awaited`). `on_heard` is told each node that
+    answered, as it does. Raises NoCluster, and
     what the store raises; changes nothing.
     """
     cluster, revision = require_cluster(store)
@@ -87,6 +91,7 @@ async def verify(
             now=datetime.now(UTC),
             copy_valid_s=copy_valid_s,
             answers={**answers.answered, **unheard, **refused},
+            awaited=awaited,
         )
     )
 

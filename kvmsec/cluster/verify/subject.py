@@ -1,6 +1,6 @@
 """What is verified: the state, and what each member said of itself."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Final
 
@@ -36,6 +36,7 @@ class Subject:
     """The cluster as it is to be, in revision `revision`, and what each member said, by its name.
 
     `now` is the time of whoever verifies; `copy_valid_s` how long a copy counts unconfirmed.
+    `awaited` has the names of those that a renewal waits for, as the master's journal has them.
     """
 
     cluster: Cluster
@@ -43,6 +44,7 @@ class Subject:
     now: datetime
     copy_valid_s: float
     answers: Mapping[str, Heard | Unheard]
+    awaited: Collection[str] = ()
 
     def heard(self) -> list[tuple[Member, Examination]]:
         """The members that answered, and what they said."""

@@ -83,31 +83,34 @@ def test_a_node_that_was_away_catches_up_by_itself(
     renewed = master.run("cluster", "renew-crypto", "--new-cluster-certificate")
     assert renewed.returncode == 1 and "node3 is behind" in renewed.stderr
     assert master.codes() == {("node3", "node-silent")}
+    assert ("node3", "renewal-pending") in warnings(master)
     for words in (["promote", "node2"], ["readd", "node2"], ["demote", "node2"]):
         refused = master.run("node", *words)
         assert refused.returncode == 1
         assert "a renewal is under way; it waits for node3" in refused.stderr
 
+    master.daemon.end()
     away.serve()
     away.daemon.says("serving other nodes")
     assert ("node3", "node-refused") in master.codes()
-    master.daemon.end()
     master.serve()
     master.daemon.says("every node has its new certificate")
     assert shown(away) != before
     assert keys_of(away).anchors() == keys_of(master).anchors() == keys_of(other).anchors()
     assert master.codes() == set()
+    assert "renewal-pending" not in {code for _, code in warnings(master)}
     master.do("node", "promote", "node2")
 
 
 def test_sync_lets_a_node_catch_up(master: Node, bring_in: Callable[[str], Node]) -> None:
     bring_in("node2")
     away = bring_in("node3")
-    assert away.daemon is not None
+    assert away.daemon is not None and master.daemon is not None
     away.daemon.end()
     renewed = master.run("cluster", "renew-crypto", "--new-node-certificates")
     assert renewed.returncode == 1
 
+    master.daemon.end()  # which would see to it by itself
     away.serve()
     away.daemon.says("serving other nodes")
     master.do("cluster", "sync")

@@ -189,6 +189,10 @@ CASES: list[tuple[str, str, str, Callable[[], Subject]]] = [
     ("certificate-name", "error", "node2", lambda: saying(2, own_names=("node3", TWO.uuid.urn))),
     ("certificate-name", "error", "node2", lambda: saying(2, own_names=())),
     ("certificate-unknown", "error", "node2", lambda: saying(2, own_fingerprint=f"{9:064x}")),
+    ("renewal-pending", "warning", "node3", lambda: evolve(sound(), awaited=("node3",))),
+    ("renewal-pending", "warning", "node3", lambda: deciding(
+        nodes=(ONE, TWO, evolve(THREE, certificates=(*THREE.certificates, f"{9:064x}")))
+    )),
     ("candidates-unreadable", "error", "node3", lambda: saying(3, candidates=None)),
     ("candidates-unreadable", "error", "node3", lambda: saying(3, candidates=())),
     ("candidate-unlisted", "error", "node3", lambda: saying(3, candidates=tuple(LISTED[:1]))),
@@ -264,7 +268,12 @@ def test_two_certificates_count_during_a_renewal() -> None:
         )
         answers[name] = Heard(said, NOW, NOW)
 
-    assert {one.code for one in judge(evolve(subject, answers=answers))} == {"node-ok"}
+    found = {(one.node, one.code) for one in judge(evolve(subject, answers=answers))}
+    assert found == {
+        ("node1", "renewal-pending"),
+        ("node2", "renewal-pending"),
+        ("node3", "node-ok"),
+    }
 
 
 def test_a_slow_answer_is_no_wrong_clock() -> None:
