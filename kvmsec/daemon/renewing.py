@@ -18,7 +18,7 @@ from kvmsec.errors import NoCluster
 from kvmsec.pki.files import KeyFiles
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from uuid import UUID
 
     from kvmsec.config import Config
@@ -57,7 +57,8 @@ class _Lines:
             pair=pair.pem,
             anchors=anchors,
             members=dict(trust.members),
-            candidates={uuid: tuple(sorted(known)) for uuid, known in trust.candidates.items()},
+            candidates=_listed(trust.candidates),
+            certificates=_listed(trust.certificates),
             certless=trust.certless,
         )
         # The anchors belong to the key: one that proves must trust the new alone, at all times.
@@ -69,6 +70,10 @@ class _Lines:
             self._opened[key] = courier, message
             await courier.tell(message)
         return courier
+
+
+def _listed(known: Mapping[UUID, frozenset[str]]) -> dict[UUID, tuple[str, ...]]:
+    return {uuid: tuple(sorted(fingerprints)) for uuid, fingerprints in known.items()}
 
 
 @frozen(kw_only=True)

@@ -86,6 +86,9 @@ class Calling:
             members={one.uuid: one.name for one in cluster.nodes} if cluster else {},
             candidates=cluster.orderers if cluster else {},
             certless=None if common is None else fingerprint_of(common.certificate_pem),
+            certificates={one.uuid: frozenset(one.certificates) for one in cluster.nodes}
+            if cluster
+            else {},
         )
 
     def _common(self) -> Pair | None:
