@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
@@ -46,6 +47,7 @@ class Ways(Generic[_Here]):
         self._opened = AsyncExitStack()
         self._courier: Courier | None = None
         self._told: Signature | None = None
+        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,14 +73,15 @@ class Ways(Generic[_Here]):
 
     async def courier(self) -> Courier:
         """The courier; it trusts whom the files name as they are now."""
-        source = self._source()
-        signature = source.signature()
-        if self._courier is None or self._courier.is_gone:
-            self._courier = await self.start_courier(_required(source))
-        elif signature != self._told:
-            await self._courier.tell(_required(source))
-        self._told = signature
-        return self._courier
+        async with self._turn:  # One for all members, who are asked at once.
+            source = self._source()
+            signature = source.signature()
+            if self._courier is None or self._courier.is_gone:
+                self._courier = await self.start_courier(_required(source))
+            elif signature != self._told:
+                await self._courier.tell(_required(source))
+            self._told = signature
+            return self._courier
 
     async def start_courier(self, message: TrustMessage) -> Courier:
         """Another courier, for as long as the command runs."""

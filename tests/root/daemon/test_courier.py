@@ -14,10 +14,12 @@ from attrs import evolve
 
 from kvmsec.cluster.members.arriving import accept_token
 from kvmsec.cluster.members.greeting import Greeter
+from kvmsec.config import Config
 from kvmsec.daemon.confined_child import Start
 from kvmsec.daemon.courier import Courier
 from kvmsec.daemon.front_messages import TrustMessage
 from kvmsec.daemon.inspection import find_gaps
+from kvmsec.daemon.ways import Ways
 from kvmsec.linux.credentials import Credentials
 from kvmsec.pki.certificates import fingerprint_of, sign_request
 from kvmsec.pki.invitations import Invitations
@@ -254,3 +256,13 @@ def test_before_it_is_a_member_a_node_takes_no_order(
             await courier.transport(**way(cluster)).call("rules.apply", m.Nothing())
 
     by_courier(cluster, order, told)
+
+
+def test_members_that_are_asked_at_once_have_one_courier(
+    cluster: ClusterOfTwo, daemon: Daemon
+) -> None:
+    async def ask() -> set[int | None]:
+        async with Ways(cluster.paths, Config, cluster.store, None) as ways:
+            return {one.pid for one in await asyncio.gather(*(ways.courier() for _ in range(4)))}
+
+    assert len(asyncio.run(ask())) == 1
