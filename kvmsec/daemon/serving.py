@@ -83,7 +83,7 @@ class _Daemon:
             self._handle_signals(keeper)
             watching = asyncio.create_task(self._report_events())
             self._report_found(began)
-            self._write_candidates()
+            self._follow_state()
             await keeper.refresh()
             self._report_serving(keeper)
             local = asyncio.create_task(root_part.serve_local(listener))
@@ -110,13 +110,23 @@ class _Daemon:
             return self._given
         return listen_on(self._binds or self._node.host.config.node.bind)
 
-    def _write_candidates(self) -> None:
-        """What a daemon that was killed between two files left undone."""
+    def _follow_state(self) -> None:
+        """Bring the list of candidates and the packet rules up to the state, before READY.
+
+        A boot has taken the rules, and a daemon that was killed may have left either undone. Where
+        it can't be done it is said; no instance starts then whose rules are not proved to hold.
+        """
+        host = self._node.host
         try:
             if self._source.is_member():
-                write_candidates(self._node.host.paths, self._node.host.store)
+                write_candidates(host.paths, host.store)
         except Fault as error:
             self._say(f"the list of candidates is left as it is: {error.message}")
+        try:
+            if host.store.load()[0] is not None:
+                host.rules.sync()
+        except (Fault, OSError) as error:
+            self._say(f"the packet rules are left as they are: {error}")
 
     # Instances ---------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cluster.lab.formation import Formation
+from tests.cluster.lab.formation import POOL, Formation
 from tests.cluster.lab.node import Node
 
 pytestmark = pytest.mark.kvm
@@ -70,7 +70,9 @@ def test_a_node_that_is_switched_off_and_on_is_a_member_as_before(cluster: Forma
     cluster.start("web", node)
     cluster.daemons.pop(node.name)
     node.reboot()
-    cluster.serve(node)
+    with node.cut_off():  # Nobody orders it to put its rules in force.
+        cluster.serve(node)
+        assert cluster.pool_of(node) == POOL
 
     assert node.json("uids", "list") == []
     cluster.start("web", node)
