@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from kvmsec.daemon.confined_child import (
@@ -123,6 +123,12 @@ class FrontKeeper:
         found = [one.getsockname() for one in self._listeners or ()]
         return [f"[{one[0]}]:{one[1]}" if ":" in one[0] else f"{one[0]}:{one[1]}" for one in found]
 
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """The front stays, and is told nothing, until what is done within has ended."""
+        async with self._turn:
+            yield
+
     async def refresh(self) -> None:
         """Have the front know what the files say now; returns once it has said that it does.
 
@@ -141,7 +147,8 @@ class FrontKeeper:
                 await self._serve_nobody(signature, error)
                 return
             if message is None:
-                await self._end_front()
+                # This node has left: the one who had it do so is yet to hear that it did.
+                await self._dismiss_front()
                 self._refused = signature
                 return
             await self._tell(message, signature)
@@ -169,6 +176,13 @@ class FrontKeeper:
         if self._listeners is None:
             self._listeners = self._listen()
         self._front = await _Front.begin(self._start(), self._listeners, self._handler)
+
+    async def _dismiss_front(self) -> None:
+        """Have it take no more calls, and end it once those under way are answered."""
+        if self._front is not None:
+            with contextlib.suppress(Fault):
+                await self._front.tell(STOP, m.Nothing())
+        await self._end_front()
 
     async def _end_front(self) -> None:
         if self._front is not None:
@@ -213,9 +227,6 @@ class FrontKeeper:
     async def stop(self) -> None:
         """Take no more calls from the network, and end the front once those under way are done."""
         async with self._turn:
-            if self._front is not None:
-                with contextlib.suppress(Fault):
-                    await self._front.tell(STOP, m.Nothing())
-            await self._end_front()
+            await self._dismiss_front()
         for one in self._listeners or ():
             one.close()

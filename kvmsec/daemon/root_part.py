@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 from hypervisor.foreign_text import escaped
@@ -41,13 +42,16 @@ with it, and could not pass the answer on."""
 _WHO_ARE_YOU: Final = "node.info"
 """A command of this host that has changed this node's files by itself asks for this next: it is
 answered once the front has what they hold."""
+_LEAVE: Final = "node.leave"
+"""Goes on to its end whoever goes: half of it would be a node that is neither in nor out."""
 _REFUSALS: Final = (Refused, RemoteOrderRefused, SecurityRefused)
 
 
 class RootPart:
     """Answers the front's calls, and those of root of this host.
 
-    `refresh` has the front know what holds now (`FrontKeeper.refresh`); `say` prints a line.
+    `refresh` has the front know what holds now (`FrontKeeper.refresh`), `held` keeps it as it is
+    meanwhile (`FrontKeeper.held`); `say` prints a line.
     """
 
     def __init__(
@@ -63,7 +67,9 @@ class RootPart:
         self._say = say
         self._busy: set[asyncio.Task[None]] = set()
         self._under_way = 0
+        self._leaving: set[asyncio.Task[m.Message]] = set()
         self.refresh: Callable[[], Awaitable[None]] | None = None
+        self.held: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext
 
     @property
     def orders_under_way(self) -> int:
@@ -105,6 +111,24 @@ class RootPart:
             if caller is None and call.name == _WHO_ARE_YOU:
                 await self._refresh()
             return await self._service.answer(call, request, caller)
+        if call.name != _LEAVE:
+            return await self._carry_out(call, request, caller)
+        leaving = asyncio.create_task(self._leave(call, request, caller))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._left)
+        return await asyncio.shield(leaving)
+
+    async def _leave(self, call: Call, request: m.Message, caller: Caller | None) -> m.Message:
+        async with self.held():
+            return await self._carry_out(call, request, caller)
+
+    def _left(self, leaving: "asyncio.Task[m.Message]") -> None:
+        self._leaving.discard(leaving)
+        if not leaving.cancelled():
+            leaving.exception()  # Written down by now, and whoever asked may be gone.
+
+    async def _carry_out(self, call: Call, request: m.Message, caller: Caller | None) -> m.Message:
+        """Carry an order out, and write it down."""
         self._under_way += 1
         try:
             with self._written_down(call, request, caller) as begun:

@@ -79,7 +79,7 @@ class _Daemon:
             keeper = FrontKeeper(
                 self._start, self._source, root_part.answer_front, self._listen, self._say
             )
-            root_part.refresh = keeper.refresh
+            root_part.refresh, root_part.held = keeper.refresh, keeper.held
             self._handle_signals(keeper)
             watching = asyncio.create_task(self._report_events())
             self._report_found(began)
