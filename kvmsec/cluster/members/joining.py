@@ -26,11 +26,15 @@ async def add(
     """Make a member of the invited node at this address; returns it, a plain node.
 
     Its name is that of its invitation: the one that is the address, or the only one, unless `name`
-    chooses. Steps: hello, save, admit, spend, spread. Killed at any of them, run it again. Raises
-    NoCluster, NotMaster, RenewalPending, MemberRefused, and what the node and the authority raise;
-    the node is no member then, unless a note of the error says that it may be.
+    chooses. Steps: hello, save, admit, spend, spread. Killed at any of them, run it again: who has
+    joined by then needs no invitation any more. Raises NoCluster, NotMaster, RenewalPending,
+    MemberRefused, and what the node and the authority raise; the node is no member then, unless a
+    note of the error says that it may be.
     """
     cluster = master.settled_cluster()
+    begun = _begun(master, cluster, address, port, name)
+    if begun is not None and await _has_joined(master, begun):
+        return await _make_known(master, begun)
     wanted = name or _invited(master, address)
     return await _bring_in(master, _planned(cluster, wanted, address, port))
 
@@ -75,6 +79,20 @@ async def _refresh(master: Master, member: Member) -> None:
     await catch_up(master.store, master.directory, member)
 
 
+def _begun(
+    master: Master, cluster: Cluster, address: str, port: int, name: str | None
+) -> Member | None:
+    """The member at this address that is invited no more: an `add` that was killed made it one."""
+    for member in cluster.nodes:
+        is_meant = member.name == (name or member.name) and (member.address, member.port) == (
+            address,
+            port,
+        )
+        if is_meant and member.uuid != cluster.master and not member.is_leaving:
+            return None if master.invitations.is_current(member.name) else member
+    return None
+
+
 def _invited(master: Master, address: str) -> str:
     """Which invitation a node at this address has. Raises MemberRefused."""
     names = master.invitations.current()
@@ -112,6 +130,11 @@ async def _bring_in(master: Master, member: Member) -> Changed:
         await _let_join(master, member)
     master.on_step("spend")
     master.invitations.spend(member.name)
+    return await _make_known(master, member)
+
+
+async def _make_known(master: Master, member: Member) -> Changed:
+    """The last step of an `add`: everybody gets the state with the member in it."""
     master.on_step("spread")
     behind = await spread(master.store, master.team())
     joined = require_member(master.cluster(), member.name)
