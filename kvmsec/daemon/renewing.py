@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -51,6 +52,7 @@ class _Lines:
     def __init__(self, ways: Ways[Any]) -> None:
         self._ways = ways
         self._opened: dict[str, tuple[Courier, TrustMessage]] = {}
+        self._turn = asyncio.Lock()
 
     async def __call__(self, pair: Pair, anchors: str, trust: Trust) -> Line:
         message = TrustMessage(
@@ -63,13 +65,14 @@ class _Lines:
         )
         # The anchors belong to the key: one that proves must trust the new alone, at all times.
         key = pair.certificate_pem + anchors
-        if key not in self._opened or self._opened[key][0].is_gone:
-            self._opened[key] = await self._ways.start_courier(message), message
-        courier, told = self._opened[key]
-        if told != message:
-            self._opened[key] = courier, message
-            await courier.tell(message)
-        return courier
+        async with self._turn:  # One for all members, who are asked at once.
+            if key not in self._opened or self._opened[key][0].is_gone:
+                self._opened[key] = await self._ways.start_courier(message), message
+            courier, told = self._opened[key]
+            if told != message:
+                self._opened[key] = courier, message
+                await courier.tell(message)
+            return courier
 
 
 def _listed(known: Mapping[UUID, frozenset[str]]) -> dict[UUID, tuple[str, ...]]:
