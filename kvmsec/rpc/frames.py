@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Annotated, Final, TypeVar
 from uuid import UUID
 
@@ -22,6 +22,8 @@ from kvmsec.rpc.wire import Caller
 
 OUTSTANDING: Final = 256
 """Calls that one side has begun and not ended; a cluster of 500 nodes is asked in two rounds."""
+HELD_BYTES: Final = 64 << 20
+"""Of requests, and of answers: four of the largest. A front that was taken over reads nothing."""
 _ENVELOPE_BYTES: Final = 4096
 """More than all of a frame that is no body: names are bounded by 256 characters of 4 bytes."""
 _REQUEST_FRAME_BYTES: Final = wire.REQUEST_LIMIT_BYTES + _ENVELOPE_BYTES
@@ -60,38 +62,67 @@ Handler = Callable[[Request], Awaitable[bytes]]
 """Answers a request with an envelope (`kvmsec.rpc.service.respond`); raises nothing."""
 
 
+class _Held:
+    """Counts bytes that are held, for the moment, for somebody else."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._left_bytes = limit_bytes
+
+    def has_room(self, size: int) -> bool:
+        return size <= self._left_bytes
+
+    def hold(self, size: int) -> None:
+        self._left_bytes -= size
+
+    @contextlib.contextmanager
+    def letting_go_of(self, size: int) -> Iterator[None]:
+        """At the end of what is done with them."""
+        try:
+            yield
+        finally:
+            self._left_bytes += size
+
+
 async def serve_frames(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     handler: Handler,
     *,
     outstanding: int = OUTSTANDING,
+    held_bytes: int = HELD_BYTES,
 ) -> None:
     """Answer the calls of one connection until it ends; then what is being done is cancelled.
 
-    At most `outstanding` at once, the rest is answered with Overloaded. Raises BadMessage for what
-    is no frame; nothing else is read from that connection then. Closes the writer.
+    At most `outstanding` at once, and of requests that are being answered, as of answers that wait
+    to be read, at most `held_bytes`; the rest is answered with Overloaded. Raises BadMessage for
+    what is no frame; nothing else is read from that connection then. Closes the writer.
     """
     sending = asyncio.Lock()
     tasks: set[asyncio.Task[None]] = set()
+    asked, unread = _Held(held_bytes), _Held(held_bytes)
+    too_much = wire.encode_fault(
+        Overloaded(None, f"{outstanding} calls are being answered", hint="try again later")
+    )
 
-    async def answer(request: Request) -> None:
-        body = await handler(request)
+    async def send(request: Request, body: bytes) -> None:
         with contextlib.suppress(ConnectionError):
             await _send(writer, _Response(id=request.id, body=body), sending)
 
-    async def refuse(request: Request) -> bytes:
-        return wire.encode_fault(
-            Overloaded(None, f"{outstanding} calls are being answered", hint="try again later")
-        )
+    async def answer(request: Request) -> None:
+        with asked.letting_go_of(len(request.body)):
+            body = await handler(request)
+        if not unread.has_room(len(body)):
+            body = too_much
+        unread.hold(len(body))
+        with unread.letting_go_of(len(body)):
+            await send(request, body)
 
     try:
         while (request := await _receive(reader, Request, _REQUEST_FRAME_BYTES)) is not None:
-            if len(tasks) >= outstanding:
-                with contextlib.suppress(ConnectionError):
-                    body = await refuse(request)
-                    await _send(writer, _Response(id=request.id, body=body), sending)
+            if len(tasks) >= outstanding or not asked.has_room(len(request.body)):
+                await send(request, too_much)
                 continue
+            asked.hold(len(request.body))  # Now: the task begins only when others have been read.
             task = asyncio.create_task(answer(request))
             tasks.add(task)
             task.add_done_callback(tasks.discard)

@@ -212,6 +212,54 @@ def test_what_was_begun_is_cancelled_when_the_caller_has_gone() -> None:
     run(test)
 
 
+def test_who_never_reads_answers_makes_none_pile_up() -> None:
+    """A front that was taken over asks for logs and lets them wait in the root part."""
+    made: list[int] = []
+
+    async def log(request: frames.Request) -> bytes:
+        made.append(request.id)
+        return bytes(1 << 20)
+
+    async def test() -> None:
+        near, far = await streams()
+        serving = asyncio.create_task(frames.serve_frames(*far, log, held_bytes=4 << 20))
+        for number in range(200):
+            frame = framed(frames.Request(id=number, call="instance.log", protocol=1, body=b""))
+            near[1].write(frame)
+        while len(made) < 200:
+            await asyncio.sleep(0.01)
+        waiting = sum(
+            len(task.get_coro().cr_frame.f_locals.get("body", b""))
+            for task in asyncio.all_tasks()
+            if "answer" in task.get_coro().__qualname__
+        )
+        near[1].transport.abort()
+        await serving
+        assert waiting < 6 << 20
+
+    run(test)
+
+
+def test_requests_that_hold_too_much_together_are_refused() -> None:
+    gate = asyncio.Event()
+
+    async def wait(request: frames.Request) -> bytes:
+        await gate.wait()
+        return b"done"
+
+    async def test() -> None:
+        async with served(wait, held_bytes=1000) as (connection, _):
+            held = asyncio.create_task(connection.ask(INFO, 1, b"x" * 900, 20))
+            await asyncio.sleep(0)
+            with pytest.raises(errors.Overloaded):
+                wire.decode_answer(INFO, await connection.ask(INFO, 1, b"x" * 900, 20))
+            gate.set()
+            assert await held == b"done"
+            assert await connection.ask(INFO, 1, b"x" * 900, 20) == b"done"
+
+    run(test)
+
+
 def framed(value: object) -> bytes:
     encoded = msgspec.msgpack.encode(value)
     return struct.pack(">I", len(encoded)) + encoded
