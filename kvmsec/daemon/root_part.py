@@ -196,9 +196,10 @@ class RootPart:
         more = f" (and {told.more} more)" if told.more else ""
         self._journal.note(
             Order(
-                peer=f"{told.address} {told.peer or ''}".strip(),
+                # Cut: a taken-over front could push all orders out of the journal with a few.
+                peer=escaped(f"{told.address} {told.peer or ''}".strip(), limit_chars=400),
                 fingerprint=None,
-                call=told.call or "-",
+                call=escaped(told.call or "-", limit_chars=80),
                 target=None,
                 outcome="refused",
                 error="Refused",

@@ -140,6 +140,17 @@ def setting(tmp_path: Path) -> Iterator[Setting]:
     yield Setting(tmp_path)
 
 
+def test_a_refusal_that_the_front_tells_is_a_short_line(setting: Setting) -> None:
+    words = "\x1b" * 40_000
+    told = RefusalMessage(address="192.0.2.9", reason=words, peer=words, call=words)
+    body = wire.encode_request(told, PROTOCOL)
+    request = Request(id=1, call=REFUSED.name, protocol=PROTOCOL, body=body)
+    asyncio.run(setting.root_part.answer_front(request))
+
+    (order,) = setting.written.orders
+    assert len(order.line()) < 8000
+
+
 def test_the_courier_is_told_each_members_certificate(setting: Setting) -> None:
     setting.put("server.pem", "unread")
     told = TrustSource(setting.paths, setting.store).message()
