@@ -219,6 +219,7 @@ class RemoteSettings:
     qemu_programs: tuple[Path, ...] = field(default=(), metadata=_rule(rules.list_of(_folder)))
     bridges: tuple[str, ...] = field(default=(), metadata=_rule(rules.list_of(_interface)))
     taps: tuple[str, ...] = field(default=(), metadata=_rule(rules.list_of(_interface)))
+    security_domains: tuple[str, ...] = field(default=(), metadata=_rule(rules.list_of(rules.text)))
 
 
 @frozen

@@ -177,7 +177,11 @@ class Household:
         """Hold a start to this node's copy and, where another node ordered it, to `[remote]`."""
         require_revision(self._store.load()[1], revision)
         if caller is not None:
-            require_allowed(definition.machine, self._host.config.remote)
+            require_allowed(
+                definition.machine,
+                self._host.config.remote,
+                security_domain=definition.security_domain,
+            )
 
     async def hello(self, request: m.JoinRequest, caller: Caller | None) -> m.JoinAnswer:
         arrival, fingerprint = self._arrival(caller)

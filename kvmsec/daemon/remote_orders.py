@@ -78,12 +78,18 @@ def follow(path: Path) -> Place:
     raise Unfollowable("it leads to no file")
 
 
-def require_allowed(machine: Machine, settings: RemoteSettings) -> None:
-    """Hold a machine that was ordered over the network to `[remote]`.
+def require_allowed(
+    machine: Machine, settings: RemoteSettings, *, security_domain: str | None = None
+) -> None:
+    """Hold an instance that was ordered over the network to `[remote]`.
 
     Raises RemoteOrderRefused with every problem there is.
     """
-    if problems := tuple(find_problems(machine, settings, follow)):
+    problems = (
+        *find_problems(machine, settings, follow),
+        *find_domain_problems(security_domain, settings),
+    )
+    if problems:
         raise RemoteOrderRefused(machine.name, problems)
 
 
@@ -98,6 +104,18 @@ def find_problems(machine: Machine, settings: RemoteSettings, follow: Follow) ->
             yield f"nics[{index}].bridge: {nic.bridge} is not in remote.bridges"
         if nic.tap is not None and nic.tap not in settings.taps:
             yield f"nics[{index}].tap: {nic.tap} is not in remote.taps"
+
+
+def find_domain_problems(domain: str | None, settings: RemoteSettings) -> Iterator[str]:
+    """What in a security domain no remote order may name.
+
+    Whoever is one is cut off the network while the instance runs, and shares its fate with it: that
+    is not for another node to do to a user of this one.
+    """
+    if domain is not None and domain not in settings.security_domains:
+        yield (
+            f"security_domain: {escaped(domain, limit_chars=300)} is not in remote.security_domains"
+        )
 
 
 @frozen

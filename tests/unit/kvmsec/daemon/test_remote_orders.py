@@ -7,7 +7,13 @@ import pytest
 
 from hypervisor.spec import machine_from
 from kvmsec.config import RemoteSettings
-from kvmsec.daemon.remote_orders import Place, Unfollowable, find_problems
+from kvmsec.daemon.remote_orders import (
+    Place,
+    RemoteOrderRefused,
+    Unfollowable,
+    find_problems,
+    require_allowed,
+)
 
 SETTINGS = RemoteSettings(
     disk_folders=(Path("/srv/disks"), Path("/dev/vg0")),
@@ -114,6 +120,17 @@ def test_nothing_may_be_named_where_nothing_is_listed() -> None:
         source="the test",
     )
     assert len(list(find_problems(machine, RemoteSettings(), follow))) == 6
+
+
+def test_no_user_of_the_node_is_made_an_instances_but_one_that_is_listed() -> None:
+    """The packet rules of an instance under `user` cut that user off, such as a database's."""
+    machine = machine_from({"name": "web"}, source="the test")
+    settings = RemoteSettings(security_domains=("guests",))
+
+    require_allowed(machine, settings)
+    require_allowed(machine, settings, security_domain="guests")
+    with pytest.raises(RemoteOrderRefused, match=r"postgres is not in remote\.security_domains"):
+        require_allowed(machine, settings, security_domain="postgres")
 
 
 def test_nobody_learns_which_files_the_node_has() -> None:
