@@ -84,7 +84,8 @@ def _calls() -> tuple[Call, ...]:
         look("rules.verify", m.Nothing, m.Findings),
         order("rules.apply", m.Nothing, m.Nothing),
         order("rules.sync", m.Nothing, m.Nothing),
-        order("rules.remove", m.Forced, m.Nothing),
+        # No cluster needs it, and guests that run could send from then on.
+        evolve(order("rules.remove", m.Forced, m.Nothing), right=Right.LOCAL),
         listing("instance.list", m.Nothing, m.Instances),
         look("instance.info", m.InstanceRequest, m.Instance),
         evolve(

@@ -140,6 +140,15 @@ def setting(tmp_path: Path) -> Iterator[Setting]:
     yield Setting(tmp_path)
 
 
+def test_nobody_but_root_of_the_node_takes_its_packet_rules_away(setting: Setting) -> None:
+    with pytest.raises(Refused, match="root of the node"):
+        setting.front("rules.remove", m.Forced(force=True), setting.caller())
+    assert setting.answers.reached == []
+
+    setting.local("rules.remove", m.Forced(force=True))
+    assert setting.answers.reached == [("rules.remove", None)]
+
+
 def test_a_refusal_that_the_front_tells_is_a_short_line(setting: Setting) -> None:
     words = "\x1b" * 40_000
     told = RefusalMessage(address="192.0.2.9", reason=words, peer=words, call=words)

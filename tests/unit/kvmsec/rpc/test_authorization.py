@@ -102,9 +102,13 @@ def test_who_may_make_a_call_by_what_the_front_says(
         authorize_again(call, caller, trust)  # type: ignore[arg-type]
 
 
-def test_every_call_of_the_table_but_the_joiners_is_for_candidates() -> None:
-    others = {name for name, call in CALLS.items() if call.right is not Right.CANDIDATE}
-    assert others == {"join.hello", "join.admit"}
+def test_every_call_of_the_table_but_these_is_for_candidates() -> None:
+    others = {name: call.right for name, call in CALLS.items() if call.right != Right.CANDIDATE}
+    assert others == {
+        "join.hello": Right.JOINER,
+        "join.admit": Right.JOINER,
+        "rules.remove": Right.LOCAL,
+    }
 
 
 # What is remembered ----------------------------------------------------------------------------
