@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from kvmsec.cli.failures import WrongUsage
-from kvmsec.cli.output import duration, print_facts, print_json, print_table, say, shown_line, warn
+from kvmsec.cli.failures import FAILED, WrongUsage
+from kvmsec.cli.output import (
+    complain,
+    duration,
+    print_facts,
+    print_json,
+    print_table,
+    say,
+    shown_line,
+    warn,
+)
 from kvmsec.cli.params import (
     DISK,
     INSTANCE_NAME,
@@ -131,15 +140,34 @@ def start(
     from kvmsec.cli.definition import definition_of
 
     definition = definition_of(name, session.paths, spec, _as_text(options))
-    info = session.run_on(node_name, lambda node: node.start(definition))
+    tell_start(session.run_on(node_name, lambda node: node.start(definition)))
+
+
+def tell_start(info: InstanceInfo) -> None:
+    """What was started, and what a person should know about it."""
     user = f" ({info.user})" if info.user else ""
     say(
         shown_line(
-            f"{name} {info.state.value}: pid {info.pid}, uid {info.uid}{user}, "
+            f"{info.name} {info.state.value}: pid {info.pid}, uid {info.uid}{user}, "
             f"accelerator {info.accelerator}"
         )
     )
     _warn_about(info)
+
+
+@instance.command
+@pass_session
+def autostart(session: Session) -> None:
+    """Start every instance with `autostart = true` that does not run; a boot does this.
+
+    One that fails keeps no other from being started; the exit status is 1 then.
+    """
+    from kvmsec.cli.autostart import start_all
+
+    failed = session.run(lambda node: start_all(session, node))
+    if failed:
+        complain(f"not started: {', '.join(failed)}", "see what is said of each above")
+        raise click.exceptions.Exit(FAILED)
 
 
 def _as_text(options: dict[str, Any]) -> dict[str, object]:

@@ -77,7 +77,7 @@ def test_every_command_of_this_release_is_there() -> None:
             *("uids provision", "uids list", "uids release"),
             *("firewall show", "firewall apply", "firewall verify", "firewall remove"),
             *("instance start", "instance stop", "instance list", "instance info"),
-            *("instance log", "instance console", "instance reboot"),
+            *("instance log", "instance console", "instance reboot", "instance autostart"),
         )
     }
 
