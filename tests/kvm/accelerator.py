@@ -5,10 +5,12 @@ import os
 import select
 import subprocess
 import time
+from pathlib import Path
 
 from hypervisor import tiny
 
 KVM_BOOT_DEADLINE_S = 5.0
+LINUX_BOOT_DEADLINE_S = 10.0
 
 
 @functools.cache
@@ -26,9 +28,30 @@ def _kvm_runs_the_guest() -> bool:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
+    return _speaks(qemu, tiny.BANNER, KVM_BOOT_DEADLINE_S)
+
+
+@functools.cache
+def runs_64_bit_guests(images: Path) -> bool:
+    """Whether the Linux guest (see vm-images/linux) boots under /dev/kvm here."""
+    machine = ["-M", "microvm", "-accel", "kvm", "-cpu", "host", "-m", "128"]
+    boot = ["-kernel", images / "vmlinuz", "-initrd", images / "initrd.cpio.gz"]
+    options = ["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]
+    qemu = subprocess.Popen(
+        ["qemu-system-x86_64", *machine, *boot, *options, "-append", "console=ttyS0 quiet"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    # A host whose own processor is emulated takes longer than any that is not.
+    deadline_s = float(os.environ.get("KVMSEC_KVM_BOOT_DEADLINE_S", LINUX_BOOT_DEADLINE_S))
+    return _speaks(qemu, b"KVMSEC-LINUX up", deadline_s)
+
+
+def _speaks(qemu: subprocess.Popen[bytes], words: bytes, within_s: float) -> bool:
     with qemu:
         try:
-            return _says(qemu, tiny.BANNER, KVM_BOOT_DEADLINE_S)
+            return _says(qemu, words, within_s)
         finally:
             qemu.kill()
 

@@ -1,0 +1,36 @@
+"""Hosts in boxes: nested KVM on Debian's kernels, with systemd and control groups of version 2."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.nested.stages import Stages
+
+_STAGES = pytest.StashKey[Stages]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="both Debian hosts, not the smoke test alone"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The whole hosts are for those who ask: they take half an hour where they are emulated."""
+    is_whole = collection_path.name == "full" and collection_path.parent.name == "nested"
+    return True if is_whole and not config.getoption("full", False) else None
+
+
+@pytest.fixture(scope="session")
+def stages(request: pytest.FixtureRequest) -> Stages:
+    return request.config.stash.setdefault(_STAGES, Stages())
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    stages = config.stash.get(_STAGES, None)
+    if stages is not None and stages.done:
+        terminalreporter.section("time of each stage")
+        for name, seconds in stages.done:
+            terminalreporter.line(f"{seconds:8.1f} s  {name}")
