@@ -74,10 +74,11 @@ def laid_wire() -> Iterator[Wire]:
     peer.bind((PEER, PORT))
     peer.settimeout(1)
     yield Wire(peer)
-    peer.close()
-    os.close(there)
+    # Before its other end, which goes with the namespace, and takes this one along.
     for name in ("wire0", BRIDGE):
         ip("link", "del", name)
+    peer.close()
+    os.close(there)
 
 
 class Line:
