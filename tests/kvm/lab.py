@@ -269,4 +269,6 @@ def labs(accelerator: str, features: Path) -> Iterator[Callable[..., Lab]]:
             for lab in made:
                 ends.callback(lab.close)
     assert not left
-    assert census() == before
+    now = census()
+    changed = {what: (was, now[what]) for what, was in before.items() if now[what] != was}
+    assert not changed, changed
