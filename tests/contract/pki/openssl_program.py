@@ -15,7 +15,6 @@ from kvmsec.pki.certificates import Pair, anchors_of, der_of, fingerprint_of
 from kvmsec.pki.judgement import Trust
 from kvmsec.pki.keys import KeyKind
 
-NOW = datetime.now(UTC)  # openssl goes by the machine's clock.
 UUID_A = UUID("a0000000-0000-4000-8000-000000000000")
 UUID_B = UUID("b0000000-0000-4000-8000-000000000000")
 CLUSTER = UUID("c0000000-0000-4000-8000-000000000000")
@@ -30,6 +29,11 @@ KEYS: list[tuple[str, ...]] = [
     ("genrsa", "-traditional", "3072"),
 ]
 KEY_NAMES = ["ed25519", "p256", "p256-traditional", "rsa3072", "rsa3072-traditional"]
+
+
+def now() -> datetime:
+    """At that moment: openssl goes by the machine's clock."""
+    return datetime.now(UTC)
 
 
 @functools.cache
@@ -104,7 +108,7 @@ class Openssl:
 
 @functools.cache
 def our_cluster(kind: KeyKind = KeyKind.ED25519, number: int = 1) -> Pair:
-    return certificates.make_cluster_pair("prod", CLUSTER, kind=kind, now=NOW, lifetime_days=30)
+    return certificates.make_cluster_pair("prod", CLUSTER, kind=kind, now=now(), lifetime_days=30)
 
 
 @functools.cache
@@ -113,7 +117,7 @@ def our_node(
 ) -> Pair:
     request = certificates.make_request(name, uuid, kind=kind)
     certificate = certificates.sign_request(
-        cluster, request.request_pem, node_name=name, node_uuid=uuid, now=NOW, lifetime_days=20
+        cluster, request.request_pem, node_name=name, node_uuid=uuid, now=now(), lifetime_days=20
     )
     return Pair(certificate, request.key_pem)
 

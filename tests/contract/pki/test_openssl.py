@@ -13,10 +13,10 @@ from kvmsec.pki.keys import KeyKind
 from tests.contract.pki.openssl_program import (
     KEY_NAMES,
     KEYS,
-    NOW,
     UUID_A,
     Openssl,
     call_with_openssl,
+    now,
     our_cluster,
     our_node,
     our_server,
@@ -77,7 +77,7 @@ def test_a_cluster_and_a_node_of_openssls_making_are_taken(
     cluster = openssl.make_cluster(cluster_key)
     pair = openssl.make_node(cluster, "alpha", UUID_A, key)
 
-    assert judge_orderer(der_of(pair.certificate_pem), trust_in(cluster, pair), NOW).may_order
+    assert judge_orderer(der_of(pair.certificate_pem), trust_in(cluster, pair), now()).may_order
     directory = tmp_path / "var"
     directory.mkdir(mode=0o700)
     files = KeyFiles(directory)
@@ -99,7 +99,7 @@ def test_each_encoding_of_a_clusters_name_signs_nodes_that_openssl_verifies(
     openssl.write("node.pem", pair.certificate_pem)
 
     assert "OK" in openssl("verify", "-x509_strict", "-CAfile", "cluster.pem", "node.pem")
-    assert judge_orderer(der_of(pair.certificate_pem), trust_in(cluster, pair), NOW).may_order
+    assert judge_orderer(der_of(pair.certificate_pem), trust_in(cluster, pair), now()).may_order
 
 
 @pytest.mark.parametrize("key", KEYS, ids=KEY_NAMES)
@@ -107,10 +107,10 @@ def test_a_request_of_openssls_making_is_signed(key: tuple[str, ...], openssl: O
     cluster = our_cluster()
     key_pem, request = openssl.make_request(key)
     certificate = certificates.sign_request(
-        cluster, request, node_name="alpha", node_uuid=UUID_A, now=NOW
+        cluster, request, node_name="alpha", node_uuid=UUID_A, now=now()
     )
     pair = certificates.require_whole(Pair(certificate, key_pem))
-    assert judge_orderer(der_of(certificate), trust_in(cluster, pair), NOW).may_order
+    assert judge_orderer(der_of(certificate), trust_in(cluster, pair), now()).may_order
     assert facts_of(certificate).subject == "CN=alpha"
 
 
@@ -139,10 +139,10 @@ def test_a_weak_or_foreign_key_of_openssls_making_is_refused(
     cluster = our_cluster()
     _, request = openssl.make_request(key)
     with pytest.raises(PkiError):
-        certificates.sign_request(cluster, request, node_name="a", node_uuid=UUID_A, now=NOW)
+        certificates.sign_request(cluster, request, node_name="a", node_uuid=UUID_A, now=now())
     pair = openssl.make_node(cluster, "alpha", UUID_A, key)
     with pytest.raises(PkiError):
-        judge_orderer(der_of(pair.certificate_pem), trust_in(cluster, pair), NOW)
+        judge_orderer(der_of(pair.certificate_pem), trust_in(cluster, pair), now())
 
 
 def test_a_certificate_that_is_signed_with_sha1_is_refused(openssl: Openssl) -> None:
@@ -152,4 +152,4 @@ def test_a_certificate_that_is_signed_with_sha1_is_refused(openssl: Openssl) -> 
     openssl("x509", "-req", "-in", "node.csr", *signer, "-out", "node.pem")
     pair = Pair(openssl.read("node.pem"), openssl.read("node.key"))
     with pytest.raises(PkiError, match="sha1"):
-        judge_orderer(der_of(pair.certificate_pem), trust_in(cluster, pair), NOW)
+        judge_orderer(der_of(pair.certificate_pem), trust_in(cluster, pair), now())

@@ -15,11 +15,11 @@ from kvmsec.pki.certificates import Pair, der_of
 from kvmsec.pki.join_certificates import join_anchor, make_joining_pair
 from kvmsec.pki.keys import KeyKind
 from tests.contract.pki.openssl_program import (
-    NOW,
     TIMEOUT_S,
     UUID_B,
     Openssl,
     call_with_openssl,
+    now,
     our_cluster,
     our_node,
     our_server,
@@ -95,7 +95,7 @@ def test_we_call_openssl_and_each_sees_the_other(kind: KeyKind, openssl: Openssl
 
 def test_a_join_and_the_last_resort_meet_openssl_as_well(openssl: Openssl, tmp_path: Path) -> None:
     secret = b"0123456789abcdef"
-    common = certificates.make_certless_pair("prod", now=NOW, lifetime=timedelta(hours=1))
+    common = certificates.make_certless_pair("prod", now=now(), lifetime=timedelta(hours=1))
     cases = [
         (make_joining_pair(secret), make_joining_pair(secret), join_anchor(secret)),
         (common, common, our_cluster().certificate_pem + common.certificate_pem),
