@@ -149,6 +149,7 @@ class FrontKeeper:
             if message is None:
                 # This node has left: the one who had it do so is yet to hear that it did.
                 await self._dismiss_front()
+                self._stop_listening()
                 self._refused = signature
                 return
             await self._tell(message, signature)
@@ -183,6 +184,12 @@ class FrontKeeper:
             with contextlib.suppress(Fault):
                 await self._front.tell(STOP, m.Nothing())
         await self._end_front()
+
+    def _stop_listening(self) -> None:
+        """Who calls a node that serves nobody is refused at once, and has not to wait."""
+        for one in self._listeners or ():
+            one.close()
+        self._listeners = None
 
     async def _end_front(self) -> None:
         if self._front is not None:
@@ -228,5 +235,4 @@ class FrontKeeper:
         """Take no more calls from the network, and end the front once those under way are done."""
         async with self._turn:
             await self._dismiss_front()
-        for one in self._listeners or ():
-            one.close()
+            self._stop_listening()

@@ -107,7 +107,7 @@ class _Daemon:
 
     def _listen(self) -> Sequence[socket.socket]:
         if self._given:
-            return self._given
+            return [one.dup() for one in self._given]  # What systemd gave is given once.
         return listen_on(self._binds or self._node.host.config.node.bind)
 
     def _follow_state(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -54,6 +55,8 @@ def test_a_leave_that_takes_long_is_answered(cluster: ClusterOfTwo, slow: Daemon
     assert cluster.ask("node.leave", m.Nothing()) == m.Nothing()
     assert left(cluster) == []
     assert ends(front)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", cluster.port)).close()
 
 
 @pytest.mark.parametrize("slow", [ASIDE], indirect=True)
