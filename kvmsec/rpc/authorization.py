@@ -12,8 +12,11 @@ from kvmsec.rpc.calls import Call, Right
 from kvmsec.rpc.errors import Refused
 from kvmsec.rpc.wire import Caller
 
-_REMEMBERED_FOR: Final = timedelta(seconds=1)
-"""Of what a judgement asks, only the clock moves while the trust is the same object."""
+_REMEMBERED_FOR: Final = timedelta(seconds=15)
+"""Of what a judgement asks, only the clock moves while the trust is the same object: a certificate
+that ends meanwhile is taken for so much longer, a tenth of what clocks may differ by."""
+_COMMON_FOR: Final = timedelta(seconds=1)
+"""The same for the common certificate of the last resort, which ends without an allowance."""
 _MOST_REMEMBERED: Final = 256
 
 
@@ -25,7 +28,7 @@ class _Judgement:
 
 
 class Judgements:
-    """Good judgements of the last second, by what was judged: one costs 0.25 ms.
+    """Good judgements of the last seconds, by what was judged: one costs 0.25 ms.
 
     Another `Trust` object makes all of them void at once, so whoever changes whom this node trusts
     hands out a new one, and the same one as long as nothing has changed.
@@ -37,7 +40,7 @@ class Judgements:
     def of(self, what: Hashable, trust: Trust, now: datetime, judge: Callable[[], Peer]) -> Peer:
         """What `judge` says of this; raises what it raises, which is never remembered."""
         known = self._known.get(what)
-        if known is not None and known.trust is trust and _is_recent(known.at, now):
+        if known is not None and known.trust is trust and _is_recent(known, now):
             return known.peer
         self._known.pop(what, None)
         peer = judge()
@@ -47,8 +50,9 @@ class Judgements:
         return peer
 
 
-def _is_recent(at: datetime, now: datetime) -> bool:
-    return timedelta(0) <= now - at < _REMEMBERED_FOR
+def _is_recent(known: _Judgement, now: datetime) -> bool:
+    limit = _COMMON_FOR if known.peer.uuid is None else _REMEMBERED_FOR
+    return timedelta(0) <= now - known.at < limit
 
 
 def authorize(

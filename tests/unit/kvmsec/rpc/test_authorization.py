@@ -14,7 +14,7 @@ from kvmsec.pki.certificates import (
     make_request,
     sign_request,
 )
-from kvmsec.pki.standing import Trust
+from kvmsec.pki.standing import Peer, Trust
 from kvmsec.rpc import errors
 from kvmsec.rpc.authorization import Judgements, authorize, authorize_again
 from kvmsec.rpc.calls import CALLS, Right
@@ -114,7 +114,7 @@ def test_every_call_of_the_table_but_these_is_for_candidates() -> None:
 # What is remembered ----------------------------------------------------------------------------
 
 
-def test_a_good_judgement_holds_for_a_second_and_for_the_same_trust() -> None:
+def test_a_good_judgement_holds_for_a_while_and_for_the_same_trust() -> None:
     known = Judgements()
     authorize(CANDIDATES, DER, TRUST, NOW, known)
     broken = evolve(TRUST)  # Equal, but handed out anew: judged anew.
@@ -134,22 +134,30 @@ def test_a_certificate_that_has_expired_meanwhile_is_refused() -> None:
     assert caught.value.evidence == {"step": "validity"}
 
 
-@pytest.mark.parametrize("away", [timedelta(seconds=1), timedelta(seconds=-1)])
-def test_a_judgement_is_made_anew_after_a_second_or_when_the_clock_was_set_back(
-    away: timedelta,
+@pytest.mark.parametrize(
+    ("uuid", "away", "is_anew"),
+    [
+        (UUID(int=7), timedelta(seconds=14), False),
+        (UUID(int=7), timedelta(seconds=15), True),
+        (UUID(int=7), timedelta(seconds=-1), True),
+        pytest.param(None, timedelta(seconds=1), True, id="the common one ends at its time"),
+    ],
+)
+def test_a_judgement_is_made_anew_after_a_while_or_when_the_clock_was_set_back(
+    uuid: UUID | None, away: timedelta, is_anew: bool
 ) -> None:
     asked = []
     known = Judgements()
 
-    def judge() -> object:
+    def judge() -> Peer:
         asked.append(True)
-        return object()
+        return Peer(name="node", uuid=uuid, fingerprint="f", may_order=True)
 
-    known.of("a", TRUST, NOW, judge)  # type: ignore[arg-type]
-    known.of("a", TRUST, NOW, judge)  # type: ignore[arg-type]
+    known.of("a", TRUST, NOW, judge)
+    known.of("a", TRUST, NOW, judge)
     assert len(asked) == 1
-    known.of("a", TRUST, NOW + away, judge)  # type: ignore[arg-type]
-    assert len(asked) == 2
+    known.of("a", TRUST, NOW + away, judge)
+    assert len(asked) == 1 + is_anew
 
 
 def test_what_is_remembered_of_judgements_is_bounded() -> None:
