@@ -46,26 +46,20 @@ class _Newest:
         return self._store.load()[1] != state.revision
 
 
-async def hand_out(store: Store, team: Team) -> None:
-    """Hand the state to every member that listens, and put its rules in force on all nodes.
-
-    Raises a node's refusal, and what the store raises.
-    """
-    await hand_out_copies(store, team)
-    await sync_all_rules(team)
-
-
-async def hand_out_copies(store: Store, team: Team) -> None:
+async def hand_out_copies(store: Store, team: Team) -> int:
     """Hand the state, as it stands now, to every member that listens.
 
-    Who already has it has it confirmed. Raises a node's refusal, and what the store raises.
+    Returns the revision that all of them have at least. Who already has the state has it
+    confirmed. Raises a node's refusal, and what the store raises.
     """
     newest = _Newest(store)
+    revision = newest.state().revision
 
-    async def take(node: MemberNode) -> None:
-        await _hand(newest, node)
+    async def take(node: MemberNode) -> int:
+        return await _hand(newest, node)
 
-    await team.tell(take, deadline_s=ORDER_S)
+    had = await team.tell(take, deadline_s=ORDER_S)
+    return min(had.values(), default=revision)
 
 
 async def sync_all_rules(team: Team) -> None:

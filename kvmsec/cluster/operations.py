@@ -27,7 +27,7 @@ from kvmsec.cluster.changes import (
     taken_back,
     without_drained,
 )
-from kvmsec.cluster.handing import hand_out, hand_out_copies, require_cluster, sync_all_rules
+from kvmsec.cluster.handing import hand_out_copies, require_cluster, sync_all_rules
 from kvmsec.cluster.nodes import ClusterNode, Directory, PoolProblem
 from kvmsec.cluster.team import ATTEMPTS, Team, require_master
 from kvmsec.cluster.trust import Founding
@@ -145,11 +145,11 @@ async def _modify_once(store: Store, directory: Directory, change: Change, on_st
         store.save(plan.cluster, revision)
     try:
         on_step("hand out")
-        await hand_out_copies(store, team)
+        handed = await hand_out_copies(store, team)
         # A start may have drawn one of them just before they were kept from being drawn.
         await _require_fit_and_free(team, EMPTY, undrained)
         on_step("settle")
-        return await _settle(store, team)
+        return await _settle(store, team, handed)
     except BaseException as error:
         await _take_back(store, team, before, plan, error)
         raise
@@ -173,7 +173,9 @@ async def settle(store: Store, directory: Directory) -> Done:
     return await _settle(store, Team.of(store, directory, cluster))
 
 
-async def _settle(store: Store, team: Team) -> Done:
+async def _settle(store: Store, team: Team, handed: int | None = None) -> Done:
+    """`handed` is the revision that all who listen have: the same state is not sent once more."""
+
     async def attempt() -> Cluster:
         cluster, revision = require_cluster(store)
         if cluster.draining and not team.silent:
@@ -186,7 +188,9 @@ async def _settle(store: Store, team: Team) -> Done:
         return cluster
 
     cluster = await until_unrivalled(attempt)
-    await hand_out(store, team)
+    if store.load()[1] != handed:
+        await hand_out_copies(store, team)
+    await sync_all_rules(team)
     return Done(cluster, dict(team.silent))
 
 
