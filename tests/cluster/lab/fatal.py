@@ -1,8 +1,9 @@
 """Runs the command until a step of it, and dies there as if by a power cut.
 
-A step is a change that another process could see: a file that is put in place or removed, a call
-to another node that is about to be made, or was answered. Each is known by a label ("rename
-cluster.json", "call state.put", "answer state.put"), which is the same in each run of a command.
+A step is one that the command names itself, or a change that another process could see: a file
+that is put in place or removed, a call to another node that is about to be made, or was answered.
+Each is known by a label ("step save", "rename cluster.json", "call state.put", "answer state.put"),
+which is the same in each run of a command.
 
 usage: python -m tests.cluster.lab.fatal LABEL [ARGUMENT]...      dies at the first step of it
        python -m tests.cluster.lab.fatal --list FILE [ARGUMENT]...  dies nowhere, lists the labels
@@ -49,6 +50,7 @@ def _at_each_step(do: Callable[[str], object]) -> None:
 
     sys.addaudithook(heard)
     _at_each_call(step)
+    _at_each_name(step)
 
 
 def _at_each_call(step: Callable[[str], None]) -> None:
@@ -63,6 +65,12 @@ def _at_each_call(step: Callable[[str], None]) -> None:
         return answer
 
     remote._ask = asked
+
+
+def _at_each_name(step: Callable[[str], None]) -> None:
+    from kvmsec.cli.session import Session
+
+    Session.on_step = lambda _, name: step(f"step {name}")  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

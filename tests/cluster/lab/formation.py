@@ -44,10 +44,13 @@ class Formation:
     def furnish(self) -> None:
         """The users of the front and of the pool, and what a remote order may name."""
         folder = tiny.rom_path().parent
+        self.master.run(*_FRONT, "kvmsec-front")
+        self.master.kvmsec("uids", "provision", f"{POOL},{SPARE}")
         for node in self.lab.nodes:
-            node.run(*_FRONT, "kvmsec-front")
-            node.kvmsec("uids", "provision", f"{POOL},{SPARE}")
             node.configure(_SETTINGS.format(folder))
+        for node in self.lab.others:  # The same everywhere, as from one image.
+            for name in ("passwd", "group", "shadow", "gshadow"):
+                shutil.copy2(self.master.path(f"/etc/{name}"), node.path(f"/etc/{name}"))
 
     def form(self) -> None:
         """Found the cluster on the first node, and bring in all others."""

@@ -123,6 +123,8 @@ class Node:
             ends.callback(starter.wait, 10)
             ends.callback(starter.kill)
             if self._init is not None:
+                # Reaped by it, the node's processor time is in that of the test.
+                ends.callback(_ends_by_itself, starter)
                 ends.callback(_kill_first, self._init)
         self._processes.clear()
         self._cable = self._init = None
@@ -288,6 +290,11 @@ def _kill_first(pidfd: int) -> None:
         assert is_readable(pidfd, 10), "a node outlives the SIGKILL of its first process"
     finally:
         os.close(pidfd)
+
+
+def _ends_by_itself(starter: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        starter.wait(1)
 
 
 def _content(descriptor: int) -> str:
