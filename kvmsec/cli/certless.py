@@ -137,7 +137,7 @@ def node_certless(session: Session, file: Path) -> None:
     """Install the certificate of the last resort from FILE, as the master has sealed it.
 
     The passphrase is asked for, or read from standard input. No daemon is needed; one that runs
-    takes it up by itself.
+    has taken it up when this returns.
     """
     session.require_root()
     from kvmsec.cli.certificates import key_files, now
@@ -154,7 +154,19 @@ def node_certless(session: Session, file: Path) -> None:
     key_files(session).put("certless.pem", pair.pem)
     facts = facts_of(pair.certificate_pem)
     _log(session)(f"{CERTLESS_FILE} ({facts.fingerprint}) was installed by hand")
+    _have_it_taken_up(session)
     say(f"this node runs without client certificates until {facts.not_after.isoformat()}")
+
+
+def _have_it_taken_up(session: Session) -> None:
+    """By the daemon, if there is one, whose troubles must not keep the last resort out."""
+    from kvmsec.cli.certificates import means
+    from kvmsec.linux.errors import Fault
+
+    try:
+        session.run(lambda here: means(session, here).after_change())
+    except Fault as error:
+        warn(f"this node's daemon may need some seconds to take it up: {error.message}")
 
 
 def _known_cluster(session: Session) -> UUID | None:
