@@ -1,141 +1,276 @@
-"""Start to ready, forced stop and the command line, beside raw QEMU in the same run.
+"""Start to ready, and forced stop to uid clean: each way to run the tiny guest with one raw disk.
 
-Medians with p10 and p90 and ratios: absolute times drift on a shared machine. Root; runs in
-namespaces of its own and leaves nothing.
-
-usage: python benchmarks/start.py [ROUNDS]
+A start through a daemon, a command or libvirt is taken from the call to its return; the library's
+to the reply to `qmp_capabilities` as well, where raw QEMU's ends. Each way has a disk of its own.
 """
 
 import asyncio
+import contextlib
+import json
 import os
-import socket
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from _sandbox import enter, spread
+from attrs import frozen
 
-from hypervisor.features import find_qemu
+from benchmarks import peers, raw
+from benchmarks.effort import Effort
+from benchmarks.loop import Sample, Series, Stopwatch, Work, host_cpu_s, interleave
+from benchmarks.memory import memory_of
+from benchmarks.report import Cell, Curve, Plot, Report, Table, Target
+from benchmarks.series import milliseconds, ratio, summarise
+from benchmarks.testbed import (
+    KVMSEC,
+    Daemon,
+    daemon_with,
+    definition,
+    document,
+    make_disk,
+    node_with,
+    pool_of,
+)
+from hypervisor.cgroup_mounts import mounted
 from hypervisor.tiny import rom_path
-from kvmsec import Node, definition_from
-from kvmsec.cluster import operations
-from uidpool import provision
+from kvmsec.daemon.reaching import reach
+from kvmsec.paths import Paths
 from uidpool.ranges import UidRanges
-from uidpool.snapshot import Snapshot
 
-POOL = UidRanges.parse("200000-200099")
-KVMSEC = Path(sys.executable).with_name("kvmsec")
-
-
-def main() -> None:
-    enter()
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 21
-    with tempfile.TemporaryDirectory(dir="/run") as root:
-        provision.apply(provision.plan(POOL, Snapshot.read()))
-        asyncio.run(measure(Path(root), rounds))
-        command_line(Path(root), rounds)
+NAME = "bench"
+REPLY, START, STOP, CPU = "reply", "start", "stop", "cpu"
+RAW, SANDBOXED = "raw QEMU", "raw QEMU, its full -sandbox"
+LIBRARY, DAEMON, CLI = "kvmsec, library", "kvmsec, daemon", "kvmsec, command line"
+VIRSH, BINDING = "libvirt, virsh", "libvirt, Python binding"
+WAYS = (RAW, SANDBOXED, LIBRARY, DAEMON, CLI, VIRSH, BINDING)
 
 
-async def measure(root: Path, rounds: int) -> None:
-    marks: dict[str, float] = {}
-    node = Node(root, on_step=lambda step: marks.update({step: time.perf_counter()}))
-    node.host.paths.make_directories()
-    await operations.init(node.host.store, node, "bench", uid_pool=POOL)
-    disk = root / "disk.img"
-    disk.write_bytes(bytes(1 << 20))
-    qemu = find_qemu(None, None)
-    starts: dict[str, list[float]] = {"raw": [], "library": [], "jail": []}
-    stops: dict[str, list[float]] = {"raw": [], "library": []}
-    for _ in range(rounds + 1):
-        ready, stopped = raw_start_and_stop(qemu, disk, root)
-        starts["raw"].append(ready)
-        stops["raw"].append(stopped)
-        definition = definition_from(
-            {
-                "memory_mib": 1,
-                "firmware": str(rom_path()),
-                "disks": [{"path": str(disk)}],
-                "accelerator": "auto",
-            },
-            "bench",
-            source="the benchmark",
+@frozen
+class Footprint:
+    """Of one of an idle daemon's processes, in MiB (proc_pid_smaps(5))."""
+
+    part: str
+    pss: float
+    rss: float
+
+
+def measure(effort: Effort) -> Report:
+    return asyncio.run(_measure(effort))
+
+
+async def _measure(effort: Effort) -> Report:
+    pool = pool_of(100)
+    async with contextlib.AsyncExitStack() as running:
+        place = Path(running.enter_context(tempfile.TemporaryDirectory(dir="/run")))
+        place.chmod(0o711)  # libvirt's uid opens its disk by path.
+        works: dict[str, Work] = {
+            RAW: lambda: _raw(place, ()),
+            SANDBOXED: lambda: _raw(place, raw.SANDBOX),
+        }
+        works[LIBRARY] = await running.enter_async_context(_library(pool, place))
+        works[CLI] = await running.enter_async_context(_command_line(pool, place))
+        daemon = await running.enter_async_context(daemon_with(pool))
+        works[DAEMON] = await running.enter_async_context(_through(daemon, place))
+        await asyncio.sleep(effort.pick(1, 1, 0))
+        idle = _footprints(daemon)
+        missing = peers.lacks_libvirt()
+        if missing is None:
+            works |= running.enter_context(_libvirt(place))
+        series = await interleave(
+            effort.pick(51, 9, 1), {one: works[one] for one in WAYS if one in works}
         )
-        begin = time.perf_counter()
-        await node.start(definition)
-        starts["library"].append(marks["verify"] - begin)
-        starts["jail"].append(marks["verify"] - marks["fork"])
-        begin = time.perf_counter()
-        await node.stop("bench", force=True)
-        stops["library"].append(time.perf_counter() - begin)
-    await node.close()
-    await operations.destroy(node.host.store, [node])
-    for times in (*starts.values(), *stops.values()):
-        del times[0]  # the first start asks QEMU for its features
-    report(starts, stops)
+    return _report(series, idle, missing)
 
 
-def report(starts: dict[str, list[float]], stops: dict[str, list[float]]) -> None:
-    raw = statistics.median(starts["raw"])
-    print("start to the qmp_capabilities reply, one raw disk")
-    print(f"  raw QEMU, from the fork      {spread(starts['raw'])}")
-    for name, words in (
-        ("library", "library, from the call  "),
-        ("jail", "library, from the fork  "),
+# The ways ------------------------------------------------------------------------------------
+
+
+async def _raw(place: Path, extra: Sequence[str]) -> Sample:
+    disk = make_disk(place / "raw.img")
+    cpu = host_cpu_s()
+    started, ready_s = raw.start(place / "raw.sock", disk, extra)
+    stopped_s = started.stop()
+    return {REPLY: ready_s, START: ready_s, STOP: stopped_s, CPU: host_cpu_s() - cpu}
+
+
+@contextlib.asynccontextmanager
+async def _library(pool: UidRanges, place: Path) -> AsyncIterator[Work]:
+    steps: dict[str, float] = {}
+    disk = make_disk(place / "library.img")
+    what = definition(NAME, disk)
+    async with node_with(pool, on_step=lambda s: steps.update({s: time.perf_counter()})) as node:
+
+        async def work() -> Sample:
+            cpu, begin, watch = host_cpu_s(), time.perf_counter(), Stopwatch()
+            await node.start(what)
+            started_s = watch.lap()
+            await node.stop(NAME, force=True)
+            # The step after the reply begins with it.
+            reply_s = steps["verify"] - begin
+            return {REPLY: reply_s, START: started_s, STOP: watch.lap(), CPU: host_cpu_s() - cpu}
+
+        yield work
+
+
+@contextlib.asynccontextmanager
+async def _through(daemon: Daemon, place: Path) -> AsyncIterator[Work]:
+    node = await reach(Paths(daemon.root).node_socket)
+    assert node is not None
+    what = definition(NAME, make_disk(place / "daemon.img"))
+
+    async def work() -> Sample:
+        cpu, watch = host_cpu_s(), Stopwatch()
+        await node.start(what)
+        started_s = watch.lap()
+        await node.stop(NAME, force=True)
+        return {START: started_s, STOP: watch.lap(), CPU: host_cpu_s() - cpu}
+
+    try:
+        yield work
+    finally:
+        await node.close()
+
+
+@contextlib.asynccontextmanager
+async def _command_line(pool: UidRanges, place: Path) -> AsyncIterator[Work]:
+    """A process for each start and each stop, on a node without a daemon."""
+    spec = place / "spec.json"
+    spec.write_text(json.dumps(document(make_disk(place / "command.img"))))
+    async with node_with(pool) as node:
+        kvmsec = [str(KVMSEC), "--root", str(node.host.paths.root), "instance"]
+
+        async def work() -> Sample:
+            cpu, watch = host_cpu_s(), Stopwatch()
+            _run(*kvmsec, "start", NAME, "--spec", str(spec))
+            started_s = watch.lap()
+            _run(*kvmsec, "stop", NAME, "--force")
+            return {START: started_s, STOP: watch.lap(), CPU: host_cpu_s() - cpu}
+
+        yield work
+
+
+def _run(*argv: str) -> None:
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def _libvirt(place: Path) -> Iterator[dict[str, Work]]:
+    disk = make_disk(place / "libvirt.img")
+    with (
+        _groups_as_before(),
+        peers.worker("libvirt_domains.py", str(rom_path()), str(disk)) as worker,
     ):
-        print(
-            f"  {words}     {spread(starts[name])}  x {statistics.median(starts[name]) / raw:.2f}"
-        )
-    over = statistics.median(stops["library"]) - statistics.median(stops["raw"])
-    print("forced stop")
-    print(f"  raw kill and wait            {spread(stops['raw'])}")
-    print(f"  library, until the uid is clean {spread(stops['library'])}  + {over * 1e3:.1f} ms")
+
+        def way(name: str) -> Work:
+            async def work() -> Sample:
+                cpu = host_cpu_s()
+                started_s, stopped_s = worker.ask(f"{name} start"), worker.ask(f"{name} stop")
+                return {START: started_s, STOP: stopped_s, CPU: host_cpu_s() - cpu}
+
+            return work
+
+        worker.ask("version")  # Its daemons are up once it answers.
+        yield {VIRSH: way("virsh"), BINDING: way("binding")}
 
 
-def raw_start_and_stop(qemu: Path, disk: Path, root: Path) -> tuple[float, float]:
-    """Start QEMU with nothing around it and kill it; both in seconds."""
-    path = root / "raw.sock"
-    argv = [str(qemu), "-M", "pc", "-m", "1", "-nodefaults", "-display", "none", "-S"]
-    argv += ["-accel", "kvm" if os.path.exists("/dev/kvm") else "tcg", "-bios", str(rom_path())]
-    argv += ["-drive", f"file={disk},format=raw,if=virtio"]
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen(1)
-        fd = listener.fileno()
-        argv += [
-            "-chardev",
-            f"socket,id=q,fd={fd},server=on,wait=off",
-            "-mon",
-            "chardev=q,mode=control",
-        ]
-        begin = time.perf_counter()
-        child = subprocess.Popen(argv, pass_fds=(fd,), stderr=subprocess.DEVNULL)
-    with socket.socket(socket.AF_UNIX) as client, client.makefile("rb") as answers:
-        client.connect(str(path))
-        answers.readline()
-        client.sendall(b'{"execute": "qmp_capabilities"}\n')
-        answers.readline()
-        ready = time.perf_counter() - begin
-    begin = time.perf_counter()
-    child.kill()
-    child.wait()
-    path.unlink()
-    return ready, time.perf_counter() - begin
+@contextlib.contextmanager
+def _groups_as_before() -> Iterator[None]:
+    """Control groups are the host's: remove the empty parents that libvirt leaves of its own."""
+    before = _machine_groups()
+    yield
+    for group in sorted(_machine_groups() - before, reverse=True):
+        os.rmdir(group)
 
 
-def command_line(root: Path, rounds: int) -> None:
-    print("command line, wall clock of the whole process")
-    for words in (["--help"], ["instance", "list"]):
-        times = []
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            argv = [str(KVMSEC), "--root", str(root), *words]
-            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
-            times.append(time.perf_counter() - begin)
-        print(f"  kvmsec {' '.join(words):22}{spread(times)}")
+def _machine_groups() -> set[str]:
+    tops = (top for mount in mounted() for top in Path(mount.path).glob("machine*"))
+    return {directory for top in tops for directory, _, _ in os.walk(top)}
 
 
-if __name__ == "__main__":
-    main()
+def _footprints(daemon: Daemon) -> tuple[Footprint, ...]:
+    pid = daemon.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    parts = {"root part": pid, **{f"child {n}": int(one) for n, one in enumerate(children, 1)}}
+    return tuple(_footprint(part, one) for part, one in parts.items())
+
+
+def _footprint(part: str, pid: int) -> Footprint:
+    kib = memory_of(pid)
+    return Footprint(part, kib["Pss"] / 1024, kib["Rss"] / 1024)
+
+
+# What is told --------------------------------------------------------------------------------
+
+
+def _report(series: Mapping[str, Series], idle: Sequence[Footprint], missing: str | None) -> Report:
+    found = [way for way in WAYS if way in series]
+    bars = [(START, "start_to_ready", "Start to ready"), (STOP, "stop", "Forced stop to uid clean")]
+    return Report(
+        "start",
+        tables=(_times(series), _memory(idle)),
+        plots=tuple(
+            Plot(
+                key,
+                title,
+                "",
+                "ms",
+                tuple(Curve(way, ((0, milliseconds(series[way][what])),)) for way in found),
+                has_bars=True,
+            )
+            for what, key, title in bars
+        ),
+        targets=_targets(series),
+        missing=(missing,) if missing else (),
+    )
+
+
+def _times(series: Mapping[str, Series]) -> Table:
+    base = series[RAW]
+    rows: list[tuple[Cell, ...]] = []
+    for way in WAYS:
+        found = series.get(way)
+        if found is None:
+            rows.append((way, *[None] * 6))
+            continue
+        cells: list[Cell] = [milliseconds(found[REPLY]) if REPLY in found else "-"]
+        cells += [milliseconds(found[START]), ratio(found[START], base[START])]
+        cells += [milliseconds(found[STOP]), ratio(found[STOP], base[STOP])]
+        cells += [sum(found[CPU]) / len(found[CPU]) * 1e3]
+        rows.append((way, *cells))
+    head = ("", "to the reply, ms", "to the return, ms", "x raw", "forced stop, ms", "x raw")
+    note = "Median (p10 to p90); processor time is the mean of the whole host's, start and stop."
+    return Table("start", "Start and stop", (*head, "CPU, ms"), tuple(rows), note)
+
+
+def _memory(idle: Sequence[Footprint]) -> Table:
+    rows = [(one.part, one.pss, one.rss) for one in idle]
+    rows.append(("together", sum(one.pss for one in idle), sum(one.rss for one in idle)))
+    return Table("daemon", "An idle daemon", ("process", "PSS, MiB", "RSS, MiB"), tuple(rows))
+
+
+def _targets(series: Mapping[str, Series]) -> tuple[Target, ...]:
+    base, library = series[RAW], series[LIBRARY]
+    peer = series.get(VIRSH, {}).get(START)
+    stop_over_ms = summarise(library[STOP]).median - summarise(base[STOP]).median
+    return (
+        Target(
+            "start through the library to the reply, against raw QEMU",
+            1.2,
+            ratio(library[REPLY], base[REPLY]),
+            " x",
+        ),
+        Target(
+            "start through the daemon, against raw QEMU",
+            1.3,
+            ratio(series[DAEMON][START], base[START]),
+            " x",
+        ),
+        Target(
+            "start through the library, against virsh",
+            0.25,
+            ratio(library[START], peer) if peer else None,
+            " x",
+        ),
+        Target("forced stop through the library, over raw QEMU's", 30, stop_over_ms * 1e3, " ms"),
+    )
