@@ -1,0 +1,257 @@
+"""The price of confinement: the same QEMU with each lock added in turn, and a start step by step.
+
+What is added stays: each line has all the locks above it. The order is the jail's own, in which
+later steps rely on earlier ones, so a line says what its lock adds there, and not alone. One thing
+is moved: descriptors are put on their numbers from the first line on, for QEMU needs its monitor's.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import pwd
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from benchmarks import raw
+from benchmarks.effort import Effort
+from benchmarks.loop import Sample, Series, Stopwatch, Work, interleave
+from benchmarks.report import Cell, Curve, Plot, Report, Table
+from benchmarks.series import milliseconds, ratio, summarise
+from benchmarks.testbed import FIRST_UID, definition, node_with, pool_of
+from hypervisor import huge_pages, jail, process
+from hypervisor.jail import BootFile, Jail
+from hypervisor.machine import Machine
+from hypervisor.tiny import rom_path
+from kvmsec import Node
+from kvmsec.linux import namespaces, processes
+from kvmsec.linux.credentials import Credentials
+from kvmsec.model.security import SecurityModel
+from kvmsec.node import launch, output
+from kvmsec.node.engine import Engine, engine_for
+from kvmsec.node.grants import Lent
+from kvmsec.node.limits import Allotment, allot
+
+READY: Final = "to the reply"
+RAW, SANDBOX = "raw QEMU", "its own -sandbox"
+PID_NAMESPACE: Final = "a fork from Python, PID namespace"
+WHOLE: Final = "all else: draw, records, proof, monitor"
+MONITOR: Final = 3  # The descriptor that QEMU gets its monitor's socket as.
+INSTANCE: Final = "bench"
+
+
+def measure(effort: Effort) -> Report:
+    return asyncio.run(_measure(effort.pick(31, 7, 1)))
+
+
+async def _measure(rounds: int) -> Report:
+    pool = pool_of(20)
+    marks: list[tuple[str, float]] = []
+    with tempfile.TemporaryDirectory(dir="/run") as directory:
+        place = Path(directory)
+        async with node_with(
+            pool, on_step=lambda step: marks.append((step, time.perf_counter()))
+        ) as node:
+            works: dict[str, Work] = {
+                RAW: lambda: _raw(place, ()),
+                SANDBOX: lambda: _raw(place, raw.SANDBOX),
+            }
+            bench = _bench_of(node, place)
+            for name, steps in _prefixes():
+                works[name] = lambda steps=steps: _jailed(bench, steps)
+            works[WHOLE] = lambda: _whole(node, marks)
+            series = await interleave(rounds, works)
+    return _report(series)
+
+
+def _prefixes() -> Iterator[tuple[str, tuple[jail.Step, ...]]]:
+    """The jail's steps, one more each time, by the name of the last."""
+    descriptors = next(step for step in jail.STEPS if step.name == "descriptors")
+    yield PID_NAMESPACE, (descriptors,)
+    for count, step in enumerate(jail.STEPS, 1):
+        if step is descriptors:
+            continue
+        begun = jail.STEPS[:count]
+        yield step.name, begun if descriptors in begun else (*begun, descriptors)
+
+
+# The ways ------------------------------------------------------------------------------------
+
+
+async def _raw(place: Path, extra: Sequence[str]) -> Sample:
+    started, ready_s = raw.start(place / "raw.sock", None, extra)
+    started.stop()
+    return {READY: ready_s}
+
+
+@frozen
+class Bench:
+    """What a jail is made of, and where."""
+
+    node: Node
+    place: Path
+    machine: Machine
+    engine: Engine
+    allotment: Allotment
+    credentials: Credentials
+
+
+def _bench_of(node: Node, place: Path) -> Bench:
+    machine = definition(INSTANCE).machine
+    engine = engine_for(node.host, machine)
+    config, pages = node.host.config, huge_pages.pools_mib()
+    uid = FIRST_UID + 19
+    for directory in ("root", "output"):
+        (place / directory).mkdir()
+    return Bench(
+        node,
+        place,
+        machine,
+        engine,
+        allot(config, machine, engine, Lent(), SecurityModel.POOL, pages),
+        Credentials(uid, pwd.getpwuid(uid).pw_gid),
+    )
+
+
+async def _jailed(bench: Bench, steps: Sequence[jail.Step]) -> Sample:
+    names = {step.name for step in steps}
+    watch = Stopwatch()
+    with contextlib.ExitStack() as opened:
+        path = bench.place / "jailed.sock"
+        listener = opened.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(path))
+        opened.callback(path.unlink)
+        listener.listen(1)
+        one = _jail(bench, listener, "cgroups" in names, opened)
+        argv = _argv(bench, is_inside="change root" in names)
+        with _only(steps):
+            newborn = process.spawn(one, argv[0], argv)
+        opened.callback(newborn.close)
+        opened.callback(_end, newborn.pidfd)
+        newborn.release()
+        newborn.executed()
+        listener.close()
+        raw.greet(path)
+        ready_s = watch.lap()
+    return {READY: ready_s}
+
+
+def _jail(
+    bench: Bench, listener: socket.socket, is_grouped: bool, opened: contextlib.ExitStack
+) -> Jail:
+    rom = os.open(rom_path(), os.O_RDONLY | os.O_CLOEXEC)
+    opened.callback(os.close, rom)
+    log = output.mount(bench.place / "output", bench.credentials, 64)
+    opened.callback(namespaces.umount, str(bench.place / "output"), namespaces.MNT_DETACH)
+    opened.callback(os.close, log)
+    host = bench.node.host
+    born_in: str | None = None
+    tasks_files: tuple[str, ...] = ()
+    if is_grouped:
+        group = host.hierarchy.create(
+            host.paths.tag, INSTANCE, host.config.cgroup.parent, bench.allotment.groups
+        )
+        opened.callback(group.remove)
+        born_in, tasks_files = group.unified, group.tasks_files
+    return Jail(
+        name=INSTANCE,
+        credentials=bench.credentials,
+        mount_point=str(bench.place / "root"),
+        output=str(bench.place / "output"),
+        log=log,
+        binds=bench.engine.closure.binds,
+        system_calls=bench.engine.system_calls,
+        boot_files=(BootFile(rom, rom_path().stat().st_size, rom_path().name),),
+        has_kvm=bench.engine.accelerator == "kvm",
+        born_in=born_in,
+        cgroups=tasks_files,
+        limits=bench.allotment.process,
+        descriptors={MONITOR: listener.fileno()},
+    )
+
+
+def _argv(bench: Bench, *, is_inside: bool) -> list[str]:
+    firmware = f"{jail.BOOT}/{rom_path().name}" if is_inside else str(rom_path())
+    machine = raw.machine_arguments(firmware)
+    return [bench.engine.closure.program, *machine, *raw.monitor_arguments(MONITOR), *raw.SANDBOX]
+
+
+@contextlib.contextmanager
+def _only(steps: Sequence[jail.Step]) -> Iterator[None]:
+    """Have jails take these steps: nothing of kvmsec's can ask for that, so its list is changed."""
+    all_steps = jail.STEPS
+    jail.STEPS = tuple(steps)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        jail.STEPS = all_steps  # type: ignore[assignment, misc]
+
+
+def _end(pidfd: int) -> None:
+    processes.kill(pidfd)
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
+
+
+async def _whole(node: Node, marks: list[tuple[str, float]]) -> Sample:
+    marks.clear()
+    begin = time.perf_counter()
+    await node.start(definition(INSTANCE))
+    end = time.perf_counter()
+    await node.stop(INSTANCE, force=True)
+    times = [("before", begin), *marks, ("", end)]
+    steps = {name: later - at for (name, at), (_, later) in itertools.pairwise(times)}
+    ready_s = next(at for name, at in marks if name == "verify") - begin
+    return {READY: ready_s, **steps}
+
+
+# What is told --------------------------------------------------------------------------------
+
+
+def _report(series: Mapping[str, Series]) -> Report:
+    return Report(
+        "confinement",
+        tables=(_locks(series), _steps(series[WHOLE])),
+        plots=(_plot(series),),
+    )
+
+
+def _locks(series: Mapping[str, Series]) -> Table:
+    base = series[RAW][READY]
+    rows: list[tuple[Cell, ...]] = []
+    before = base
+    for name, found in series.items():
+        times = found[READY]
+        added = statistics.median(times) - statistics.median(before)
+        rows.append((name, milliseconds(times), added * 1e3, ratio(times, base)))
+        before = times
+    head = ("with", "to the reply, ms", "added, ms", "x raw")
+    note = "Each line has all above it; what it adds is the difference of two medians."
+    return Table("locks", "The same start with each lock added in turn", head, tuple(rows), note)
+
+
+def _steps(whole: Series) -> Table:
+    reasons = {step.name: step.reason for step in launch.STEPS}
+    reasons["before"] = "reconcile, the lock, the model, what is known of QEMU"
+    rows = tuple(
+        (name, summarise(times, scale=1e3), reasons.get(name, ""))
+        for name, times in whole.items()
+        if name != READY
+    )
+    head = ("step", "ms", "what for")
+    return Table("steps", "A start through the library, step by step", head, rows)
+
+
+def _plot(series: Mapping[str, Series]) -> Plot:
+    curves = tuple(
+        Curve(name, ((0.0, milliseconds(found[READY])),)) for name, found in series.items()
+    )
+    title = "Start to ready with each lock added in turn"
+    return Plot("confinement", title, "", "ms", curves, has_bars=True)
