@@ -5,16 +5,12 @@ and a port of its own on loopback. All between the master's decisions and their 
 messages, TLS 1.3 on both sides, every judgement. So a second here has the work of the master and
 of all nodes in it, on one core; real nodes do their part at once. The state names every node and
 goes to every node, so a change's bytes grow by the square of their number.
-
-usage: python benchmarks/cluster.py [NODES]...
 """
 
 import asyncio
 import contextlib
 import resource
 import socket
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -23,10 +19,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from _sandbox import enter
-from _simulated import SimulatedHome, SimulatedNode
 from attrs import frozen
 
+from benchmarks.effort import Effort
+from benchmarks.report import Cell, Curve, Plot, Report, Table
+from benchmarks.series import summarise
+from benchmarks.simulated import SimulatedHome, SimulatedNode
 from kvmsec.cluster import operations
 from kvmsec.cluster.changes import Change
 from kvmsec.cluster.verify.examining import verify
@@ -42,8 +40,6 @@ from kvmsec.rpc.service import Service, respond
 from kvmsec.store.file import FileStore
 from uidpool.ranges import EMPTY, UidRanges
 
-SIZES = (10, 50, 100, 500)
-ROUNDS = 5
 FIRST = UidRanges.parse("200000-204999")
 SECOND = UidRanges.parse("200000-205999")
 
@@ -75,9 +71,8 @@ class Timed:
     verify: list[Spent]
 
 
-def main() -> None:
-    sizes = tuple(map(int, sys.argv[1:])) or SIZES
-    enter()
+def measure(effort: Effort) -> Report:
+    sizes = effort.pick((1, 10, 50, 100, 500), (1, 10, 50), (1, 3))
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     now = datetime.now(UTC)
@@ -88,10 +83,17 @@ def main() -> None:
         for one in identities:
             sockets.callback(one.listener.close)
         timed = [
-            asyncio.run(measure(identities[:size], anchor.certificate_pem, cluster_uuid))
+            asyncio.run(
+                measured(
+                    identities[:size],
+                    anchor.certificate_pem,
+                    cluster_uuid,
+                    effort.pick(5, 3, 1),
+                )
+            )
             for size in sizes
         ]
-    report(timed)
+    return report(timed)
 
 
 def identity(number: int, anchor: Pair, now: datetime) -> Identity:
@@ -112,7 +114,9 @@ def identity(number: int, anchor: Pair, now: datetime) -> Identity:
     return Identity(member, Pair(signed, request.key_pem), listener)
 
 
-async def measure(identities: Sequence[Identity], anchor_pem: str, cluster_uuid: UUID) -> Timed:
+async def measured(
+    identities: Sequence[Identity], anchor_pem: str, cluster_uuid: UUID, times: int
+) -> Timed:
     master = identities[0]
     cluster = Cluster(
         name="bench",
@@ -138,10 +142,10 @@ async def measure(identities: Sequence[Identity], anchor_pem: str, cluster_uuid:
             await running.enter_async_context(served(one, home, anchor_pem, trust))
         directory = Directory(master, homes[0], anchor_pem, trust)
         running.push_async_callback(directory.close)
-        return await rounds(store, directory, len(identities))
+        return await rounds(store, directory, len(identities), times)
 
 
-async def rounds(store: FileStore, directory: "Directory", nodes: int) -> Timed:
+async def rounds(store: FileStore, directory: "Directory", nodes: int, times: int) -> Timed:
     async def modify(pool: UidRanges) -> None:
         done = await operations.modify(store, directory, Change(uid_pool=pool))
         assert not done.silent, next(iter(done.silent.values()))
@@ -152,7 +156,7 @@ async def rounds(store: FileStore, directory: "Directory", nodes: int) -> Timed:
 
     first = await spent(lambda: modify(SECOND))
     modifies, verifies = [], []
-    for _ in range(ROUNDS):
+    for _ in range(times):
         for pool in (FIRST, SECOND):
             modifies.append(await spent(lambda pool=pool: modify(pool)))
         verifies.append(await spent(verified))
@@ -242,33 +246,38 @@ class Directory:
             await way.close()
 
 
-# What is printed -------------------------------------------------------------------------------
+# What is told --------------------------------------------------------------------------------
 
 
-def report(timed: Sequence[Timed]) -> None:
-    print("medians, by the clock (and the processor's time); the first change makes connections")
-    print(f"  {'nodes':>5}  {'first change':>19}  {'modify':>19}  {'verify':>19}")
+def report(timed: Sequence[Timed]) -> Report:
+    rows: list[tuple[Cell, ...]] = []
     for one in timed:
-        print(
-            f"  {one.nodes:5}  {shown([one.first])}  {shown(one.modify)}  {shown(one.verify)}"
-            f"  {1e3 * (cpu_of(one.modify) + cpu_of(one.verify)) / one.nodes:6.2f} ms a node"
+        rows.append(
+            (
+                one.nodes,
+                one.first.clock_s,
+                summarise([spent.clock_s for spent in one.modify]),
+                summarise([spent.clock_s for spent in one.verify]),
+                summarise([spent.cpu_s for spent in one.verify]),
+            )
         )
-    least, most = timed[0], timed[-1]
-    if least.nodes == most.nodes:
-        return
-    for words, of in (("modify", lambda it: it.modify), ("verify", lambda it: it.verify)):
-        grown = cpu_of(of(most)) / cpu_of(of(least))
-        print(f"  {words}: x {grown:.1f} for x {most.nodes / least.nodes:g} nodes")
+    head = ("nodes", "first change, s", "modify, s", "verify, s", "verify, CPU s")
+    note = "The first change makes all connections. CPU is of the master and of all nodes."
+    table = Table("cluster", "A cluster of simulated nodes", head, tuple(rows), note)
+    return Report("cluster", tables=(table,), plots=(_plot(timed),))
 
 
-def shown(some: Sequence[Spent]) -> str:
-    clock_s = statistics.median(one.clock_s for one in some)
-    return f"{clock_s:7.3f} s ({cpu_of(some):6.3f})"
+def _plot(timed: Sequence[Timed]) -> Plot:
+    curves = tuple(
+        Curve(words, tuple((one.nodes, summarise([s.clock_s for s in of(one)])) for one in timed))
+        for words, of in (("modify", _modify), ("verify", _verify))
+    )
+    return Plot("cluster", "A change, and a verification", "nodes", "s", curves)
 
 
-def cpu_of(some: Sequence[Spent]) -> float:
-    return statistics.median(one.cpu_s for one in some)
+def _modify(one: Timed) -> list[Spent]:
+    return one.modify
 
 
-if __name__ == "__main__":
-    main()
+def _verify(one: Timed) -> list[Spent]:
+    return one.verify
