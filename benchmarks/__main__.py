@@ -17,7 +17,17 @@ from benchmarks.effort import Effort
 from benchmarks.report import Report, Run, aligned, targets_table
 from benchmarks.sandbox import command_inside
 
-NAMES = ("start", "fleet", "draw", "rules", "confinement", "command_line", "cluster", "rpc")
+NAMES = (
+    "start",
+    "fleet",
+    "draw",
+    "rules",
+    "confinement",
+    "command_line",
+    "cluster",
+    "rpc",
+    "long_run",
+)
 
 
 def main() -> int:
