@@ -1,10 +1,15 @@
 """Run benchmarks, print what they found, and write it down."""
 
 import argparse
+import contextlib
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +45,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("benchmarks: run them as root", file=sys.stderr)
         return 1
+    end = time.monotonic() + arguments.within_s
     run = Run(
         version=version("kvmsec"),
         effort=arguments.effort,
@@ -49,6 +55,9 @@ def main() -> int:
     )
     failed = []
     for name in arguments.names or NAMES:
+        if time.monotonic() > end:
+            print(f"benchmarks: {name} is left out: no time", file=sys.stderr)
+            continue
         report = run_one(name, arguments.effort)
         if report is None:
             failed.append(f"{name} did not end well")
@@ -56,8 +65,9 @@ def main() -> int:
         show(report)
         failed += [f"{name}: {problem}" for problem in report.problems]
         run = evolve(run, reports=(*run.reports, report))
-    if arguments.json:
-        arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=2))
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=2))
     if arguments.publish and len(run.reports) == len(NAMES):
         from benchmarks.publish import publish
 
@@ -87,6 +97,14 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
     parser.add_argument(
+        "--within",
+        dest="within_s",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="begin none after that",
+    )
+    parser.add_argument(
         "--publish",
         action="store_true",
         help="when all have ended well, redraw the tables and plots of docs/benchmarks.md",
@@ -107,7 +125,7 @@ def parse() -> argparse.Namespace:
 def run_one(name: str, effort: Effort) -> Report | None:
     """One benchmark in a process and namespaces of its own; None when that failed."""
     print(f"benchmarks: {name}", file=sys.stderr, flush=True)
-    with tempfile.TemporaryFile() as out:
+    with tempfile.TemporaryFile() as out, interrupted_at_its_end():
         argv = command_inside("-m", "benchmarks.inside", name, effort, str(out.fileno()))
         done = subprocess.run(
             argv, pass_fds=(out.fileno(),), stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False
@@ -116,6 +134,19 @@ def run_one(name: str, effort: Effort) -> Report | None:
         if done.returncode != 0:
             return None
         return msgspec.json.decode(out.read(), type=Report)
+
+
+@contextlib.contextmanager
+def interrupted_at_its_end() -> Iterator[None]:
+    """An interrupt reaches the benchmark too, which takes back what it made; so wait for it."""
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            raise KeyboardInterrupt
 
 
 def show(report: Report) -> None:

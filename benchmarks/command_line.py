@@ -16,7 +16,7 @@ PYTHON = "python -c pass"
 
 
 def measure(effort: Effort) -> Report:
-    return asyncio.run(_measure(effort.pick(200, 50, 3), effort.pick(31, 9, 1)))
+    return asyncio.run(_measure(effort.pick(200, 20, 3), effort.pick(31, 5, 1)))
 
 
 async def _measure(instances: int, rounds: int) -> Report:

@@ -48,7 +48,7 @@ INSTANCE: Final = "bench"
 
 
 def measure(effort: Effort) -> Report:
-    return asyncio.run(_measure(effort.pick(31, 7, 1)))
+    return asyncio.run(_measure(effort.pick(31, 5, 1)))
 
 
 async def _measure(rounds: int) -> Report:

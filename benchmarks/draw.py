@@ -82,6 +82,10 @@ def measure(effort: Effort) -> Report:
         peer = None
         if missing is None:
             peer = running.enter_context(peers.worker("ganeti_uids.py", "/run/ganeti"))
+            try:
+                peer.ask("version")
+            except peers.PeerFailed as error:
+                peer, missing = None, f"Ganeti's uidpool.py, which does not run here ({error})"
         measured = [
             _one_size(size, effort, peer)
             for size in effort.pick(SIZES, (10, 10_000, 1_000_000), (10, 1_000))

@@ -70,7 +70,7 @@ class Size:
 
 
 def measure(effort: Effort) -> Report:
-    sizes = effort.pick((1, 10, 50, 100, 200), (1, 10, 50), (1, 10))
+    sizes = effort.pick((1, 10, 50, 100, 200), (10, 50), (1, 10))
     at_once = effort.pick((1, 2, 4, 16), (1, 4), (1, 4))
     return asyncio.run(_measure(sizes, at_once, effort.pick(3, 1, 1)))
 

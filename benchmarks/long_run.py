@@ -28,8 +28,12 @@ from kvmsec.linux import command, processes
 Count = int | str
 NAME: Final = "bench"
 WARM_UP: Final = 20
-SETTLES_KIB: Final = 512
-"""What the launcher's own pages may grow by: an allocator keeps a few arenas, a leak goes on."""
+SETTLES_KIB: Final = 1024
+"""What the launcher's own pages may grow by: 100 bytes for each of 10,000 cycles.
+
+Python settles for thousands of cycles. Its cache of attributes keeps up to 4,096 names that were
+looked up, and each cycle makes some of them anew (`getattr(limits, f"max_{name}")`).
+"""
 
 
 def measure(effort: Effort) -> Report:

@@ -89,6 +89,10 @@ def _lacks(peer: str, path: str) -> str | None:
     return f"{peer}, which isn't installed (./dev bench --install-peers)"
 
 
+class PeerFailed(Exception):
+    """A peer could not do what it was told, or does not run."""
+
+
 @frozen
 class Worker:
     """A peer's process: each order is a line of JSON, and so is its answer."""
@@ -96,14 +100,17 @@ class Worker:
     process: subprocess.Popen[str]
 
     def ask(self, order: str, **arguments: object) -> Any:
-        """Raises RuntimeError with what the peer said where it failed."""
+        """Raises PeerFailed with what the peer said."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"order": order, **arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        try:
+            self.process.stdin.write(json.dumps({"order": order, **arguments}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         answer = json.loads(line) if line else {"failed": "it ended"}
         if "failed" in answer:
-            raise RuntimeError(f"{order}: {answer['failed']}")
+            raise PeerFailed(f"{order}: {answer['failed']}")
         return answer["done"]
 
 
@@ -118,5 +125,6 @@ def worker(script: str, *arguments: str) -> Iterator[Worker]:
     try:
         yield Worker(process)
     finally:
-        process.stdin.close()  # Which ends it.
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()  # Which ends it.
         process.wait()

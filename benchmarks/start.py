@@ -76,7 +76,10 @@ async def _measure(effort: Effort) -> Report:
         idle = _footprints(daemon)
         missing = peers.lacks_libvirt()
         if missing is None:
-            works |= running.enter_context(_libvirt(place))
+            try:
+                works |= running.enter_context(_libvirt(place))
+            except peers.PeerFailed as error:
+                missing = f"libvirt, which does not run here ({error})"
         series = await interleave(
             effort.pick(51, 9, 1), {one: works[one] for one in WAYS if one in works}
         )
