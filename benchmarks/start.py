@@ -181,9 +181,11 @@ def _libvirt(place: Path) -> Iterator[dict[str, Work]]:
 def _groups_as_before() -> Iterator[None]:
     """Control groups are the host's: remove the empty parents that libvirt leaves of its own."""
     before = _machine_groups()
-    yield
-    for group in sorted(_machine_groups() - before, reverse=True):
-        os.rmdir(group)
+    try:
+        yield
+    finally:
+        for group in sorted(_machine_groups() - before, reverse=True):
+            os.rmdir(group)
 
 
 def _machine_groups() -> set[str]:

@@ -108,6 +108,8 @@ async def node_with(
         try:
             yield node
         finally:
+            for one in await node.list():  # Some, where a benchmark was interrupted.
+                await node.stop(one.name, force=True)
             await operations.destroy(node.host.store, node)
             await node.close()
 

@@ -28,6 +28,8 @@ DEADLINE_S = 60
 
 
 def main() -> None:
+    # It ends when it is told nothing more, and then takes everything along.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = os.fork()
     if child == 0:
