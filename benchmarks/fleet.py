@@ -88,7 +88,8 @@ async def _measure(sizes: Sequence[int], at_once: Sequence[int], rounds: int) ->
                     if number > instances:
                         continue
                     size = Size(instances, number, {RAW: [], KVMSEC: []})
-                    for _ in range(rounds):
+                    # A large fleet is a series by itself.
+                    for _ in range(rounds if instances <= LEAST_TO_GROW else 1):
                         size.fleets[RAW].append(await _raw(Path(place), instances, number))
                         size.fleets[KVMSEC].append(await _kvmsec(node, instances, number))
                     found.append(size)

@@ -90,7 +90,7 @@ def _applied(pool: Pool, effort: Effort) -> list[Applied]:
     for way, most in SLOW.items():
         if pool.ranges > most // share:
             del works[way]
-    is_large = pool.ranges > 1_000
+    is_large = pool.ranges >= 1_000
     found = asyncio.run(
         interleave(effort.pick(3 if is_large else 11, 2, 1), works, warm_up=not is_large)
     )
