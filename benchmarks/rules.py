@@ -6,58 +6,36 @@ everywhere.
 """
 
 import asyncio
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Final
 
 from attrs import frozen
 
 from benchmarks.effort import Effort
 from benchmarks.loop import Sample, Series, Stopwatch, Work, interleave
+from benchmarks.packets import NO_RULES, PACKET, Costs, Leak, leaked, packet_costs
 from benchmarks.report import Cell, Curve, Plot, Report, Table, Target
+from benchmarks.rule_sets import (
+    FAMILIES,
+    FIRST,
+    RESTORE,
+    TAG,
+    Pool,
+    flush,
+    peer_rules,
+    restore,
+    restore_text,
+    run,
+)
 from benchmarks.series import milliseconds, ratio, summarise
 from firewall.backend import BACKENDS, BackendName, make_backend
-from firewall.policy import Policy, UidPairs
-from kvmsec.linux import namespaces
+from firewall.policy import Policy
 
-FIRST: Final = 1_000_000
-TAG: Final = "kvmsec"
 APPLY, CHANGE, AGAIN, VERIFY = "apply", "change", "again", "verify"
-PACKET: Final = "packet"
-NO_RULES: Final = "no rules"
-ONE_BY_ONE, RESTORE = "iptables, once a rule", "iptables-restore"
-FAMILIES: Final = ("iptables-legacy", "ip6tables-legacy")
+ONE_BY_ONE: Final = "iptables, once a rule"
 SIZES: Final = (1, 10, 100, 1_000, 10_000, 100_000)
 SLOW: Final = {"iptables": 10_000, ONE_BY_ONE: 1_000}
 """Ranges above which a way is left out of a full run: it takes minutes. A tenth of it otherwise."""
-
-
-@frozen
-class Pool:
-    """So many uids, in one range or each in one of its own."""
-
-    size: int
-    is_scattered: bool
-
-    @property
-    def pairs(self) -> UidPairs:
-        if self.is_scattered:
-            return tuple((FIRST + 2 * n, FIRST + 2 * n) for n in range(self.size))
-        return ((FIRST, FIRST + self.size - 1),)
-
-    @property
-    def ranges(self) -> int:
-        return self.size if self.is_scattered else 1
-
-    @property
-    def words(self) -> str:
-        return "each by itself" if self.is_scattered else "one range"
 
 
 @frozen
@@ -74,10 +52,10 @@ def measure(effort: Effort) -> Report:
     applied = [one for pool in pools for one in _applied(pool, effort)]
     held = effort.pick((1, 10, 100, 1_000, 10_000), (1, 100, 1_000), (1, 10))
     packets = {
-        scattered: _packets([Pool(size, scattered) for size in held], effort.pick(15, 5, 1))
+        scattered: packet_costs([Pool(size, scattered) for size in held], effort.pick(15, 5, 1))
         for scattered in (False, True)
     }
-    return _report(applied, packets, [_leaked(name, effort) for name in BACKENDS])
+    return _report(applied, packets, [leaked(name, effort) for name in BACKENDS])
 
 
 # In place ------------------------------------------------------------------------------------
@@ -120,217 +98,31 @@ def _backend_work(name: BackendName, pool: Pool) -> Work:
 
 
 def _restore_work(pool: Pool) -> Work:
-    text = _restore_text(pool)
+    text = restore_text(pool)
 
     async def work() -> Sample:
         watch = Stopwatch()
-        _restore(text)
+        restore(text)
         applied_s = watch.lap()
-        _flush()
+        flush()
         return {APPLY: applied_s}
 
     return work
 
 
-def _restore_text(pool: Pool) -> bytes:
-    lines = "\n".join(f"-A OUTPUT {' '.join(rule)}" for rule in _peer_rules(pool))
-    return f"*filter\n:OUTPUT ACCEPT [0:0]\n{lines}\nCOMMIT\n".encode()
-
-
-def _restore(text: bytes) -> None:
-    for family in FAMILIES:
-        _run([f"{family}-restore"], text)
-
-
 def _one_by_one_work(pool: Pool) -> Work:
-    rules = list(_peer_rules(pool))
+    rules = list(peer_rules(pool))
 
     async def work() -> Sample:
         watch = Stopwatch()
         for family in FAMILIES:
             for rule in rules:
-                _run([family, "-A", "OUTPUT", *rule])
+                run([family, "-A", "OUTPUT", *rule])
         applied_s = watch.lap()
-        _flush()
+        flush()
         return {APPLY: applied_s}
 
     return work
-
-
-def _peer_rules(pool: Pool) -> Iterator[list[str]]:
-    for first, last in pool.pairs:
-        owner = ["-m", "owner", "--uid-owner", str(first) if first == last else f"{first}-{last}"]
-        yield [*owner, "-j", "LOG"]
-        yield [*owner, "-j", "DROP"]
-
-
-def _flush() -> None:
-    for family in FAMILIES:
-        _run([family, "-F", "OUTPUT"])
-
-
-def _run(argv: Sequence[str], text: bytes = b"") -> None:
-    subprocess.run(argv, input=text, check=True, stdout=subprocess.DEVNULL)
-
-
-# A packet ------------------------------------------------------------------------------------
-
-
-def _packets(pools: Sequence[Pool], rounds: int) -> dict[tuple[str, int], Series]:
-    """What a packet of root's takes with each set of rules, by its way and the pool's size.
-
-    Each set is in force in a network namespace of its own, so that all can be asked in turn.
-    """
-    with contextlib.ExitStack() as opened:
-        networks = {(NO_RULES, 0): opened.enter_context(_network(lambda: None))}
-        for pool in pools:
-            for name in BACKENDS:
-                backend, policy = make_backend(name, TAG), Policy(pool.pairs)
-                apply = partial(backend.apply, policy)
-                networks[name, pool.size] = opened.enter_context(_network(apply))
-            restore = partial(_restore, _restore_text(pool))
-            networks[RESTORE, pool.size] = opened.enter_context(_network(restore))
-        works = {
-            f"{way} {size}": _packet_work(network) for (way, size), network in networks.items()
-        }
-        found = asyncio.run(interleave(rounds, works))
-    return {(way, size): found[f"{way} {size}"] for way, size in networks}
-
-
-@contextlib.contextmanager
-def _network(apply: Callable[[], object]) -> Iterator[int]:
-    """A new network namespace with rules in it, as a descriptor."""
-    with _own_network():
-        _run(["ip", "link", "set", "lo", "up"])
-        apply()
-        network = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield network
-    finally:
-        os.close(network)
-
-
-@contextlib.contextmanager
-def _own_network(network: int | None = None) -> Iterator[None]:
-    """Be in a network namespace, a new one unless told, and then where we were."""
-    here = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if network is None:
-            namespaces.unshare(namespaces.CLONE_NEWNET)
-        else:
-            namespaces.setns(network, namespaces.CLONE_NEWNET)
-        yield
-    finally:
-        namespaces.setns(here, namespaces.CLONE_NEWNET)
-        os.close(here)
-
-
-def _packet_work(network: int) -> Work:
-    async def work() -> Sample:
-        with _own_network(network):
-            return {PACKET: packet_s()}
-
-    return work
-
-
-def packet_s(at_least_s: float = 0.05) -> float:
-    """Seconds for a datagram of root's over loopback, to a socket that nobody reads."""
-    kind = (socket.AF_INET, socket.SOCK_DGRAM)
-    with socket.socket(*kind) as sender, socket.socket(*kind) as sink:
-        sink.bind(("127.0.0.1", 0))
-        address = sink.getsockname()
-        sent, begin = 0, time.perf_counter()
-        while (taken := time.perf_counter() - begin) < at_least_s:
-            for _ in range(20):  # With thousands of rules one takes milliseconds.
-                sender.sendto(b"", address)
-            sent += 20
-        return taken / sent
-
-
-# Leaks ---------------------------------------------------------------------------------------
-
-
-@frozen
-class Leak:
-    """What a uid of the pool sent while its rules were applied again and again."""
-
-    backend: str
-    uids: int
-    applied: int
-    tried: int
-    arrived: int
-    arrived_without_rules: int
-
-
-def _leaked(name: BackendName, effort: Effort) -> Leak:
-    backend = make_backend(name, TAG)
-    size = effort.pick(1_000, 100, 100)
-    pairs = Pool(size, True).pairs
-    policies = [Policy(pairs), Policy((*pairs, (FIRST - 10, FIRST - 10)))]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
-        sink.bind(("127.0.0.1", 0))
-        with _sender(FIRST, sink) as tries:
-            without_rules = _drained(sink, 0.2)
-            backend.apply(policies[0])
-            _drained(sink, 0.2)
-            begin = tries()
-            times = effort.pick(50, 10, 4)
-            for turn in range(times):
-                backend.apply(policies[turn % 2 == 0])
-                tries()  # What it counts into would be full at some time, and it would wait.
-            tried = tries() - begin
-            arrived = _drained(sink, 0.1)
-    backend.remove()
-    return Leak(name, size, times, tried, arrived, without_rules)
-
-
-@contextlib.contextmanager
-def _sender(uid: int, sink: socket.socket) -> Iterator[Callable[[], int]]:
-    """A process of that uid that sends as fast as it can; how often it has tried."""
-    out, into = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-        _send_for_ever(sink.getsockname(), into)
-    os.close(into)
-    os.set_blocking(out, False)
-    total = 0
-
-    def tries() -> int:
-        nonlocal total
-        with contextlib.suppress(BlockingIOError):
-            while counted := os.read(out, 1 << 16):
-                total += 100 * len(counted)
-        return total
-
-    try:
-        yield tries
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(out)
-
-
-def _send_for_ever(address: tuple[str, int], counter: int) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        while True:
-            for _ in range(100):
-                with contextlib.suppress(OSError):
-                    sender.sendto(b"x", address)
-            os.write(counter, b".")
-
-
-def _drained(sink: socket.socket, seconds: float) -> int:
-    """What arrives within that time, and what had arrived."""
-    sink.settimeout(seconds)
-    arrived, end = 0, time.monotonic() + seconds
-    with contextlib.suppress(TimeoutError):
-        while time.monotonic() < end:
-            sink.recv(16)
-            arrived += 1
-    return arrived
 
 
 # What is told --------------------------------------------------------------------------------
@@ -338,7 +130,7 @@ def _drained(sink: socket.socket, seconds: float) -> int:
 
 def _report(
     applied: Sequence[Applied],
-    packets: dict[bool, dict[tuple[str, int], Series]],
+    packets: dict[bool, Costs],
     leaks: Sequence[Leak],
 ) -> Report:
     problems = [
@@ -361,8 +153,8 @@ def _report(
 
 
 def _sides(
-    packets: dict[bool, dict[tuple[str, int], Series]],
-) -> tuple[list[bool], list[dict[tuple[str, int], Series]]]:
+    packets: dict[bool, Costs],
+) -> tuple[list[bool], list[Costs]]:
     return list(packets), list(packets.values())
 
 
@@ -396,7 +188,7 @@ def _applied_plot(applied: Sequence[Applied]) -> Plot:
     return Plot("rules_apply", title, "uids", "ms", curves, is_log_x=True, is_log_y=True)
 
 
-def _packet_table(is_scattered: bool, found: dict[tuple[str, int], Series]) -> Table:
+def _packet_table(is_scattered: bool, found: Costs) -> Table:
     base = found[NO_RULES, 0][PACKET]
     rows: list[tuple[Cell, ...]] = [
         (way, size, summarise(series[PACKET], scale=1e6), ratio(series[PACKET], base))
@@ -408,7 +200,7 @@ def _packet_table(is_scattered: bool, found: dict[tuple[str, int], Series]) -> T
     return Table(f"packet_{'scattered' if is_scattered else 'range'}", title, head, tuple(rows))
 
 
-def _packet_plot(is_scattered: bool, found: dict[tuple[str, int], Series]) -> Plot:
+def _packet_plot(is_scattered: bool, found: Costs) -> Plot:
     without = (0.0, summarise(found[NO_RULES, 0][PACKET], scale=1e6))
     curves = tuple(
         Curve(
@@ -447,7 +239,7 @@ def _leak_table(leaks: Sequence[Leak]) -> Table:
     return Table("leaks", title, head, rows)
 
 
-def _targets(scattered: dict[tuple[str, int], Series], leaks: Sequence[Leak]) -> tuple[Target, ...]:
+def _targets(scattered: Costs, leaks: Sequence[Leak]) -> tuple[Target, ...]:
     base = scattered[NO_RULES, 0][PACKET]
     found = []
     for name in BACKENDS:

@@ -5,7 +5,7 @@ import pytest
 from benchmarks import peers
 from benchmarks.draw import double_draws
 from benchmarks.long_run import differences
-from benchmarks.rules import FIRST, Pool
+from benchmarks.rule_sets import FIRST, Pool
 
 
 def test_a_uid_that_is_had_by_two_at_once_is_seen() -> None:
