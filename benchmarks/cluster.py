@@ -1,6 +1,6 @@
 """How long `cluster modify` and `cluster verify` take over many nodes, and whether that grows.
 
-All nodes are in this one process and nothing but memory (`_simulated.py`), each with a certificate
+All nodes are in this one process and nothing but memory (`simulated.py`), each with a certificate
 and a port of its own on loopback. All between the master's decisions and their answers is real:
 messages, TLS 1.3 on both sides, every judgement. So a second here has the work of the master and
 of all nodes in it, on one core; real nodes do their part at once. The state names every node and
