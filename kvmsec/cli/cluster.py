@@ -74,7 +74,7 @@ def init(
 ) -> None:
     """Make a cluster of this node, its master."""
     from kvmsec.cluster import operations
-    from kvmsec.model.cluster import PORT
+    from kvmsec.model.addresses import PORT
     from uidpool.ranges import EMPTY
 
     async def make(node: Node) -> Cluster:

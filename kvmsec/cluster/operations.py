@@ -40,7 +40,8 @@ from kvmsec.errors import (
     UidsInUse,
 )
 from kvmsec.linux.errors import Fault
-from kvmsec.model.cluster import PORT, Cluster, Member, Role
+from kvmsec.model.addresses import PORT
+from kvmsec.model.cluster import Cluster, Member, Role
 from kvmsec.model.security import SecurityModel
 from kvmsec.store import Store
 from uidpool.ranges import EMPTY, UidRanges

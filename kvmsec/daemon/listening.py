@@ -13,7 +13,7 @@ from typing import Final
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import unix_sockets
 from kvmsec.linux.locks import FileLock
-from kvmsec.model.addresses import DEFAULT_PORT, Bind, parse_bind
+from kvmsec.model.addresses import PORT, Bind, parse_bind
 
 _BACKLOG: Final = 64
 _CREDENTIALS: Final = struct.Struct("3i")  # unix(7), struct ucred: pid, uid, gid
@@ -93,13 +93,13 @@ def _everywhere() -> socket.socket:
     """Both families where the node has them both."""
     if socket.has_dualstack_ipv6():
         try:
-            return _bound(Bind("::", DEFAULT_PORT), is_dual=True)
+            return _bound(Bind("::", PORT), is_dual=True)
         except CannotListen as error:
             cause = error.__cause__
             # A kernel without IPv6 (ipv6.disable) can't make the socket, or can't bind it.
             if getattr(cause, "errno", None) not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 raise
-    return _bound(Bind("0.0.0.0", DEFAULT_PORT))
+    return _bound(Bind("0.0.0.0", PORT))
 
 
 def _bound(where: Bind, *, is_dual: bool = False) -> socket.socket:

@@ -6,8 +6,9 @@ from typing import Final
 
 from attrs import frozen
 
-DEFAULT_PORT: Final = 1811
-"""Where Ganeti's node daemon listens, whose firewall rules an admin may have."""
+PORT: Final = 1811
+"""Where a node's daemon listens unless told: as Ganeti's does, for which an admin may have rules in
+a firewall."""
 
 _BRACKETED: Final = re.compile(r"\[(?P<address>[^\[\]]+)\](?::(?P<port>[0-9]+))?")
 _PLAIN: Final = re.compile(r"(?P<address>[0-9.]+)(?::(?P<port>[0-9]+))?")
@@ -18,7 +19,7 @@ class Bind:
     """An address of this node and a port; an address of version 6 may name its interface (`%`)."""
 
     address: str
-    port: int = DEFAULT_PORT
+    port: int = PORT
 
     @property
     def is_v6(self) -> bool:
@@ -40,7 +41,7 @@ def parse_bind(text: str) -> Bind:
         parsed = ipaddress.ip_address(address)
     except ValueError:
         raise ValueError(f"must be ADDRESS or ADDRESS:PORT, not {_shown(text)}") from None
-    number = DEFAULT_PORT if port is None else int(port[:6])
+    number = PORT if port is None else int(port[:6])
     if not 0 < number < 1 << 16:
         raise ValueError("the port must be between 1 and 65535")
     return Bind(str(parsed), number)

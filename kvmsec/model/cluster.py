@@ -16,6 +16,7 @@ import msgspec
 from attrs import field, frozen
 
 from kvmsec.linux.errors import Fault
+from kvmsec.model.addresses import PORT
 from kvmsec.model.names import require_name
 from kvmsec.model.security import SecurityModel
 from uidpool.ranges import UidRanges
@@ -24,9 +25,6 @@ FORMAT: Final = 2
 
 Document = dict[str, object]
 Migrations = Mapping[int, Callable[[Document], Document]]
-
-PORT: Final = 1811
-"""Where a node's daemon listens unless told: the port of the reference's node daemon."""
 
 _TERM: Final = 1 << 20
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from attrs import frozen
 
-from kvmsec.model.cluster import PORT
+from kvmsec.model.addresses import PORT
 
 _BRACKETED: Final = re.compile(r"\[(?P<host>[^\[\]]+)\](?::(?P<port>[0-9]{1,5}))?", re.ASCII)
 _PLAIN: Final = re.compile(r"(?P<host>[^\[\]:]+)(?::(?P<port>[0-9]{1,5}))?", re.ASCII)

@@ -2,19 +2,19 @@
 
 import pytest
 
-from kvmsec.model.addresses import DEFAULT_PORT, Bind, parse_bind
+from kvmsec.model.addresses import PORT, Bind, parse_bind
 
 
 @pytest.mark.parametrize(
     ("text", "bind"),
     [
-        ("192.0.2.1", Bind("192.0.2.1", DEFAULT_PORT)),
+        ("192.0.2.1", Bind("192.0.2.1", PORT)),
         ("192.0.2.1:1812", Bind("192.0.2.1", 1812)),
-        ("::", Bind("::", DEFAULT_PORT)),
-        ("2001:DB8:0::1", Bind("2001:db8::1", DEFAULT_PORT)),
-        ("[2001:db8::1]", Bind("2001:db8::1", DEFAULT_PORT)),
+        ("::", Bind("::", PORT)),
+        ("2001:DB8:0::1", Bind("2001:db8::1", PORT)),
+        ("[2001:db8::1]", Bind("2001:db8::1", PORT)),
         ("[2001:db8::1]:9", Bind("2001:db8::1", 9)),
-        ("fe80::1%eth0", Bind("fe80::1%eth0", DEFAULT_PORT)),
+        ("fe80::1%eth0", Bind("fe80::1%eth0", PORT)),
     ],
 )
 def test_an_address_is_read_and_shown_so_that_it_is_read_again(text: str, bind: Bind) -> None:
