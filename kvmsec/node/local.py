@@ -244,9 +244,11 @@ class LocalNode:
 
     async def check_pool(self, uids: "UidRanges") -> Sequence["Problem"]:
         """What keeps these uids from being in the pool on this node."""
+        from kvmsec.node.uids import used_by_others
         from uidpool.accounts import AccountRules, check_pool
 
-        return check_pool(uids, AccountRules(self.host.config.uids.freed_ranges))
+        rules = AccountRules(self.host.config.uids.freed_ranges)
+        return (*check_pool(uids, rules), *used_by_others(self.host, uids))
 
     async def held_uids(self) -> Mapping[int, str]:
         """Each uid that an instance of this root holds, or that is quarantined: by whom, or why."""

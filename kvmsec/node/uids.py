@@ -10,11 +10,13 @@ from kvmsec.errors import KvmsecError
 from kvmsec.node import leasing
 from kvmsec.node.host import Host
 from uidpool import claims
-from uidpool.accounts import find_account
+from uidpool.accounts import Problem, find_account
 from uidpool.claims import Quarantined, State
+from uidpool.processes import uids_that_run
 from uidpool.ranges import EMPTY, UidRanges
 
 _MAX_FREE_SHOWN: Final = 10_000
+_MAX_USED_SHOWN: Final = 20
 
 
 class UidNotClean(KvmsecError):
@@ -37,6 +39,22 @@ def held_uids(host: Host) -> Mapping[int, str]:
         if kept.root == root:
             held[kept.uid] = f"quarantined: {kept.reason}"
     return held
+
+
+def used_by_others(host: Host, uids: UidRanges) -> Iterator[Problem]:
+    """Those of `uids` that something runs under which is no instance's, of any root of the host.
+
+    One look at /proc, before the claims: what an instance has meanwhile let go of rests there.
+    """
+    running = {uid: one for uid, one in uids_that_run().items() if uid in uids}
+    claimed = {one.uid for one in host.claims.states()} if running else set()
+    for uid in sorted(running.keys() - claimed)[:_MAX_USED_SHOWN]:
+        yield Problem(
+            UidRanges.of_uids([uid]),
+            "in-use",
+            f"uid {uid}: process {running[uid]} runs under it",
+            "end what runs under it, or choose other uids",
+        )
 
 
 def uid_states(host: Host, *, with_free: bool) -> tuple[UidState, ...]:

@@ -16,7 +16,7 @@ from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.errors import ChildFailed
 from kvmsec.linux.forking import fork_init
 from uidpool.errors import NotSweepable
-from uidpool.processes import end_processes, find_processes
+from uidpool.processes import end_processes, find_processes, uids_that_run
 from uidpool.usage import Usage, inspect
 
 pytestmark = pytest.mark.root
@@ -41,6 +41,12 @@ def test_a_process_of_the_uid_is_found_and_ended(uid: int, spawn: Spawn, cleaner
     assert "pytest" in found.reason()  # the command line, which says more than "python"
     assert cleaner(uid).is_clean
     assert was_killed(child)
+
+
+def test_one_look_tells_all_uids_that_run(uid: int, spawn: Spawn) -> None:
+    child = spawn(uid)
+    assert uids_that_run()[uid].pid == child.pid
+    assert uid + 100 not in uids_that_run()
 
 
 @pytest.mark.parametrize("which", ["real", "effective", "saved", "filesystem"])
