@@ -190,11 +190,27 @@ def _yes_or_no(value: bool) -> str:
 
 def print_findings(findings: Iterable[Finding]) -> None:
     """Check by check: its severity, what it is about, what was found, and the fix."""
+    _print_labelled([(shown_line(finding.item), finding) for finding in findings])
+
+
+def print_nodes_findings(findings: Iterable[Finding]) -> None:
+    """The same, each with the name of its node before what it is about."""
     known = list(findings)
-    width = min(_MOST_WIDE, max((len(shown_line(finding.item)) for finding in known), default=0))
-    for finding in known:
+    nodes = [shown_line(finding.node or _NOTHING) for finding in known]
+    width = min(_MOST_WIDE, max(map(len, nodes), default=0))
+    _print_labelled(
+        [
+            (f"{node:<{width}}  {shown_line(finding.item)}", finding)
+            for node, finding in zip(nodes, known, strict=True)
+        ]
+    )
+
+
+def _print_labelled(findings: Sequence[tuple[str, Finding]]) -> None:
+    width = min(_MOST_WIDE, max((len(label) for label, _ in findings), default=0))
+    for label, finding in findings:
         severity = click.style(f"{finding.severity:<9}", fg=_STYLES.get(finding.severity))
-        say(f"{severity}{shown_line(finding.item):<{width}}  {shown_text(finding.message)}")
+        say(f"{severity}{label:<{width}}  {shown_text(finding.message)}")
         if finding.hint:
             say(f"{'':<{width + 11}}hint: {shown_text(finding.hint)}")
 

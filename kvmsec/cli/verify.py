@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvmsec.cli.failures import CHECK_FOUND_ERRORS, WrongUsage
-from kvmsec.cli.findings import conclude
+from kvmsec.cli.findings import conclude_for_nodes
 from kvmsec.cli.output import say, shown_line, warn
 from kvmsec.cli.params import json_option
 from kvmsec.cli.session import Session, pass_session
@@ -60,7 +60,7 @@ def verify(session: Session, as_json: bool, error_codes: bool, ignored: tuple[st
     if error_codes:
         _print_lines(findings)
     else:
-        conclude(findings, as_json=as_json)
+        conclude_for_nodes(findings, as_json=as_json)
 
 
 def _awaited(session: Session) -> tuple[str, ...]:

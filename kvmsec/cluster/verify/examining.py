@@ -13,6 +13,8 @@ from kvmsec.cluster.nodes import Directory, Household
 from kvmsec.cluster.verify import certificates, standing, uids
 from kvmsec.cluster.verify.codes import found
 from kvmsec.cluster.verify.subject import Heard, Subject, Unheard
+from kvmsec.linux.errors import Fault
+from kvmsec.model.cluster import Cluster
 from kvmsec.store import Store
 from kvmsec.store.freshness import COPY_VALID_S
 from uidpool.ranges import UidRanges
@@ -64,10 +66,10 @@ async def verify(
 ) -> tuple[Finding, ...]:
     """What is wrong with the cluster, a finding each; a sound node has one that says so.
 
-    On any member; `awaited` are the members that a renewal waits for, which its journal on the
-    master tells (`kvmsec.cluster.renewal.operations.awaited`). `on_heard` is told each node that
-    answered, as it does. Raises NoCluster, and
-    what the store raises; changes nothing.
+    On the master or another candidate: a plain node is refused by the others. `awaited` are the
+    members that a renewal waits for, which its journal on the master tells
+    (`kvmsec.cluster.renewal.operations.awaited`). `on_heard` is told each node that answered, as it
+    does. Raises NoCluster, and what the store raises; changes nothing.
     """
     cluster, revision = require_cluster(store)
     identity = store.identity()
@@ -83,7 +85,7 @@ async def verify(
         deadline_s=deadline_s,
     )
     unheard = {name: Unheard(why, is_refusal=False) for name, why in answers.silent.items()}
-    refused = {name: Unheard(str(why), is_refusal=True) for name, why in answers.refused.items()}
+    refused = {name: _refused(why, cluster) for name, why in answers.refused.items()}
     return judge(
         Subject(
             cluster=cluster,
@@ -102,6 +104,17 @@ async def _examine(node: _Asked, pool: UidRanges, on_heard: OnHeard) -> Heard:
     heard = Heard(examination, asked_at, datetime.now(UTC))
     on_heard(node.name)
     return heard
+
+
+def _refused(error: Fault | OSError, cluster: Cluster) -> Unheard:
+    """A plain node is told by all others that it may not ask, and nothing is wrong with them."""
+    evidence = getattr(error, "evidence", None)
+    if not isinstance(evidence, dict) or evidence.get("step") != "role":
+        return Unheard(str(error), is_refusal=True)
+    who = ", ".join(node.name for node in cluster.nodes if node.is_candidate)
+    return Unheard(
+        str(error), is_refusal=True, hint=f"run `kvmsec cluster verify` on one of: {who}"
+    )
 
 
 def judge(subject: Subject) -> tuple[Finding, ...]:

@@ -20,10 +20,9 @@ def check_answers(subject: Subject) -> Iterator[Finding]:
             message = "its removal was begun and not finished"
             yield found("node-leaving", "warning", member.name, "membership", message, hint)
         match subject.answers.get(member.name):
-            case Unheard(reason, is_refusal=True):
-                hint = (
-                    f"compare clocks and certificates; `kvmsec node readd {member.name}` mends it"
-                )
+            case Unheard(reason, is_refusal=True, hint=better):
+                hint = "compare clocks and certificates; `kvmsec node readd NAME` mends it"
+                hint = better or hint.replace("NAME", member.name)
                 yield found("node-refused", "error", member.name, "answer", reason, hint)
             case Heard():
                 pass

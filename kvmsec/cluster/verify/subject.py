@@ -25,10 +25,14 @@ class Heard:
 
 @frozen
 class Unheard:
-    """A member that said nothing of itself; `is_refusal` says that it, or we, would not talk."""
+    """A member that said nothing of itself; `is_refusal` says that it, or we, would not talk.
+
+    `hint` is the refusal's own, where it has one.
+    """
 
     reason: str
     is_refusal: bool
+    hint: str | None = None
 
 
 @frozen(kw_only=True)

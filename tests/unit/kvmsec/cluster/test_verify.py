@@ -1,5 +1,6 @@
 """`cluster verify`: what is found in what the nodes say, and nothing where all is well."""
 
+import asyncio
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -12,10 +13,11 @@ import pytest
 from attrs import evolve
 
 from kvmsec.cluster.verify.codes import CODES
-from kvmsec.cluster.verify.examining import MOST_ALIKE, judge, without_ignored
+from kvmsec.cluster.verify.examining import MOST_ALIKE, judge, verify, without_ignored
 from kvmsec.cluster.verify.subject import Heard, Subject, Unheard
 from kvmsec.model.cluster import Cluster, Member, Role
 from kvmsec.model.security import SecurityModel
+from kvmsec.rpc.errors import Refused
 from kvmsec.rpc.messages import (
     CertificateFacts,
     Examination,
@@ -23,6 +25,7 @@ from kvmsec.rpc.messages import (
     LeaseFacts,
     NodeInfo,
 )
+from kvmsec.store.file import FileStore
 from uidpool.ranges import EMPTY, UidRanges
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -274,6 +277,31 @@ def test_two_certificates_count_during_a_renewal() -> None:
         ("node2", "renewal-pending"),
         ("node3", "node-ok"),
     }
+
+
+class _Refusing:
+    """A member whose role check the asking node doesn't pass."""
+
+    def node(self, _: Member) -> Any:
+        return self
+
+    @property
+    def household(self) -> Any:
+        return self
+
+    async def examine(self, _: UidRanges) -> Examination:
+        raise Refused("node1", "node3 is no master candidate", evidence={"step": "role"})
+
+
+def test_a_plain_node_is_told_where_to_verify(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "lib/cluster.json")
+    (tmp_path / "lib").mkdir()
+    store.save(CLUSTER, 0)
+    findings = asyncio.run(verify(store, _Refusing(), _Refusing()))  # type: ignore[arg-type]
+
+    refused = [one for one in findings if one.code == "node-refused"]
+    assert [one.node for one in refused] == ["node1", "node2", "node3"]
+    assert {one.hint for one in refused} == {"run `kvmsec cluster verify` on one of: node1, node2"}
 
 
 def test_a_slow_answer_is_no_wrong_clock() -> None:
