@@ -260,7 +260,7 @@ def _list_all(session: Session, *, as_json: bool) -> None:
     rows += [(name, None, "no answer", *(None,) * (len(_HEADINGS) - 2)) for name, _ in lost]
     print_table(("node", *_HEADINGS), rows)
     for name, reason in lost:
-        warn(f"{name} did not answer: {reason}")
+        warn(f"{name} {'refuses' if name in answers.refused else 'did not answer'}: {reason}")
 
 
 def _row(info: InstanceInfo) -> tuple[object, ...]:

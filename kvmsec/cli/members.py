@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 _SPAN: Final = re.compile(r"([0-9]{1,6})([smhd])", re.ASCII)
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
+_UNKNOWN: Final = dict.fromkeys(("version", "revision", "confirmed_at", "answer"))
+"""What a member says of itself: the same keys in JSON, whether it answers or not."""
+
 _name_argument = click.argument("name", type=NODE_NAME)
 
 
@@ -114,7 +117,8 @@ def join(session: Session, token: str | None) -> None:
 
     name = session.run(accept)
     say(f"this node will join as {shown_line(name)}")
-    say(f"next: `kvmsec node serve` here, then `kvmsec node add {name}` on the master")
+    say("next: `kvmsec node serve` here, unless it runs; then on the master what it has named:")
+    say(f"`kvmsec node add {name}`, or `kvmsec node readd {name}` for a member")
 
 
 def _read_token() -> str:
@@ -297,6 +301,8 @@ async def _described(
     session: Session, reach: Reach, *, only: str | None = None
 ) -> list[dict[str, Any]]:
     """Each member as the state has it, and what it says of itself."""
+    from importlib.metadata import version
+
     from kvmsec.cluster.asking import ask_all
     from kvmsec.cluster.handing import require_cluster
     from kvmsec.cluster.operations import describe
@@ -310,15 +316,15 @@ async def _described(
     rows = []
     for member in wanted:
         said = answers.answered.get(member.name)
-        row = {**describe(member, cluster), "version": None, "revision": None}
+        row = {**describe(member, cluster), **_UNKNOWN}
         if member.uuid == own:
-            row |= {"revision": revision, "answer": "this node"}
+            row |= {"version": version("kvmsec"), "revision": revision, "answer": "this node"}
         elif said is not None:
             row |= _said(said)
         else:
             refused = answers.refused.get(member.name)
             why = refused if refused is not None else answers.silent.get(member.name)
-            row["answer"] = f"none: {why}"
+            row["answer"] = f"{'none' if refused is None else 'refused'}: {why}"
         rows.append(row)
     return rows
 

@@ -223,6 +223,23 @@ def test_findings_are_status_3_and_may_be_ignored(run: Any, reach: Reach) -> Non
     assert run("cluster", "verify", *ignored).exit_code == 0
 
 
+def test_a_finding_is_shown_with_its_node(run: Any, reach: Reach) -> None:
+    reach.nodes["node3"].is_silent = True
+    lines = [line.split() for line in run("cluster", "verify").stdout.splitlines()]
+
+    assert ["error", "node3", "answer"] in [line[:3] for line in lines]
+
+
+def test_a_member_has_the_same_keys_whether_it_answers_or_not(
+    node_command: Any, reach: Reach
+) -> None:
+    reach.nodes["node3"].is_silent = True
+    own, other, silent = json.loads(node_command("list", "--json").stdout)
+
+    assert own.keys() == other.keys() == silent.keys()
+    assert own["version"] and silent["version"] is None
+
+
 def test_lines_for_scripts_begin_with_their_code(run: Any, reach: Reach) -> None:
     reach.nodes["node3"].is_silent = True
     result = run("cluster", "verify", "--error-codes")
