@@ -146,7 +146,8 @@ class NoCluster(KvmsecError):
 
     def __init__(self) -> None:
         super().__init__(
-            "this node belongs to no cluster", hint="run `kvmsec cluster init --name NAME` first"
+            "this node belongs to no cluster",
+            hint="make one by `kvmsec cluster init --name NAME`, or join one: `kvmsec node join`",
         )
 
 

@@ -139,7 +139,7 @@ def _given_out(uids: UidRanges, snapshot: Snapshot) -> Iterator[Problem]:
 
 def _missing(uids: UidRanges, snapshot: Snapshot) -> Iterator[Problem]:
     missing = uids - snapshot.uids()
-    hint = "make the users: kvmsec uids provision POOL"
+    hint = f"make the users: kvmsec uids provision {missing}"
     if asked := missing - snapshot.unasked:
         yield Problem(asked, "missing", f"{_shown(asked)}: no such user", hint)
     if unasked := missing & snapshot.unasked:

@@ -85,7 +85,8 @@ def enable(session: Session, lasts: timedelta, bundle: Path | None) -> None:
         from kvmsec.linux.files import write_atomically
 
         write_atomically(bundle, handed.bundle)
-        say(f"on each node without it: kvmsec node certless {shown_line(bundle.name)}")
+        say(f"carry {shown_line(str(bundle))} to each node without it, and run there:")
+        say(f"kvmsec node certless {shown_line(bundle.name)}")
     until = "" if handed.until is None else f" until {handed.until.isoformat()}"
     say(f"{len(handed.done)} nodes run without client certificates{until}")
     remark(_END)

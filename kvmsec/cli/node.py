@@ -7,6 +7,7 @@ import click
 from kvmsec.cli.certless import node_certless
 from kvmsec.cli.members import COMMANDS
 from kvmsec.cli.output import shown_text
+from kvmsec.cli.params import BIND
 from kvmsec.cli.session import Session, pass_session
 
 
@@ -19,6 +20,7 @@ def node() -> None:
 @click.option(
     "--bind",
     "binds",
+    type=BIND,
     multiple=True,
     metavar="ADDRESS[:PORT]",
     help="Listen for other nodes here (port 1811); may be repeated. Every address unless told.",

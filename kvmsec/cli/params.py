@@ -98,6 +98,14 @@ def _endpoint(text: str) -> Any:
     return parse_endpoint(text)
 
 
+def _bind(text: str) -> str:
+    """What the daemon takes: the text, once it is known to be one."""
+    from kvmsec.model.addresses import parse_bind
+
+    parse_bind(text)
+    return text
+
+
 def _disk(text: str) -> dict[str, object]:
     from hypervisor.spec import disk_from_option
 
@@ -124,6 +132,7 @@ INSTANCE_NAME: Final = _Parsed("name", _instance_name)
 CLUSTER_NAME: Final = _Parsed("name", _cluster_name)
 NODE_NAME: Final = _Parsed("name", _node_name)
 ENDPOINT: Final = _Parsed("endpoint", _endpoint)
+BIND: Final = _Parsed("address", _bind)
 DISK: Final = _Parsed("disk", _disk)
 NIC: Final = _Parsed("nic", _nic)
 

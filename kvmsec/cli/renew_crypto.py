@@ -12,7 +12,7 @@ from kvmsec.cli.params import json_option
 from kvmsec.cli.session import Session, pass_session
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from kvmsec.cli.session import Node
     from kvmsec.cluster.renewal.operations import Outcome, Step, Wish
@@ -137,13 +137,17 @@ def _show_outcome(outcome: Outcome | None, *, as_json: bool) -> None:
         raise click.exceptions.Exit(FAILED)
 
 
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(shown_line, names))
+
+
 def _tell(outcome: Outcome) -> None:
     back = outcome.direction.value == "back"
     ended = "everything is as it was before" if back else "the new certificates are in force"
     if outcome.is_at_its_end:
         say(ended)
     else:
-        say(f"{ended}, but for {len(outcome.behind)} nodes, which catch up when they answer again")
+        say(f"{ended}, but not on {_listed(outcome.behind)}: to catch up on answering again")
     for name, why in outcome.behind.items():
         warn(f"{name} is behind: {why}")
     if outcome.behind:

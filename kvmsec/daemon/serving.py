@@ -177,8 +177,8 @@ class _Daemon:
             self._say(f"waiting to be admitted to a cluster on {', '.join(keeper.addresses)}")
         elif not self._source.is_member():
             self._say(
-                "this node has no certificate: only this host is served, by "
-                f"{self._node.host.paths.node_socket}"
+                "this node has no certificate, which `kvmsec node join` begins to get: only this "
+                f"host is served, by {self._node.host.paths.node_socket}"
             )
 
     # The end -----------------------------------------------------------------------------------

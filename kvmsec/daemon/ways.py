@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from attrs import define, field
 
-from kvmsec.errors import NoCluster
+from kvmsec.errors import KvmsecError
 
 if TYPE_CHECKING:
     from kvmsec.cluster.nodes import JoiningNode
@@ -28,6 +28,17 @@ if TYPE_CHECKING:
     from kvmsec.store import Store
 
 _Here = TypeVar("_Here")
+
+
+class NoCertificate(KvmsecError):
+    """This node knows a cluster, and has nothing to show that it is of it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this node has no client.pem, so it can call no other",
+            hint="run `kvmsec node invite NAME --readd` on the master, `kvmsec node join` here, "
+            "then `kvmsec node readd NAME` on the master; the master's own: put back a copy",
+        )
 
 
 class Ways(Generic[_Here]):
@@ -100,7 +111,7 @@ class Ways(Generic[_Here]):
 def _required(source: TrustSource) -> TrustMessage:
     message = source.message()
     if message is None:
-        raise NoCluster
+        raise NoCertificate
     return message
 
 

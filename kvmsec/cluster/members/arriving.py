@@ -42,7 +42,8 @@ def accept_token(token: str, files: KeyFiles, store: Store, invitations: Invitat
     if cluster is not None and files.is_member():
         raise MemberRefused(
             f"this node belongs to the cluster {cluster.name}",
-            hint="take it out with `kvmsec node remove` on the master, or `kvmsec node leave` here",
+            hint="let it forget that first: `kvmsec node leave` here; out of the cluster for good, "
+            "`kvmsec node remove` on the master",
         )
     for other in invitations.current(now):
         invitations.spend(other, now)

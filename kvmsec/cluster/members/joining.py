@@ -16,7 +16,8 @@ from kvmsec.cluster.members.master import (
 from kvmsec.cluster.operations import update
 from kvmsec.errors import MemberRefused, NodeSilent
 from kvmsec.linux.errors import Fault
-from kvmsec.model.cluster import PORT, Cluster, Member
+from kvmsec.model.addresses import PORT
+from kvmsec.model.cluster import Cluster, Member
 from kvmsec.rpc.messages import FileRequest
 
 
@@ -63,8 +64,8 @@ async def readd(master: Master, name: str) -> Changed:
         raise NodeSilent(
             member.name,
             str(error),
-            hint=f"invite it again with `kvmsec node invite {member.name} --readd`, let it join "
-            "with the token, and run this once more",
+            hint=f"run `kvmsec node invite {member.name} --readd` here, `kvmsec node leave` and "
+            "then `kvmsec node join` there, and this once more",
         ) from error
     behind = await spread(master.store, master.team())
     return Changed(member=member, behind=behind, notes=await _unfit(master, member))
