@@ -102,11 +102,6 @@ class Paths:
         return self.var
 
     @property
-    def node_identity(self) -> Path:
-        """The node's uuid, and when its copy of the cluster's state was last confirmed."""
-        return self.var / "node.json"
-
-    @property
     def renewal(self) -> Path:
         """A renewal of certificates that is under way; on the master only."""
         return self.var / "renewal.json"

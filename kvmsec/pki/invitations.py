@@ -45,12 +45,6 @@ class Invitations:
                 raise NoInvitation(invitation.node_name, "a newer one has taken its place")
             del kept[invitation.node_name]
 
-    def expire(self, now: datetime) -> tuple[str, ...]:
-        """Forget the invitations that are over; returns the nodes' names."""
-        before = self._load()
-        with self._changing(now) as kept:
-            return tuple(sorted(set(before) - set(kept)))
-
     def current(self, now: datetime) -> tuple[Invitation, ...]:
         """Those that can be used, by name."""
         kept = self._load()

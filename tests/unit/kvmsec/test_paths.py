@@ -19,7 +19,6 @@ def test_the_default_root_gives_the_documented_places() -> None:
     assert paths.definition("web1") == Path("/etc/kvmsec/instances/web1.toml")
     assert paths.cluster == Path("/var/lib/kvmsec/cluster.json")
     assert paths.key_files == Path("/var/lib/kvmsec")
-    assert paths.node_identity == Path("/var/lib/kvmsec/node.json")
     assert paths.renewal == Path("/var/lib/kvmsec/renewal.json")
     assert paths.invitations == Path("/var/lib/kvmsec/invitations.json")
     assert paths.node_socket == Path("/run/kvmsec/node.sock")
@@ -37,7 +36,6 @@ def test_another_root_moves_every_file_but_not_what_is_the_hosts(tmp_path: Path)
         paths.definition("web1"),
         paths.cluster,
         paths.key_files,
-        paths.node_identity,
         paths.renewal,
         paths.invitations,
         paths.node_socket,

@@ -77,9 +77,9 @@ def test_what_is_over_is_forgotten_and_the_rest_stays(store: Invitations) -> Non
     store.add(_invite(), NOW)
     store.add(lasting, NOW)
 
-    assert store.expire(NOW) == ()
-    assert store.expire(LATER) == ("node2",)
-    assert store.current(NOW) == (lasting,)
+    assert len(store.current(NOW)) == 2
+    store.add(invite("node4", ANCHOR, now=LATER, lifetime=timedelta(hours=5)), LATER)
+    assert [one.node_name for one in store.current(NOW)] == ["node3", "node4"]
 
 
 def test_of_two_rivals_one_gets_it(store: Invitations, tmp_path: Path) -> None:
