@@ -52,7 +52,8 @@ async def readd(master: Master, name: str) -> Changed:
     if member.uuid == cluster.master:
         raise MemberRefused(
             f"{member.name} is the master, which is what others are mended from",
-            hint="mend its certificate with `kvmsec cluster renew-crypto --node NAME`",
+            hint="renew its certificate with `kvmsec cluster renew-crypto --node NAME`; for "
+            "lost files, `kvmsec cluster master-failover --force` on another candidate, then this",
         )
     if master.invitations.is_current(member.name):
         return await _bring_in(master, evolve(member, is_leaving=False))

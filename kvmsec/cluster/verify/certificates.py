@@ -19,7 +19,7 @@ def check_anchors(subject: Subject) -> Iterator[Finding]:
     master = subject.cluster.master
     wanted = next((said.anchors for one, said in subject.heard() if one.uuid == master), None)
     for member, said in subject.heard():
-        again = f"`kvmsec node readd {member.name}`"
+        again = subject.admit_again(member)
         if not said.anchors:
             message = "server.pem is missing or can't be read"
             yield found("anchor-missing", "error", member.name, "server.pem", message, again)
@@ -42,7 +42,7 @@ def check_own(subject: Subject) -> Iterator[Finding]:
         facts = said.certificate
         if facts is None:
             message = "client.pem is missing or can't be read"
-            hint = f"`kvmsec node readd {member.name}`"
+            hint = subject.admit_again(member)
             yield found("certificate-missing", "error", member.name, "client.pem", message, hint)
             continue
         if (owner := owners.setdefault(facts.fingerprint, member.name)) != member.name:
@@ -104,7 +104,8 @@ def check_lists(subject: Subject) -> Iterator[Finding]:
     for member, said in subject.heard():
         if not said.candidates:
             message = f"{LIST} is missing, empty or can't be read: nobody may order there"
-            hint = f"`kvmsec cluster sync`, or `kvmsec node readd {member.name}`"
+            hint = "restart its daemon, which writes it anew from the state; or "
+            hint += subject.admit_again(member)
             yield found("candidates-unreadable", "error", member.name, LIST, message, hint)
             continue
         listed: dict[UUID, set[str]] = {}

@@ -41,7 +41,7 @@ def check_identity(subject: Subject) -> Iterator[Finding]:
             hint = f"`kvmsec node readd {member.name}`"
             yield found("node-foreign", "error", member.name, "membership", message, hint)
         for words in said.unreadable:
-            hint = f"`kvmsec node readd {member.name}`, or `kvmsec doctor` there"
+            hint = f"{subject.admit_again(member)}; `kvmsec doctor` there"
             yield found("node-unreadable", "error", member.name, "examination", words, hint)
 
 

@@ -50,6 +50,15 @@ class Subject:
     answers: Mapping[str, Heard | Unheard]
     awaited: Collection[str] = ()
 
+    def admit_again(self, member: Member) -> str:
+        """What gives a member its files again; the master's come from whoever is the next one."""
+        if member.uuid != self.cluster.master:
+            return f"`kvmsec node readd {member.name}`"
+        return (
+            "put back a copy of it, or run `kvmsec cluster master-failover --force` on another "
+            f"candidate, then `kvmsec node readd {member.name}` there"
+        )
+
     def heard(self) -> list[tuple[Member, Examination]]:
         """The members that answered, and what they said."""
         return [

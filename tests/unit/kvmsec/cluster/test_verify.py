@@ -279,6 +279,11 @@ def test_two_certificates_count_during_a_renewal() -> None:
     }
 
 
+def test_the_masters_lost_files_come_from_another_candidate() -> None:
+    hints = [one.hint or "" for one in judge(saying(1, anchors=()))]
+    assert any("master-failover --force` on another candidate" in hint for hint in hints)
+
+
 class _Refusing:
     """A member whose role check the asking node doesn't pass."""
 
