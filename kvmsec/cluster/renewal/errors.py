@@ -66,7 +66,7 @@ class TooFewAnswer(KvmsecError):
 
     def __init__(self, behind: Sequence[str]) -> None:
         super().__init__(
-            "the old certificates are kept, since half of the nodes or more did not answer: "
+            "the old certificates are kept, since too few nodes answered; these did not: "
             + ", ".join(behind),
             hint="bring them back and run `kvmsec cluster renew-crypto` again; --forget-offline "
             "ends the renewal without them, --abort takes it back",

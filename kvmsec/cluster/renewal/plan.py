@@ -158,13 +158,20 @@ def behind(renewal: Renewal) -> tuple[Progress, ...]:
 
 
 def may_drop(renewal: Renewal) -> bool:
-    """Whether more than half of the members have been proved to answer on the new.
+    """Whether more than half have been proved to answer on the new: of the members, and of those
+    that get a new certificate.
 
     With fewer the master is likelier cut off than the others are, and the old pair that would
-    still reach them would be on this one node alone.
+    still reach them would be on this one node alone. A renewal of a single member that does not
+    answer has renewed nothing, and can still be taken back.
     """
-    proved = [one for one in renewal.members if one.step in (Step.PROVED, Step.FINISHED)]
-    return 2 * len(proved) > len(renewal.members)
+    renewed = [one for one in renewal.members if one.renews]
+    return _are_most_proved(renewal.members) and _are_most_proved(renewed)
+
+
+def _are_most_proved(members: Sequence[Progress]) -> bool:
+    proved = [one for one in members if one.step in (Step.PROVED, Step.FINISHED)]
+    return 2 * len(proved) > len(members)
 
 
 def is_left_over(cluster: Cluster, anchors: str) -> bool:

@@ -145,6 +145,18 @@ def test_the_old_is_kept_while_half_of_the_nodes_are_away(tmp_path: Path) -> Non
     assert_settled(world)
 
 
+def test_a_renewal_of_one_node_that_is_away_can_be_taken_back(world: World) -> None:
+    before = shown(world)
+    world["n2"].is_up = False
+    with pytest.raises(TooFewAnswer, match="n2"):
+        world.renew(node="n2")
+
+    world["n2"].is_up = True
+    asyncio.run(operations.abort(world.work()))
+    assert_settled(world)
+    assert shown(world) == before
+
+
 # Refusals, rivals ------------------------------------------------------------------------------
 
 
