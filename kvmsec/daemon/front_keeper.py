@@ -168,6 +168,7 @@ class FrontKeeper:
     async def _serve_nobody(self, signature: Signature, error: Fault) -> None:
         """Until the files change."""
         await self._end_front()
+        self._stop_listening()
         self._refused = signature
         self._say(f"other nodes are not served: {error.message}")
         if error.hint:
