@@ -16,6 +16,7 @@ from kvmsec.cluster.renewal.sequence import Renewing
 from kvmsec.daemon.front_messages import TrustMessage
 from kvmsec.daemon.ways import Ways
 from kvmsec.errors import NoCluster
+from kvmsec.pki.errors import PkiError
 from kvmsec.pki.files import KeyFiles
 
 if TYPE_CHECKING:
@@ -79,6 +80,32 @@ def _listed(known: Mapping[UUID, frozenset[str]]) -> dict[UUID, tuple[str, ...]]
     return {uuid: tuple(sorted(fingerprints)) for uuid, fingerprints in known.items()}
 
 
+@frozen
+class _KeysAtHand:
+    """The master's key files; the common certificate stands in for a `client.pem` that is lost.
+
+    So that `renew-crypto` can mend the master itself while the cluster runs without client
+    certificates: who holds the common one takes its orders.
+    """
+
+    files: KeyFiles
+
+    def anchors(self) -> str:
+        return self.files.anchors()
+
+    def cluster(self) -> Pair:
+        return self.files.cluster()
+
+    def own(self) -> Pair:
+        try:
+            return self.files.own()
+        except PkiError:
+            common = self.files.usable_certless(now())
+            if common is None:
+                raise
+            return common
+
+
 @frozen(kw_only=True)
 class Means:
     """This node, as whoever renews certificates works on it.
@@ -124,7 +151,7 @@ class Means:
             own_uuid=own_uuid(self.store),
             store=self.store,
             nodes=nodes,
-            keys=self.keys,
+            keys=_KeysAtHand(self.keys),
             journal=Journal(self.paths.renewal),
             now=now,
             on_step=self.on_step,

@@ -28,6 +28,7 @@ from kvmsec.errors import NoCluster, NotMaster
 from kvmsec.linux.locks import FileLock
 from kvmsec.model.cluster import Cluster
 from kvmsec.pki.certificates import fingerprint_of, make_cluster_pair
+from kvmsec.pki.errors import PkiError
 from kvmsec.pki.keys import KeyKind
 
 
@@ -171,7 +172,7 @@ async def preview(work: Renewing, wish: Wish | None) -> Sequence[Step]:
 async def _why_not(node: CertificateNode) -> str | None:
     try:
         await node.presented_certificate()
-    except (NotReached, NotTrusted) as error:
+    except (NotReached, NotTrusted, PkiError) as error:
         return error.message
     return None
 

@@ -55,7 +55,8 @@ def begin(
 ) -> Renewal:
     """The renewal that gives members new certificates, signed with `signing`, trusted in the end.
 
-    `node` is the one member that gets one, None for all. Raises UnknownMember and BadPem.
+    `node` is the one member that gets one, None for all. The master may call with another pair
+    than the state has for it, where its own is lost. Raises UnknownMember and BadPem.
     """
     named = None if node is None else cluster.named(node)
     if node is not None and named is None:
@@ -76,7 +77,7 @@ def begin(
             _untouched(
                 member,
                 renews=named is None or member == named,
-                old=masters if member.uuid == cluster.master else None,
+                old=masters if masters in member.certificates else None,
             )
             for member in cluster.nodes
         ),
@@ -189,7 +190,8 @@ def is_of_others(renewal: Renewal, cluster: Cluster, client_fingerprint: str) ->
     own = renewal.member(renewal.master)
     if (renewal.cluster, renewal.master) != (cluster.uuid, cluster.master) or own is None:
         return True
-    return client_fingerprint not in (own.old, own.new)
+    called_with = fingerprint_of(renewal.old_client_certificate)
+    return client_fingerprint not in (own.old, own.new, called_with)
 
 
 _NEXT: Final = {

@@ -18,6 +18,7 @@ from tests.root.daemon.node_by_command import Node
 pytestmark = pytest.mark.root
 
 ROOT = Path(__file__).parents[3]
+RENEW = ("--new-node-certificates",)
 
 
 def keys_of(node: Node) -> KeyFiles:
@@ -159,6 +160,22 @@ def test_the_last_resort_reaches_a_node_whose_files_are_broken(
     assert not master.has("certless.pem") and not other.has("certless.pem")
     assert master.codes() == set()
     assert not {code for _, code in warnings(master)} & {"certless", "certless-missing"}
+
+
+def test_a_master_that_lost_its_pair_gets_another_by_the_last_resort(
+    master: Node, bring_in: Callable[[str], Node]
+) -> None:
+    bring_in("node2")
+    own = shown(master)
+    master.do("cluster", "certless", "enable", "--for", "10m")
+
+    lose_own_pair(master)
+    assert "client.pem is missing" in master.do("cluster", "renew-crypto", "--dry-run", *RENEW)
+    master.do("cluster", "renew-crypto", *RENEW)
+
+    assert shown(master) != own
+    master.do("cluster", "certless", "disable")
+    assert master.codes() == set()
 
 
 def test_a_node_without_the_common_pair_is_told_of_and_gets_it_by_hand(
