@@ -5,6 +5,8 @@ that failed every node is booted anew with the disk that it had at first.
 """
 
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,9 @@ from tests.cluster.lab.formation import Formation, instances_ended
 from tests.cluster.lab.lab import new_lab
 from tests.kvm.accelerator import accelerator
 
+_HERE = Path(__file__).parent
 _HAS_FAILED = pytest.StashKey[bool]()
+_FORMED = pytest.StashKey[tuple[Formation, ExitStack]]()
 
 
 @pytest.fixture(scope="session")
@@ -21,13 +25,32 @@ def accelerator_in_use() -> str:
     return accelerator()
 
 
-@pytest.fixture(scope="session")
-def formation(accelerator_in_use: str) -> Iterator[Formation]:
-    with new_lab(5) as lab:
-        made = Formation(lab, accelerator_in_use)
-        made.form()
-        made.keep()
-        yield made
+@pytest.fixture
+def formation(request: pytest.FixtureRequest, accelerator_in_use: str) -> Formation:
+    """The cluster, formed when the first scenario asks for it."""
+    stash = request.session.stash
+    if _FORMED not in stash:
+        with ExitStack() as undo:
+            made = Formation(undo.enter_context(new_lab(5)), accelerator_in_use)
+            made.form()
+            made.keep()
+            stash[_FORMED] = made, undo.pop_all()
+    return stash[_FORMED][0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, None, None]:
+    """End the nodes after the last scenario: other tests want no child of theirs left."""
+    try:
+        yield
+    finally:
+        if _FORMED in item.session.stash and (
+            nextitem is None or _HERE not in nextitem.path.parents
+        ):
+            item.session.stash[_FORMED][1].close()
+            del item.session.stash[_FORMED]
 
 
 @pytest.fixture
