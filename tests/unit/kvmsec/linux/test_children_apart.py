@@ -210,6 +210,7 @@ while time.monotonic() < end:
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
+os.waitpid(killer, 0)  # An interpreter that ends has no handlers any more: a late signal kills.
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
