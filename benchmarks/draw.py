@@ -21,6 +21,7 @@ from benchmarks.effort import Effort
 from benchmarks.loop import Sample, Series, Stopwatch, Work, interleave
 from benchmarks.report import Cell, Curve, Plot, Report, Table, Target
 from benchmarks.series import milliseconds, ratio, uniformity
+from benchmarks.worker import Worker, WorkerFailed
 from benchmarks.workers.drawers import Drawn, draw_in_processes
 from kvmsec.linux.errors import Fault
 from kvmsec.linux.processes import boot_id, myself
@@ -84,7 +85,7 @@ def measure(effort: Effort) -> Report:
             peer = running.enter_context(peers.worker("ganeti_uids.py", "/run/ganeti"))
             try:
                 peer.ask("version")
-            except peers.PeerFailed as error:
+            except WorkerFailed as error:
                 peer, missing = None, f"Ganeti's uidpool.py, which does not run here ({error})"
         measured = [
             _one_size(size, effort, peer)
@@ -103,7 +104,7 @@ def measure(effort: Effort) -> Report:
 # One at a time -------------------------------------------------------------------------------
 
 
-def _one_size(size: int, effort: Effort, peer: peers.Worker | None) -> list[Measured]:
+def _one_size(size: int, effort: Effort, peer: Worker | None) -> list[Measured]:
     text = f"{FIRST}-{FIRST + size - 1}"
     fractions = effort.pick(TAKEN, (0.0, 0.99), (0.0, 0.5))
     if effort is Effort.QUICK and size > 100_000:
@@ -169,7 +170,7 @@ def _draw(claims: WaitingClaims, text: str) -> Lease:
     return claims.draw(pool, instance="vm", generation="g", reuse_delay_s=0)
 
 
-def _ganeti_work(peer: peers.Worker, text: str) -> Work:
+def _ganeti_work(peer: Worker, text: str) -> Work:
     async def work() -> Sample:
         taken_s = peer.ask("draw", pool=text)
         peer.ask("give back")
@@ -181,7 +182,7 @@ def _ganeti_work(peer: peers.Worker, text: str) -> Work:
 # Many at once --------------------------------------------------------------------------------
 
 
-def _together(drawers: int, each: int, peer: peers.Worker | None) -> list[Together]:
+def _together(drawers: int, each: int, peer: Worker | None) -> list[Together]:
     with _places() as places:
         found = [_summed(KVMSEC, drawers, _kvmsec_drawers(places.claims, drawers, each))]
         if peer is not None:

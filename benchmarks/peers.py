@@ -4,17 +4,15 @@ They are laid over /usr in a mount namespace of a worker, a process of Debian's 
 one peer and takes the times by itself; the host, and what it is compared with, never see them.
 """
 
-import contextlib
-import json
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from attrs import frozen
+from benchmarks.worker import Worker, running
 
 _CHECKOUT: Final = Path(__file__).resolve().parents[1]
 TREE: Final = _CHECKOUT / ".venv" / "peers"
@@ -89,42 +87,9 @@ def _lacks(peer: str, path: str) -> str | None:
     return f"{peer}, which isn't installed (./dev bench --install-peers)"
 
 
-class PeerFailed(Exception):
-    """A peer could not do what it was told, or does not run."""
-
-
-@frozen
-class Worker:
-    """A peer's process: each order is a line of JSON, and so is its answer."""
-
-    process: subprocess.Popen[str]
-
-    def ask(self, order: str, **arguments: object) -> Any:
-        """Raises PeerFailed with what the peer said."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps({"order": order, **arguments}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        answer = json.loads(line) if line else {"failed": "it ended"}
-        if "failed" in answer:
-            raise PeerFailed(f"{order}: {answer['failed']}")
-        return answer["done"]
-
-
-@contextlib.contextmanager
-def worker(script: str, *arguments: str) -> Iterator[Worker]:
+def worker(script: str, *arguments: str) -> AbstractContextManager[Worker]:
     """A worker with the peers' tree over /usr, in a mount namespace of its own."""
     argv = ["unshare", "--mount", "--", "sh", "-c"]
     argv += ['mount -t overlay peers -o "lowerdir=$0/usr:/usr" /usr && exec "$@"', str(TREE)]
     argv += [PYTHON, str(_CHECKOUT / "benchmarks" / "workers" / script), *arguments]
-    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    try:
-        yield Worker(process)
-    finally:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()  # Which ends it.
-        process.wait()
+    return running(argv)

@@ -9,14 +9,15 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from attrs import frozen
 
 from benchmarks import peers, raw
+from benchmarks.daemon import Daemon, daemon_with
 from benchmarks.effort import Effort
 from benchmarks.loop import Sample, Series, Stopwatch, Work, host_cpu_s, interleave
 from benchmarks.memory import memory_of
@@ -24,14 +25,13 @@ from benchmarks.report import Cell, Curve, Plot, Report, Table, Target
 from benchmarks.series import milliseconds, ratio, summarise
 from benchmarks.testbed import (
     KVMSEC,
-    Daemon,
-    daemon_with,
     definition,
     document,
     make_disk,
     node_with,
     pool_of,
 )
+from benchmarks.worker import WorkerFailed, running
 from hypervisor.cgroup_mounts import mounted
 from hypervisor.tiny import rom_path
 from kvmsec.daemon.reaching import reach
@@ -78,7 +78,7 @@ async def _measure(effort: Effort) -> Report:
         if missing is None:
             try:
                 works |= running.enter_context(_libvirt(place))
-            except peers.PeerFailed as error:
+            except WorkerFailed as error:
                 missing = f"libvirt, which does not run here ({error})"
         series = await interleave(
             effort.pick(51, 9, 1), {one: works[one] for one in WAYS if one in works}
@@ -99,21 +99,17 @@ async def _raw(place: Path, extra: Sequence[str]) -> Sample:
 
 @contextlib.asynccontextmanager
 async def _library(pool: UidRanges, place: Path) -> AsyncIterator[Work]:
-    steps: dict[str, float] = {}
-    disk = make_disk(place / "library.img")
-    what = definition(NAME, disk)
-    async with node_with(pool, on_step=lambda s: steps.update({s: time.perf_counter()})) as node:
+    what = json.dumps(document(make_disk(place / "library.img")))
+    async with node_with(pool) as node:
+        argv = [sys.executable, "-m", "benchmarks.workers.library"]
+        with running([*argv, str(node.host.paths.root), NAME, what]) as worker:
 
-        async def work() -> Sample:
-            cpu, begin, watch = host_cpu_s(), time.perf_counter(), Stopwatch()
-            await node.start(what)
-            started_s = watch.lap()
-            await node.stop(NAME, force=True)
-            # The step after the reply begins with it.
-            reply_s = steps["verify"] - begin
-            return {REPLY: reply_s, START: started_s, STOP: watch.lap(), CPU: host_cpu_s() - cpu}
+            async def work() -> Sample:
+                cpu = host_cpu_s()
+                took_s = worker.ask("start")
+                return {**took_s, STOP: worker.ask("stop"), CPU: host_cpu_s() - cpu}
 
-        yield work
+            yield work
 
 
 @contextlib.asynccontextmanager

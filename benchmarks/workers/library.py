@@ -1,0 +1,41 @@
+"""A node in a process with nothing but the library in it, as an author of a node daemon has it.
+
+A start forks this process, and takes the longer the more it has loaded: the benchmark's own is
+three times as large.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.workers.orders import serve
+from kvmsec import Node, definition_from
+
+
+def main() -> None:
+    root, name, document = sys.argv[1:]
+    definition = definition_from(json.loads(document), name, source="the benchmark")
+    steps: dict[str, float] = {}
+    node = Node(Path(root), on_step=lambda step: steps.update({step: time.perf_counter()}))
+
+    async def start() -> dict[str, float]:
+        begin = time.perf_counter()
+        await node.start(definition)
+        end = time.perf_counter()
+        # The step after the reply begins with it.
+        return {"reply": steps["verify"] - begin, "start": end - begin}
+
+    async def stop() -> float:
+        begin = time.perf_counter()
+        await node.stop(name, force=True)
+        return time.perf_counter() - begin
+
+    with asyncio.Runner() as runner:
+        serve({"start": lambda: runner.run(start()), "stop": lambda: runner.run(stop())})
+        runner.run(node.close())
+
+
+if __name__ == "__main__":
+    main()
