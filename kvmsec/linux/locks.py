@@ -6,10 +6,15 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from kvmsec.linux.children import Child, fork_worker
 from kvmsec.linux.errors import ChildTimedOut, LockBusy
+
+SOON_S: Final = 0.03
+"""For so long a lock is asked for again and again: most are given back within a millisecond, and
+a child that waits takes several to be made."""
+RETRY_S: Final = 0.001
 
 
 class FileLock:
@@ -53,13 +58,16 @@ class FileLock:
 
         Raises LockBusy when somebody else keeps it, and OSError when the file can't be made.
         """
-        deadline = time.monotonic() + timeout_s
+        begin = time.monotonic()
         while not self.try_acquire():
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            waited = time.monotonic() - begin
+            if waited >= timeout_s:
                 raise LockBusy(self.path)
+            if waited < SOON_S:
+                time.sleep(RETRY_S)
+                continue
             with contextlib.suppress(ChildTimedOut):
-                self.waiter().collect(remaining)
+                self.waiter().collect(timeout_s - waited)
 
     def waiter(self) -> Child:
         """A child that waits for the lock in the caller's stead: flock(2) has no deadline.

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvmsec.linux.children import Child
 from kvmsec.linux.errors import ChildTimedOut, LockBusy
-from kvmsec.linux.locks import FileLock
+from kvmsec.linux.locks import RETRY_S, SOON_S, FileLock
 
 
 async def readable(descriptor: int, timeout_s: float | None) -> bool:
@@ -46,12 +46,15 @@ async def collect(child: Child, timeout_s: float) -> Any:
 async def acquire(lock: FileLock, timeout_s: float) -> None:
     """Take a lock without holding up the event loop; raises LockBusy after `timeout_s` seconds."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout_s
+    begin = loop.time()
     while not lock.try_acquire():
-        remaining = deadline - loop.time()
-        if remaining <= 0:
+        waited = loop.time() - begin
+        if waited >= timeout_s:
             raise LockBusy(lock.path)
+        if waited < SOON_S:
+            await asyncio.sleep(RETRY_S)
+            continue
         try:
-            await collect(lock.waiter(), remaining)
+            await collect(lock.waiter(), timeout_s - waited)
         except ChildTimedOut:
             raise LockBusy(lock.path) from None
