@@ -10,7 +10,6 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +26,7 @@ class LeaseIndex:
         self._path = path
         self._directory = directory
 
-    def load(self) -> list[int] | None:
+    def load(self) -> "array[int] | None":
         """The leased uids, sorted; None when the summary is missing, broken or out of date."""
         try:
             data = read_bounded(self._path, _LIMIT_BYTES)
@@ -40,11 +39,11 @@ class LeaseIndex:
         if data[: _HEADER.size] != self._header(body):
             return None
         uids.frombytes(body)
-        return uids.tolist()
+        return uids
 
-    def store(self, uids: Sequence[int]) -> None:
+    def store(self, uids: "array[int]") -> None:
         """Write the summary of what is leased now; one that can't be written is dropped."""
-        body = array("I", uids).tobytes()
+        body = uids.tobytes()
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             descriptor = os.open(self._path, flags, 0o600)

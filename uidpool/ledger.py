@@ -8,8 +8,10 @@ import contextlib
 import os
 import re
 import time
-from bisect import insort
-from collections.abc import Collection, Iterator
+from array import array
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Collection, Iterable, Iterator
+from copy import copy
 from datetime import UTC, datetime
 from itertools import filterfalse
 from pathlib import Path
@@ -27,6 +29,7 @@ from kvmsec.linux.locks import FileLock
 from uidpool.errors import RecordNotWritten, RecordUnreadable
 from uidpool.index import LeaseIndex
 from uidpool.occupation import Occupation
+from uidpool.ranges import LAST_UID
 from uidpool.records import (
     Lease,
     Quarantine,
@@ -56,7 +59,7 @@ class Ledger:
         self._state = state
         self._resting = state / "resting"
         self._quarantine = state / "quarantine"
-        self._leased: list[int] | None = None  # while `changing` is held
+        self._leased: array[int] | None = None  # sorted, while `changing` is held
 
     @property
     def sweep_lock(self) -> Path:
@@ -75,11 +78,10 @@ class Ledger:
         lock = self._lock()
         try:
             self._leased = self._index.load()
-            is_summarised = self._leased is not None
-            before = list(self._leased or ())
+            before = copy(self._leased)
             yield self._occupation()
-            if not is_summarised or before != self._leased:
-                self._index.store(self._leased or ())
+            if self._leased is not None and self._leased != before:
+                self._index.store(self._leased)
         finally:
             self._leased = None
             lock.release()
@@ -120,7 +122,7 @@ class Ledger:
 
     def _occupation(self) -> Occupation:
         if self._leased is None:
-            self._leased = sorted(uids_of_names(self._tidied_names(self._leases)))
+            self._leased = _sorted_uids(self._tidied_names(self._leases))
         now_ms = _now_ms()
         return Occupation(
             leased=self._leased,
@@ -194,7 +196,8 @@ class Ledger:
     def remove_lease(self, uid: int) -> None:
         """Remove a lease; hold `changing`."""
         self._remove(self._leases / str(uid))
-        self._leased = [one for one in self._leased or () if one != uid]
+        if self._leased is not None:
+            del self._leased[bisect_left(self._leased, uid) : bisect_right(self._leased, uid)]
 
     # --- quarantine
 
@@ -278,6 +281,11 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RecordNotWritten(path, error) from error
+
+
+def _sorted_uids(names: Iterable[bytes]) -> "array[int]":
+    uids = sorted(uids_of_names(names))
+    return array("I", uids[: bisect_right(uids, LAST_UID)])
 
 
 def _now_ms() -> int:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from array import array
 from pathlib import Path
 
 import msgspec
@@ -127,11 +128,11 @@ def test_a_wrong_summary_costs_no_uid_and_frees_none(node: Node) -> None:
         with pytest.raises(PoolExhausted, match="4 leased"):
             draw(claims)
     wrong = ledger.LeaseIndex(index, node.leases)
-    wrong.store([])  # in date, and says that all are free
+    wrong.store(array("I"))  # in date, and says that all are free
     with pytest.raises(PoolExhausted, match="4 leased"):
         draw(claims)
     claims.release(leases[0].key)
-    wrong.store(list(POOL))  # in date, and says that none is
+    wrong.store(array("I", POOL))  # in date, and says that none is
     assert draw(claims).uid == leases[0].uid
 
 

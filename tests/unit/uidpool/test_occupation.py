@@ -1,5 +1,6 @@
 """Which uid is drawn: every free one with the same chance, resting ones last."""
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 
@@ -19,7 +20,8 @@ uid_sets = st.frozensets(uids, max_size=40)
 def occupation(
     leased: Iterable[int] = (), quarantined: Iterable[int] = (), rests: Iterable[Rest] = ()
 ) -> Occupation:
-    return Occupation(leased=leased, quarantined=quarantined, rests=rests, now_ms=100_000)
+    held = array("I", sorted(leased))
+    return Occupation(leased=held, quarantined=quarantined, rests=rests, now_ms=100_000)
 
 
 @given(uid_sets, uid_sets, uid_sets, uid_sets)
