@@ -1,5 +1,6 @@
 """One loop for all that is compared: what slows the machine down slows down each of them."""
 
+import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -16,14 +17,15 @@ async def interleave(
 ) -> dict[str, Series]:
     """Do each work once a round, and return what each measured, by its name and the sample's.
 
-    The order moves on by one each round, so that nobody always follows the same one. The samples
-    of the `warm_up` rounds before are let go: they import, and fill caches.
+    The order is another one each round: who comes next finds the processor's caches as the one
+    before left them. The samples of the `warm_up` rounds before are let go: they import, and fill
+    caches.
     """
     names = list(works)
+    shuffled = random.Random(len(names))  # The same orders each run.
     found: dict[str, Series] = {name: {} for name in names}
     for turn in range(warm_up + rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in shuffled.sample(names, len(names)):
             sample = await works[name]()
             if turn < warm_up:
                 continue

@@ -13,11 +13,15 @@ def test_works_take_turns_and_nobody_always_follows_the_same_one() -> None:
 
         return once
 
-    works = {name: work(name) for name in "abc"}
-    found = asyncio.run(interleave(2, works, warm_up=1))  # type: ignore[arg-type]
+    works = {name: work(name) for name in "abcd"}
+    found = asyncio.run(interleave(20, works, warm_up=1))  # type: ignore[arg-type]
 
-    assert done == [*"abc", *"bca", *"cab"]
-    assert found == {"a": {"turn": [6, 8]}, "b": {"turn": [4, 9]}, "c": {"turn": [5, 7]}}
+    rounds = [done[first : first + 4] for first in range(0, 84, 4)]
+    assert all(sorted(one) == list("abcd") for one in rounds)
+    assert {one[one.index("a") - 1] for one in rounds if one[0] != "a"} == set("bcd")
+    assert found["a"]["turn"] == [
+        float(4 * turn + one.index("a") + 1) for turn, one in enumerate(rounds) if turn
+    ]
 
 
 def test_work_moves_the_hosts_processor_time() -> None:
