@@ -1,93 +1,28 @@
 """The Linux guest boots under TCG and does what its protocol says."""
 
 import hashlib
-import json
-import os
-import select
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.kvm.plain_guest import Guest, run_guest
 
 pytestmark = pytest.mark.kvm
 
 SOURCE = Path(__file__).parents[2] / "vm-images" / "linux"
 OUTPUT = SOURCE / ".build"
 BUILD_DEADLINE_S = 300
-DEADLINE_S = 60.0
 SECTOR = 512
 
 
-class Guest:
-    """A QEMU with the Linux guest, its serial line and its monitor; every wait has a deadline."""
-
-    def __init__(self, process: subprocess.Popen[bytes], line: socket.socket, qmp: socket.socket):
-        self.process = process
-        self._line = line
-        self._qmp = qmp.makefile("rwb")
-        self._heard = b""
-
-    def hear_line(self) -> str:
-        """The next line from the guest, without its end."""
-        end = time.monotonic() + DEADLINE_S
-        while b"\r\n" not in self._heard:
-            self._line.settimeout(max(end - time.monotonic(), 0.001))
-            chunk = self._line.recv(65536)
-            assert chunk, f"the serial line was closed after {self._heard!r}"
-            self._heard += chunk
-        line, self._heard = self._heard.split(b"\r\n", 1)
-        return line.decode(errors="replace")
-
-    def ask(self, command: str) -> str:
-        self._line.sendall(command.encode() + b"\n")
-        return self.hear_line()
-
-    def order(self, command: str) -> None:
-        """A QMP command, seen answered."""
-        self._qmp.write(json.dumps({"execute": command}).encode() + b"\n")
-        self._qmp.flush()
-        while "return" not in (answer := json.loads(self._qmp.readline())):
-            assert "error" not in answer, answer
-
-    def end(self) -> int:
-        """QEMU's exit status, once it has ended by itself."""
-        descriptor = os.pidfd_open(self.process.pid)
-        try:
-            assert select.select([descriptor], [], [], DEADLINE_S)[0], "QEMU is still running"
-        finally:
-            os.close(descriptor)
-        return self.process.wait()
-
-
 @contextmanager
-def run_guest(images: Path, *options: str) -> Iterator[Guest]:
-    with ExitStack() as stack:
-        line, line_inside = socket.socketpair()
-        qmp, qmp_inside = socket.socketpair()
-        for end in (line, line_inside, qmp, qmp_inside):
-            stack.enter_context(end)
-        qmp.settimeout(DEADLINE_S)
-        argv = [
-            *("qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-m", "128"),
-            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-kernel", str(images / "vmlinuz"), "-initrd", str(images / "initrd.cpio.gz")),
-            *("-append", "console=ttyS0 quiet panic=-1"),
-            *("-chardev", f"socket,id=line,fd={line_inside.fileno()}", "-serial", "chardev:line"),
-            *("-chardev", f"socket,id=qmp,fd={qmp_inside.fileno()}", "-mon", "qmp,mode=control"),
-            *options,
-        ]
-        inside = [line_inside.fileno(), qmp_inside.fileno()]
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=inside)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        line_inside.close()
-        qmp_inside.close()
-        guest = Guest(process, line, qmp)
-        guest.order("qmp_capabilities")
+def run_linux(images: Path, *options: str) -> Iterator[Guest]:
+    boot = ["-kernel", str(images / "vmlinuz"), "-initrd", str(images / "initrd.cpio.gz")]
+    boot += ["-append", "console=ttyS0 quiet panic=-1", "-no-reboot"]
+    with run_guest(*boot, *options, accelerator="tcg", memory_mib=128) as guest:
         yield guest
 
 
@@ -116,19 +51,19 @@ def guest(images: Path, disk: Path) -> Iterator[Guest]:
         *("-drive", f"if=none,id=d,format=raw,file={disk}", "-device", "virtio-blk-pci,drive=d"),
         *("-netdev", "user,id=n,restrict=on", "-device", "virtio-net-pci,netdev=n,romfile="),
     ]
-    with run_guest(images, *options) as running:
+    with run_linux(images, *options) as running:
         assert running.hear_line().endswith(" disks=vda nics=eth0")
         yield running
 
 
 def test_it_says_what_it_found(guest: Guest) -> None:
-    words = guest.ask("?").split()
+    words = guest.ask(b"?\n").split()
     assert words[:3] == ["KVMSEC-LINUX", "up", "protocol=1"]
     assert [word.partition("=")[0] for word in words[3:]] == ["kernel", "uptime", "disks", "nics"]
 
 
 def test_it_echoes_a_line_as_it_is(guest: Guest) -> None:
-    assert guest.ask("echo two  blanks, a * and a \\n") == "ECHO two  blanks, a * and a \\n"
+    assert guest.ask(b"echo two  blanks, a * and a \\n\n") == "ECHO two  blanks, a * and a \\n"
 
 
 def test_it_reads_what_the_host_has_even_after_a_change(guest: Guest, disk: Path) -> None:
@@ -136,58 +71,58 @@ def test_it_reads_what_the_host_has_even_after_a_change(guest: Guest, disk: Path
         return f"READ vda 3 {contents[:16].decode()} sha256={hashlib.sha256(contents).hexdigest()}"
 
     before = b"SECTOR-000000003" * (SECTOR // 16)
-    assert guest.ask("disk read 3") == expected(before)
+    assert guest.ask(b"disk read 3\n") == expected(before)
     after = b"CHANGED-00000003" * (SECTOR // 16)
     with disk.open("r+b") as file:
         file.seek(3 * SECTOR)
         file.write(after)
-    assert guest.ask("disk read 3") == expected(after)
+    assert guest.ask(b"disk read 3\n") == expected(after)
 
 
 def test_what_it_wrote_is_in_the_hosts_file(guest: Guest, disk: Path) -> None:
-    assert guest.ask("disk write 5 from the  guest").startswith("WROTE vda 5 sha256=")
+    assert guest.ask(b"disk write 5 from the  guest\n").startswith("WROTE vda 5 sha256=")
     contents = disk.read_bytes()
     assert contents[5 * SECTOR : 6 * SECTOR] == b"from the  guest".ljust(SECTOR, b"\0")
     assert contents[6 * SECTOR : 7 * SECTOR] == b"SECTOR-000000006" * (SECTOR // 16)
 
 
 def test_a_sector_that_is_not_there_is_an_error(guest: Guest) -> None:
-    assert guest.ask("disk read 8") == "ERROR disk failed"
-    assert guest.ask("disk write 8 x") == "ERROR disk failed"
-    assert guest.ask("disk read x").startswith("ERROR disk use NAME")
-    assert guest.ask("disk use vdz") == "ERROR no disk vdz"
+    assert guest.ask(b"disk read 8\n") == "ERROR disk failed"
+    assert guest.ask(b"disk write 8 x\n") == "ERROR disk failed"
+    assert guest.ask(b"disk read x\n").startswith("ERROR disk use NAME")
+    assert guest.ask(b"disk use vdz\n") == "ERROR no disk vdz"
 
 
 def test_it_reaches_what_answers_and_says_what_does_not(guest: Guest) -> None:
     """QEMU's own network answers at 10.0.2.2 by itself; nothing leaves the process."""
-    assert "10.0.2.15/24" in guest.ask("ip 10.0.2.15/24 10.0.2.2")
-    assert "fd00::15/64" in guest.ask("ip fd00::15/64")
-    assert guest.ask("ping 10.0.2.2") == "PING 10.0.2.2 answered"
-    assert guest.ask("ping fd00::15") == "PING fd00::15 answered"
-    assert guest.ask("ping 10.0.2.77") == "PING 10.0.2.77 silent"
-    assert guest.ask("ip nonsense") == "ERROR bad address"
+    assert "10.0.2.15/24" in guest.ask(b"ip 10.0.2.15/24 10.0.2.2\n")
+    assert "fd00::15/64" in guest.ask(b"ip fd00::15/64\n")
+    assert guest.ask(b"ping 10.0.2.2\n") == "PING 10.0.2.2 answered"
+    assert guest.ask(b"ping fd00::15\n") == "PING fd00::15 answered"
+    assert guest.ask(b"ping 10.0.2.77\n") == "PING 10.0.2.77 silent"
+    assert guest.ask(b"ip nonsense\n") == "ERROR bad address"
 
 
 def test_it_runs_a_command_and_tells_its_status(guest: Guest) -> None:
-    assert guest.ask("run echo one; exit 3") == "one"
+    assert guest.ask(b"run echo one; exit 3\n") == "one"
     assert guest.hear_line() == "EXIT 3"
-    assert guest.ask("nonsense") == "UNKNOWN nonsense"
+    assert guest.ask(b"nonsense\n") == "UNKNOWN nonsense"
 
 
 def test_without_devices_it_boots_and_heeds_the_power_button(images: Path) -> None:
-    with run_guest(images) as guest:
+    with run_linux(images) as guest:
         assert guest.hear_line().endswith(" disks=none nics=none")
-        assert guest.ask("disk read 0") == "ERROR no disk"
-        assert guest.ask("ip") == "ERROR no network interface"
+        assert guest.ask(b"disk read 0\n") == "ERROR no disk"
+        assert guest.ask(b"ip\n") == "ERROR no network interface"
         guest.order("system_powerdown")
         assert guest.hear_line() == "POWEROFF"
         assert guest.end() == 0
 
 
 def test_it_powers_off_when_asked_on_the_line(images: Path) -> None:
-    with run_guest(images) as guest:
+    with run_linux(images) as guest:
         assert guest.hear_line().startswith("KVMSEC-LINUX up")
-        assert guest.ask("poweroff") == "POWEROFF"
+        assert guest.ask(b"poweroff\n") == "POWEROFF"
         assert guest.end() == 0
 
 

@@ -1,118 +1,25 @@
 """The tiny guest's own life under a plain QEMU: nothing of kvmsec's but the ROM takes part."""
 
-import json
 import os
-import select
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hypervisor import tiny
+from tests.kvm.plain_guest import Guest, run_guest
+from tests.kvm.serial_line import DEADLINE_S
 
 pytestmark = pytest.mark.kvm
 
 BUILD = Path(__file__).parents[2] / "vm-images" / "tiny" / "build"
-QEMU = "qemu-system-x86_64"
-DEADLINE_S = 30.0
 KVM_BOOT_DEADLINE_S = 5.0
 SECTOR = 512
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-
-
-class Guest:
-    """A QEMU with the tiny guest, its serial line and its monitor; every wait has a deadline."""
-
-    def __init__(self, process: subprocess.Popen[bytes], line: socket.socket, qmp: socket.socket):
-        self.process = process
-        self._line = line
-        self._qmp = qmp.makefile("rwb")
-        self._heard = b""
-
-    def say(self, data: bytes) -> None:
-        self._line.sendall(data)
-
-    def hear_line(self, within_s: float = DEADLINE_S) -> str:
-        """The next line from the guest, without its end."""
-        end = time.monotonic() + within_s
-        while b"\r\n" not in self._heard:
-            self._line.settimeout(max(end - time.monotonic(), 0.001))
-            chunk = self._line.recv(65536)
-            assert chunk, f"the serial line was closed after {self._heard!r}"
-            self._heard += chunk
-        line, self._heard = self._heard.split(b"\r\n", 1)
-        return line.decode("latin-1")
-
-    def ask(self, command: bytes) -> str:
-        self.say(command)
-        return self.hear_line()
-
-    def is_silent(self, for_s: float) -> bool:
-        return not self._heard and not select.select([self._line], [], [], for_s)[0]
-
-    def order(self, command: str) -> Any:
-        """A QMP command's answer."""
-        self._qmp.write(json.dumps({"execute": command}).encode() + b"\n")
-        self._qmp.flush()
-        while True:
-            answer = json.loads(self._qmp.readline())
-            assert "error" not in answer, answer
-            if "return" in answer:
-                return answer["return"]
-
-    def end(self) -> int:
-        """QEMU's exit status, once it has ended by itself."""
-        assert self._ends_within(DEADLINE_S), "QEMU is still running"
-        return self.process.wait()
-
-    def cpu_ticks_during(self, seconds: float) -> int:
-        """Processor time that all of QEMU's threads take meanwhile, in clock ticks."""
-        before = self._cpu_ticks()
-        assert not self._ends_within(seconds), "QEMU ended"
-        return self._cpu_ticks() - before
-
-    def _cpu_ticks(self) -> int:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])  # utime and stime, proc_pid_stat(5)
-
-    def _ends_within(self, seconds: float) -> bool:
-        descriptor = os.pidfd_open(self.process.pid)
-        try:
-            return bool(select.select([descriptor], [], [], seconds)[0])
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def run_guest(*options: str, accelerator: str, machine: str = "pc") -> Iterator[Guest]:
-    with ExitStack() as stack:
-        line, line_inside = socket.socketpair()
-        qmp, qmp_inside = socket.socketpair()
-        for end in (line, line_inside, qmp, qmp_inside):
-            stack.enter_context(end)
-        qmp.settimeout(DEADLINE_S)
-        argv = [
-            *(QEMU, "-M", machine, "-accel", accelerator, "-m", "4"),
-            *("-nodefaults", "-no-user-config", "-display", "none"),
-            *("-chardev", f"socket,id=line,fd={line_inside.fileno()}", "-serial", "chardev:line"),
-            *("-chardev", f"socket,id=qmp,fd={qmp_inside.fileno()}", "-mon", "qmp,mode=control"),
-            *options,
-        ]
-        inside = [line_inside.fileno(), qmp_inside.fileno()]
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=inside)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        line_inside.close()
-        qmp_inside.close()
-        guest = Guest(process, line, qmp)
-        guest.order("qmp_capabilities")
-        yield guest
 
 
 def rom_options() -> list[str]:

@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from kvmsec.linux import unix_sockets
 from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.namespaces import CLONE_NEWNET, setns, unshare
+from tests.kvm.serial_line import Lines
 
 BRIDGE = "brlab"
 NODE, PEER, GUEST, OTHER_GUEST = "10.78.0.1", "10.78.0.2", "10.78.0.10", "10.78.0.11"
@@ -85,27 +85,15 @@ class Line:
     """The serial line of the Linux guest: see vm-images/linux/README.md."""
 
     def __init__(self, path: Path) -> None:
-        self._socket = unix_sockets.connect(path)
-        self._heard = b""
-        while not self.hear().startswith("KVMSEC-LINUX up"):
+        self._lines = Lines(unix_sockets.connect(path))
+        while not self._lines.hear_line().startswith("KVMSEC-LINUX up"):
             continue
 
-    def hear(self) -> str:
-        end = time.monotonic() + DEADLINE_S
-        while b"\r\n" not in self._heard:
-            self._socket.settimeout(max(end - time.monotonic(), 0.001))
-            chunk = self._socket.recv(4096)
-            assert chunk, f"the line was closed after {self._heard!r}"
-            self._heard += chunk
-        line, self._heard = self._heard.split(b"\r\n", 1)
-        return line.decode(errors="replace")
-
     def ask(self, command: str) -> str:
-        self._socket.sendall(command.encode() + b"\n")
-        return self.hear()
+        return self._lines.ask(command.encode() + b"\n")
 
     def close(self) -> None:
-        self._socket.close()
+        self._lines.close()
 
 
 def send_as(uid: int) -> int | None:
