@@ -306,7 +306,7 @@ class Claims:
             return found
         reaper = provision.look_up_reaper()
         if reaper is None:
-            problem = f"there is no user {provision.REAPER} (kvmsec uids provision POOL makes it)"
+            problem = f"there is no user {provision.REAPER}; `kvmsec uids provision POOL` makes it"
         else:
             try:
                 return usage.clean(uid, reaper_uid=reaper.uid, sweep_lock=self._ledger.sweep_lock)
