@@ -176,7 +176,7 @@ class _Context:
             "shared-uid": ("more than one user has this uid", again, self._is_shared),
             "login-shell": (
                 "the user has a login shell",
-                "set it: usermod --shell /usr/sbin/nologin USER",
+                "choose other uids, or take the shell away: usermod --shell /usr/sbin/nologin USER",
                 self._has_login_shell,
             ),
             "primary-group": (

@@ -37,7 +37,7 @@ class SyntaxProblem:
     why: str
 
     def __str__(self) -> str:
-        return f"at character {self.offset}, {_excerpt(self.text)}: {self.why}"
+        return f"at character {self.offset + 1}, {_excerpt(self.text)}: {self.why}"
 
 
 def _merged(pairs: Iterable[tuple[int, int]]) -> Pairs:

@@ -49,6 +49,8 @@ def provision(
     """
     from kvmsec.node import provisioning
 
+    if not pool:  # such as an unset variable of a script
+        raise WrongUsage("POOL names no uid", hint="write uids and ranges: 200000-200099,8000")
     if remove and printed_as:
         raise WrongUsage("--remove and --format can't go together")
     if remove:

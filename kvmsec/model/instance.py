@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
-from attrs import AttrsInstance, fields, frozen, has
+from attrs import AttrsInstance, fields, fields_dict, frozen, has
 
 from hypervisor.machine import Machine
 from kvmsec.errors import BadDefinition, SecurityRefused
@@ -74,7 +74,13 @@ def definition_from(
     own, problems = _own_values(document)
     if document.get("name", name) != name:
         problems.append(f"name: this is the definition of {name}, and must say so or nothing")
-    rest = {key: value for key, value in document.items() if key not in _OWN_KEYS}
+    known = {**fields_dict(Machine), **_OWN_KEYS}
+    problems += [
+        f"{rules.shown_key(key)}: {rules.unknown_key(key, known, 'key')}"
+        for key in document
+        if key not in known
+    ]
+    rest = {key: value for key, value in document.items() if key in fields_dict(Machine)}
     try:
         machine = machine_from({**rest, "name": name}, source=source)
     except SpecError as error:

@@ -68,6 +68,21 @@ def test_nothing_said_leaves_security_to_the_cluster() -> None:
     assert not definition.autostart
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("memory", "memory_mib"), ("secruity_model", "security_model"), ("auto_start", "autostart")],
+)
+def test_an_unknown_key_is_told_with_the_one_that_was_meant(written: str, meant: str) -> None:
+    assert faults({written: 1}) == (f"{written}: unknown key; did you mean {meant}?",)
+
+
+def test_an_unknown_key_like_no_other_is_told_with_all_that_are() -> None:
+    (problem,) = faults({"colour": "red"})
+
+    assert problem.startswith("colour: unknown key; there are name, memory_mib, ")
+    assert problem.endswith(", security_model, security_domain, autostart")
+
+
 def test_all_faults_are_named_together_ours_and_the_machines() -> None:
     problems = faults(
         {

@@ -163,7 +163,7 @@ def test_who_is_not_root_is_told_so_first(
         ["cluster", "init", "--name", "A"],
         ["cluster", "modify"],
         ["cluster", "modify", "--drain"],
-        *(["uids", "provision", pool] for pool in ("5-", "5-3", "1-2-3", "٣", "1_000", "a")),
+        *(["uids", "provision", pool] for pool in ("", "5-", "5-3", "1-2-3", "٣", "1_000", "a")),
         ["uids", "provision", "30000", "--remove", "--format", "sysusers"],
         ["uids", "release", "x"],
     ],
