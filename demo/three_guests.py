@@ -55,20 +55,19 @@ class Demo:
 
     # Commands
 
-    def run(self, *words: str, is_shown: bool = True) -> str:
+    def run(self, *words: str) -> str:
         """A command with its words as a shell user would see them; raises DemoFailed."""
-        status, told, complaint = self.attempt(*words, is_shown=is_shown)
+        status, told, complaint = self.attempt(*words)
         if status:
             raise DemoFailed(f"kvmsec {shlex.join(words)}: {complaint.strip() or status}")
         return told
 
-    def attempt(self, *words: str, is_shown: bool = True) -> tuple[int, str, str]:
+    def attempt(self, *words: str) -> tuple[int, str, str]:
         """The same for a command that may fail: its status, its words, its complaint."""
         say(f"$ kvmsec {shlex.join(words)}")
         status, told, complaint = self._execute([str(KVMSEC), *words])
-        if is_shown:
-            for line in (told + complaint).splitlines():
-                say(f"  {line}")
+        for line in (told + complaint).splitlines():
+            say(f"  {line}")
         return status, told, complaint
 
     def _execute(self, argv: Sequence[str]) -> tuple[int, str, str]:

@@ -161,7 +161,7 @@ def find_files(uid: int, *, bounds: Bounds | None = None) -> Found:
     return found
 
 
-def remove_files(uid: int, *, bounds: Bounds | None = None) -> Found:
+def remove_files(uid: int) -> Found:
     """Remove them; the answer holds those that could not be removed.
 
     A name is removed relative to a descriptor of its directory, after a look at the owner. Whoever
@@ -171,7 +171,7 @@ def remove_files(uid: int, *, bounds: Bounds | None = None) -> Found:
     """
     left = Found([])
     with _noting_why_incomplete(left):
-        for entry in _Scan(uid, bounds or Bounds()).entries():
+        for entry in _Scan(uid, Bounds()).entries():
             try:
                 entry.remove()
             except FileNotFoundError:

@@ -26,9 +26,9 @@ def sealed(message: str) -> Verdict:
     return Verdict(0.0, "sealed", message)
 
 
-def exposed(message: str, part: float = 1.0, *, hint: str | None = None) -> Verdict:
+def exposed(message: str, part: float = 1.0) -> Verdict:
     """Something to mend, in full or in part."""
-    return Verdict(part, "exposed", message, hint)
+    return Verdict(part, "exposed", message)
 
 
 def note(message: str, *, hint: str | None = None) -> Verdict:

@@ -19,23 +19,23 @@ _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{16}", re.ASCII)  # What `_write_
 _MAX_LINKS: Final = 40  # The kernel's own bound, path_resolution(7).
 
 
-def replace_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+def replace_atomically(path: Path, data: bytes) -> None:
     """Put `data` in place of whatever `path` holds, so that a reader sees the old or the new.
 
-    Not synced: for what means nothing after a power cut. Raises OSError (the old content is then
-    untouched and no temporary file is left).
+    The file is the caller's alone, 0600. Not synced: for what means nothing after a power cut.
+    Raises OSError (the old content is then untouched and no temporary file is left).
     """
-    temporary, descriptor = _write_temporary(path, data, mode)
+    temporary, descriptor = _write_temporary(path, data)
     os.close(descriptor)
     _rename(temporary, path)
 
 
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Like `replace_atomically`, and a power cut leaves the old or the new as well.
 
     Synced before and after the rename.
     """
-    temporary, descriptor = _write_temporary(path, data, mode)
+    temporary, descriptor = _write_temporary(path, data)
     try:
         os.fsync(descriptor)
     except BaseException:
@@ -55,12 +55,12 @@ def _rename(temporary: str, path: Path) -> None:
         raise
 
 
-def create_exclusively(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+def create_exclusively(path: Path, data: bytes) -> None:
     """Create `path` with `data`, complete from the moment it can be seen.
 
     Raises FileExistsError when it is there already, and OSError (nothing is left then).
     """
-    temporary, descriptor = _write_temporary(path, data, mode)
+    temporary, descriptor = _write_temporary(path, data)
     try:
         os.fsync(descriptor)
         os.link(temporary, path)
@@ -89,7 +89,7 @@ def remove_unfinished(directory: Path, *, older_than_s: float) -> list[Path]:
     return [path for path in found if remove_file(path)]
 
 
-def _write_temporary(path: Path, data: bytes, mode: int) -> tuple[str, int]:
+def _write_temporary(path: Path, data: bytes) -> tuple[str, int]:
     # As text: each Path that is made takes longer than the call that it is made for.
     directory, name = os.path.split(path)
     temporary = os.path.join(directory, f".{name}.{secrets.token_hex(8)}")
@@ -99,7 +99,7 @@ def _write_temporary(path: Path, data: bytes, mode: int) -> tuple[str, int]:
         written = 0
         while written < len(data):
             written += os.write(descriptor, data[written:])
-        os.fchmod(descriptor, mode)
+        os.fchmod(descriptor, 0o600)  # Whatever the umask is.
     except BaseException as error:
         os.close(descriptor)
         remove_file(temporary)
@@ -144,10 +144,8 @@ def remove_file(path: Path | str) -> bool:
     return True
 
 
-def open_without_links(
-    path: Path, flags: int, mode: int = 0, *, directory: int = syscalls.AT_FDCWD
-) -> int:
-    """Open a path in which no component is a symbolic link, close-on-exec.
+def open_without_links(path: Path, flags: int, *, directory: int = syscalls.AT_FDCWD) -> int:
+    """Open a path that is there, and in which no component is a symbolic link, close-on-exec.
 
     With `directory` the path is taken below that descriptor and can't leave it. Raises OSError;
     ELOOP tells that a link was met.
@@ -155,11 +153,11 @@ def open_without_links(
     resolve = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
     if directory != syscalls.AT_FDCWD:
         resolve |= syscalls.RESOLVE_BENEATH
-    return syscalls.openat2(directory, str(path), flags, mode, resolve=resolve)
+    return syscalls.openat2(directory, str(path), flags, resolve=resolve)
 
 
-def make_private_directory(path: Path, mode: int = 0o700) -> None:
-    """Make a directory (and its parents) for root alone, or take the one that is there.
+def make_private_directory(path: Path) -> None:
+    """Make a directory (and its parents) for root alone, 0700, or take the one that is there.
 
     Raises UntrustedPath when what is there isn't the caller's own directory.
     """
@@ -168,14 +166,14 @@ def make_private_directory(path: Path, mode: int = 0o700) -> None:
     except FileNotFoundError:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=mode)
+            path.mkdir(mode=0o700)
         status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
         raise UntrustedPath(path, "is not a directory")
     if status.st_uid != os.geteuid():
         raise UntrustedPath(path, f"belongs to uid {status.st_uid}")
-    if stat.S_IMODE(status.st_mode) != mode:
-        path.chmod(mode)
+    if stat.S_IMODE(status.st_mode) != 0o700:
+        path.chmod(0o700)
 
 
 def require_trusted(path: Path) -> None:

@@ -273,9 +273,9 @@ class _OpenHow(ctypes.Structure):
     )
 
 
-def openat2(directory: int, path: str, flags: int, mode: int = 0, *, resolve: int = 0) -> int:
-    """Open a path under rules of resolution (`openat2(2)`, Linux 5.6)."""
-    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+def openat2(directory: int, path: str, flags: int, *, resolve: int) -> int:
+    """Open a path that is there under rules of resolution (`openat2(2)`, Linux 5.6)."""
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
     size = ctypes.sizeof(how)
     return _syscall(_NR_OPENAT2, directory, os.fsencode(path), ctypes.byref(how), size, path=path)
 
