@@ -64,7 +64,8 @@ def _inspect(fd: int, size_bytes: int) -> dict[str, Any]:
 def _header_from(path: Path, answer: dict[str, Any]) -> Qcow2Header:
     """Take the child's word for the content, but for nothing about its shape."""
     if _MALFORMED in answer:
-        raise HeaderRefused(path, escaped(str(answer[_MALFORMED])))
+        hint = "if it is a raw image, say so: format=raw; else put back a copy that is whole"
+        raise HeaderRefused(path, escaped(str(answer[_MALFORMED])), hint=hint)
     name, backing_format = answer["backing_name"], answer["backing_format"]
     virtual_bytes, cluster_bytes = int(answer["virtual_bytes"]), int(answer["cluster_bytes"])
     if virtual_bytes < 0 or cluster_bytes <= 0:
