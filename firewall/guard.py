@@ -24,6 +24,10 @@ from firewall.policy import DEFAULT_TAG, FAMILIES, Policy, UidPairs, format_uids
 from kvmsec.linux.errors import ChildFailed, ChildTimedOut
 
 _VERIFY_HINT: Final = "see what `kvmsec firewall verify` finds, and `kvmsec firewall show`"
+_APPLY_HINT: Final = (
+    "run `kvmsec firewall apply`; if this finding stays, see `kvmsec firewall show`, and look for "
+    "what changes the rules back"
+)
 _FOREIGN_HINT: Final = (
     "another firewall refuses these packets before kvmsec's rules see them, so that nothing shows "
     "what happens once it is gone: look for rules about this uid in `nft list ruleset` and "
@@ -152,7 +156,10 @@ class Firewall:
             problem = _packet_problem(self._probe(uid, gid, of_all_tags=True))
         except NotProved as error:
             problem = error
-        return [Finding("canary-failed", problem.message, problem.hint or "")] if problem else []
+        if problem is None:
+            return []
+        hint = _APPLY_HINT if problem.hint in (None, _VERIFY_HINT) else problem.hint
+        return [Finding("canary-failed", problem.message, hint)]
 
     def show(self) -> dict[str, Any]:
         """The rules in force, their counters and the last drops, as plain data; never a change.

@@ -105,7 +105,7 @@ class PoolExhausted(ClaimsError):
     def __init__(self, *, size: int, leased: int, quarantined: int) -> None:
         super().__init__(
             f"no uid of the pool is free: of {size}, {leased} leased, 0 resting, {quarantined} "
-            "quarantined (one that rests would have been drawn)",
+            "quarantined",
             hint="stop an instance, add uids to the pool (kvmsec cluster modify --add-uids), or "
             "see what is quarantined and why (kvmsec uids list)",
         )

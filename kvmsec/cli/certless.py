@@ -88,7 +88,7 @@ def enable(session: Session, lasts: timedelta, bundle: Path | None) -> None:
         say(f"carry {shown_line(str(bundle))} to each node without it, and run there:")
         say(f"kvmsec node certless {shown_line(bundle.name)}")
     until = "" if handed.until is None else f" until {handed.until.isoformat()}"
-    say(f"{len(handed.done)} nodes run without client certificates{until}")
+    say(f"{_running(handed)} without client certificates{until}")
     remark(_END)
     _name_missed(handed, "does not have it")
 
@@ -108,8 +108,12 @@ def disable(session: Session) -> None:
             )
 
     handed = session.run(end)
-    say(f"{len(handed.done)} nodes run with client certificates again")
+    say(f"{_running(handed)} with client certificates again")
     _name_missed(handed, "keeps it until its end")
+
+
+def _running(handed: Handed) -> str:
+    return "1 node runs" if len(handed.done) == 1 else f"{len(handed.done)} nodes run"
 
 
 @cluster_certless.command

@@ -101,6 +101,7 @@ def test_a_rule_that_covers_loopback_alone_is_no_proof(net, firewall):
     assert [attempt.address for attempt in report.failures] == ["10.77.0.2", "fd77::2"]
     findings = firewall.verify(net.policy())
     assert {finding.code for finding in findings} == {"rules-changed", "canary-failed"}
+    assert all("kvmsec firewall apply" in finding.hint for finding in findings)
     assert prove(firewall, net).is_proof  # Mended on the way.
 
 

@@ -129,7 +129,8 @@ def test_the_last_resort_is_handed_out_carried_shown_and_ended(
     shown = json.loads(run(session, cluster_certless, "show", "--json").stdout)
     assert shown["certless"] and shown["fingerprint"] == fingerprint_of(common.certificate_pem)
 
-    assert run(session, cluster_certless, "disable").exit_code == 0
+    ended = run(session, cluster_certless, "disable")
+    assert (ended.exit_code, ended.stdout) == (0, "1 node runs with client certificates again\n")
     assert not (session.paths.key_files / CERTLESS_FILE).exists()
     assert not json.loads(run(session, cluster_certless, "show", "--json").stdout)["certless"]
 
