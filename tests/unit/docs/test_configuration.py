@@ -11,6 +11,7 @@ import pytest
 
 from hypervisor.extra_arguments import ALLOWED, check_extra_arguments
 from hypervisor.machine import Backing, Disk, Limits, Machine, Nic
+from kvmsec.cli.instance import start
 from kvmsec.config import Config, parse_config, show_config
 from kvmsec.model.instance import InstanceDefinition, definition_from
 
@@ -78,6 +79,14 @@ def test_every_extra_argument_that_is_allowed_is_there_and_no_other() -> None:
     listed = re.findall(r"^\| `(-[a-z-]+)` \|", _section("## Extra QEMU arguments"), re.MULTILINE)
 
     assert sorted(listed) == sorted(ALLOWED)
+
+
+def test_every_option_that_makes_a_machine_is_there_and_no_other() -> None:
+    makes_none = {"--spec", "--node"}
+    options = {name for option in start.params for name in option.opts if name.startswith("--")}
+    listed = re.findall(r"`(--[a-z-]+)", _section("## The same on the command line"))
+
+    assert sorted(set(listed) - makes_none) == sorted(options - makes_none)
 
 
 def _toml_examples() -> Iterator[tuple[str, str, str]]:
