@@ -44,7 +44,8 @@ def relative(tag: str, parent: str | None) -> str:
 def make_group(place: Place, name: str) -> tuple[str, Mapping[str, str]]:
     """Make one group below parents that another instance's end may be taking away.
 
-    Returns its path, and for each controller that it didn't get why.
+    Returns its path, and for each controller that it didn't get why. Raises OSError, EBUSY when
+    processes of an earlier start are still in it.
     """
     below = relative(place.tag, place.parent)
     path = f"{place.mount.path}/{below}/{name}"

@@ -102,7 +102,7 @@ class Library:
             _require(status, f"the rule for {call}")
 
     def number_of(self, call: str) -> int:
-        """The number of a call of this architecture."""
+        """The number of a call of this architecture; raises NoFilter."""
         number: int = self._library.seccomp_syscall_resolve_name(call.encode())
         if number < 0:
             raise NoFilter(f"libseccomp {self.version} knows no system call {call}")

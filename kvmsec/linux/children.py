@@ -41,7 +41,10 @@ class Child:
         return self._pipe
 
     def receive(self) -> bool:
-        """Take what is there without waiting; True once the child has said all."""
+        """Take what is there without waiting; True once the child has said all.
+
+        Raises ChildFailed for one that says more than 1 MiB, which is ended.
+        """
         chunk = os.read(self._pipe, 1 << 16)
         self._received += chunk
         if len(self._received) > RESULT_LIMIT_BYTES:

@@ -124,6 +124,7 @@ class Cluster:
 
     @property
     def master_member(self) -> Member:
+        """The master; that there is one is checked when a cluster is made."""
         master = self.member(self.master)
         assert master is not None
         return master
