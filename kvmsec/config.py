@@ -266,7 +266,7 @@ def _read(path: Path) -> dict[str, object]:
             raise BadConfig(path, ["is a symbolic link that leads nowhere"]) from None
         return {}
     except UntrustedPath as error:
-        raise BadConfig(path, [error.message], hint=error.hint) from error
+        raise BadConfig(path, [error.told_of(path)], hint=error.hint) from error
     except PermissionError as error:
         hint = "run it as root, or with sudo"
         raise BadConfig(path, [describe_failure(error)], hint=hint) from error

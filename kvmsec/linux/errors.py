@@ -91,3 +91,7 @@ class UntrustedPath(LinuxError):
         )
         self.path = path
         self.problem = problem
+
+    def told_of(self, path: Path) -> str:
+        """The problem in a message about `path`, which is not named twice."""
+        return self.problem if self.path == path else self.message

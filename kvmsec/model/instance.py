@@ -56,7 +56,7 @@ def read_kept_definition(path: Path) -> dict[str, object]:
     try:
         require_trusted(path)
     except UntrustedPath as error:
-        raise BadDefinition(str(path), [error.message], hint=error.hint) from error
+        raise BadDefinition(str(path), [error.told_of(path)], hint=error.hint) from error
     return read_definition(path)
 
 

@@ -253,7 +253,8 @@ def test_a_kept_definition_that_others_can_change_is_refused() -> None:
     try:
         assert read_kept_definition(place) == {"memory_mib": 64}
         place.chmod(0o666)
-        with pytest.raises(BadDefinition, match="written by others"):
+        with pytest.raises(BadDefinition) as refused:
             read_kept_definition(place)
+        assert refused.value.message == f"{place}: can be written by others (mode 0666)"
     finally:
         place.unlink()
