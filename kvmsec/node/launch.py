@@ -107,8 +107,12 @@ async def _take_back(start: "_Start", error: BaseException) -> StartFailed | Non
     # What happened before there was a QEMU, and an interruption, stay what they are.
     if not start.is_forked or not isinstance(error, Fault):
         return None
-    reason = f"QEMU {remains.why}" if _ended_by_itself(error, remains) else error.message
-    return StartFailed(name, reason, output=remains.words, hint=error.hint)
+    if not _ended_by_itself(error, remains):
+        return StartFailed(name, error.message, output=remains.words, hint=error.hint)
+    hint = f"`kvmsec instance log {name}` has its command line"
+    if start.machine.hugepages is not None:
+        hint += "; the node must have enough free huge pages: sysctl vm.nr_hugepages"
+    return StartFailed(name, f"QEMU {remains.why}", output=remains.words, hint=hint)
 
 
 def _ended_by_itself(error: BaseException, remains: Remains) -> bool:

@@ -73,8 +73,10 @@ def test_a_guest_without_them_may_take_none_of_the_pool(lab: Any, pages: int) ->
 def test_without_a_pool_it_is_an_error_in_qemus_own_words(lab: Any) -> None:
     if _free():
         pytest.skip("this kernel has huge pages to give that are not the test's")
-    with pytest.raises(StartFailed, match="Cannot allocate memory"):
+    with pytest.raises(StartFailed, match="Cannot allocate memory") as failed:
         lab.start(hugepages="2M", memory_mib=4)
+    assert failed.value.hint and "vm.nr_hugepages" in failed.value.hint
+    assert "kvmsec instance log" in failed.value.hint
 
 
 def _free() -> int:
