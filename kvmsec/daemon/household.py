@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from kvmsec.agent import Finding
 from kvmsec.daemon.joining import Joining
 from kvmsec.daemon.remote_orders import require_allowed
 from kvmsec.errors import CopyRefused, InstancesRun, KvmsecError, NoCluster, UidsInUse
@@ -182,6 +183,11 @@ class Household:
                 self._host.config.remote,
                 security_domain=definition.security_domain,
             )
+
+    async def doctor(self) -> tuple[Finding, ...]:
+        from kvmsec.daemon.doctor import doctor
+
+        return await doctor(self._node, self._host)
 
     async def hello(self, request: m.JoinRequest, caller: Caller | None) -> m.JoinAnswer:
         arrival, fingerprint = self._arrival(caller)

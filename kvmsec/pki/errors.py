@@ -63,8 +63,8 @@ class BadCandidates(PkiError):
         listed = f" {shown[0]}" if len(shown) == 1 else "".join(f"\n  - {one}" for one in shown)
         super().__init__(
             f"{source} (also called {CANDIDATES_ALSO}) lets nobody in:{listed}",
-            hint="copy it from the master, or run `kvmsec node readd NAME` there; on the master "
-            "itself run `kvmsec cluster renew-crypto --new-node-certificates`",
+            hint="put back a copy of another node's (0600, root's), which its daemon takes up, or "
+            "restart the daemon of the node that has it, which writes it anew from its state",
         )
         self.problems = tuple(problems)
 

@@ -5,6 +5,7 @@
 
 from typing import Protocol
 
+from kvmsec.agent import Finding
 from kvmsec.model.instance import InstanceDefinition
 from kvmsec.rpc import messages as m
 from kvmsec.rpc.wire import Caller
@@ -60,7 +61,7 @@ class Household(Protocol):
 
 
 class Threshold(Protocol):
-    """What only a daemon itself decides: what a caller may order, and who may join.
+    """What only a daemon itself knows: what a caller may order, who may join, what it needs.
 
     `caller` is None for root of this host.
     """
@@ -73,6 +74,10 @@ class Threshold(Protocol):
         Raises StaleCopy where this node's copy is older than `revision`, and a Fault for what the
         node's settings let no remote order name.
         """
+        ...
+
+    async def doctor(self) -> tuple[Finding, ...]:
+        """Whether this host is ready, its daemon's part included."""
         ...
 
     async def hello(self, request: m.JoinRequest, caller: Caller | None) -> m.JoinAnswer:

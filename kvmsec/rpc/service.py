@@ -157,7 +157,7 @@ def _node_handlers(node: Node, home: Home) -> dict[str, _Handler]:
         return await home.info()
 
     async def doctor(_: m.Nothing, __: Caller | None) -> m.Message:
-        return values.findings_message(await node.doctor())
+        return values.findings_message(await home.doctor())
 
     async def examine(request: m.PoolRequest, _: Caller | None) -> m.Message:
         return await home.examine(UidRanges.parse(request.uids))

@@ -165,6 +165,10 @@ class FakeHome:
         self.asked.append(("provision", pool))
         return m.Provisioned(made="1000-1001", kept="")
 
+    async def doctor(self) -> tuple[Finding, ...]:
+        self.asked.append(("doctor",))
+        return (Finding("kvm", "error", "/dev/kvm", "missing", "load it", "node1"),)
+
     async def leave(self) -> None:
         self.asked.append(("leave",))
 

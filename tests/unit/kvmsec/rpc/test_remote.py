@@ -57,7 +57,6 @@ QUESTIONS: dict[str, Callable[[Any], Awaitable[Any]]] = {
     "apply_rules": lambda node: node.apply_rules(),
     "verify_rules": lambda node: node.verify_rules(),
     "remove_rules": lambda node: node.remove_rules(force=True),
-    "doctor": lambda node: node.doctor(),
     "reconcile": lambda node: node.reconcile(),
     "held_uids": lambda node: node.held_uids(),
     "running_instances": lambda node: node.running_instances(),
@@ -161,6 +160,13 @@ def test_a_bad_definition_is_refused_with_every_fault() -> None:
         pair.run(lambda node: pair.transport.call("instance.start", request))
     assert caught.value.kind == "BadDefinition"
     assert len(caught.value.evidence["problems"]) == 2
+
+
+def test_what_a_daemon_needs_is_among_what_its_doctor_finds() -> None:
+    pair = Pair()
+
+    assert pair.run(lambda node: node.doctor()) == asyncio.run(FakeHome().doctor())
+    assert pair.home.asked == [("doctor",)]
 
 
 def test_the_household_is_reached_as_well() -> None:
