@@ -86,7 +86,13 @@ async def spread(store: Store, team: Team) -> Mapping[str, str]:
 
     answers = await ask_all(team.listening, take, deadline_s=ORDER_S)
     team.silent.update(answers.silent)
-    return team.silent | {name: str(error) for name, error in answers.refused.items()}
+    return team.silent | {name: _told(error) for name, error in answers.refused.items()}
+
+
+def _told(error: Fault | OSError) -> str:
+    """A refusal with what mends it: nothing else is said of that node."""
+    hint = getattr(error, "hint", None)
+    return f"{error} ({hint})" if hint else str(error)
 
 
 async def catch_up(store: Store, directory: Directory, member: Member) -> int:

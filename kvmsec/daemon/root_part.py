@@ -19,9 +19,10 @@ from kvmsec.daemon.remote_orders import RemoteOrderRefused
 from kvmsec.daemon.trust_source import TrustSource
 from kvmsec.errors import SecurityRefused
 from kvmsec.linux.errors import Fault
+from kvmsec.pki.errors import BadCandidates, NobodyListed
 from kvmsec.rpc import messages as m
 from kvmsec.rpc import wire
-from kvmsec.rpc.authorization import authorize_again
+from kvmsec.rpc.authorization import authorize_again, refusal
 from kvmsec.rpc.calls import PROTOCOL, Call
 from kvmsec.rpc.errors import BadMessage, Refused
 from kvmsec.rpc.frames import Request, serve_frames
@@ -149,6 +150,8 @@ class RootPart:
             trust = self._source.standing()
         except Fault as error:
             self._say(f"nobody may order: {error.message}")
+            if isinstance(error, BadCandidates):
+                raise refusal(NobodyListed()) from error
             raise Refused(
                 None, "this node can't tell whom it trusts", evidence={"step": "fingerprint"}
             ) from error

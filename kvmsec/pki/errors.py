@@ -12,6 +12,12 @@ CANDIDATES_FILE: Final = "ssconf_master_candidates_certs"
 CANDIDATES_ALSO: Final = "ssconf_master_candidate_certs"
 """What the documents that the name is from call the file as well."""
 
+LIST_MENDED: Final = (
+    f"put another node's {CANDIDATES_FILE} in its place (0600, root's), which its daemon takes up "
+    "by itself, or restart its daemon, which writes it anew from its copy of the state"
+)
+"""How a list that can't be used is mended: not by the master, whom that node does not let in."""
+
 _SHOWN_CHARS: Final = 200
 _SHOWN_PROBLEMS: Final = 20
 
@@ -63,8 +69,7 @@ class BadCandidates(PkiError):
         listed = f" {shown[0]}" if len(shown) == 1 else "".join(f"\n  - {one}" for one in shown)
         super().__init__(
             f"{source} (also called {CANDIDATES_ALSO}) lets nobody in:{listed}",
-            hint="put back a copy of another node's (0600, root's), which its daemon takes up, or "
-            "restart the daemon of the node that has it, which writes it anew from its state",
+            hint=f"on that node {LIST_MENDED}",
         )
         self.problems = tuple(problems)
 
@@ -101,6 +106,14 @@ class PeerRefused(PkiError):
         super().__init__(f"the peer is refused by its {step}: {shown}", hint=_HINTS[step])
         self.step = step
         self.reason = reason
+
+
+class NobodyListed(PeerRefused):
+    """Whoever judges has no list of candidates that it can use, so it lets nobody in."""
+
+    def __init__(self) -> None:
+        super().__init__(Step.FINGERPRINT, "the list of master candidates is empty or unreadable")
+        self.hint = f"on the node that refuses {LIST_MENDED}"
 
 
 class BadLifetime(PkiError):

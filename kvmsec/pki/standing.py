@@ -10,7 +10,7 @@ from uuid import UUID
 
 from attrs import field, frozen
 
-from kvmsec.pki.errors import PeerRefused, Step
+from kvmsec.pki.errors import NobodyListed, PeerRefused, Step
 
 
 @frozen(kw_only=True)
@@ -50,7 +50,7 @@ def judge_standing(name: str, uuid: UUID | None, fingerprint: str, trust: Trust)
         return Peer(name=name, uuid=None, fingerprint=fingerprint, may_order=True)
     require_member(name, uuid, trust)
     if not trust.candidates:
-        raise PeerRefused(Step.FINGERPRINT, "the list of master candidates is empty")
+        raise NobodyListed
     is_candidate = uuid in trust.candidates
     if is_candidate and not is_among(fingerprint, trust.candidates[uuid]):
         raise PeerRefused(

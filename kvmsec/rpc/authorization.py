@@ -6,10 +6,10 @@ from typing import Final
 
 from attrs import frozen
 
-from kvmsec.pki.errors import PeerRefused
+from kvmsec.pki.errors import NobodyListed, PeerRefused
 from kvmsec.pki.standing import Peer, Trust, judge_standing, require_orderer
 from kvmsec.rpc.calls import Call, Right
-from kvmsec.rpc.errors import Refused
+from kvmsec.rpc.errors import LIST_UNUSABLE, OWN_LIST_UNUSABLE, Refused
 from kvmsec.rpc.wire import Caller
 
 _REMEMBERED_FOR: Final = timedelta(seconds=15)
@@ -95,8 +95,15 @@ def authorize_again(call: Call, caller: Caller | None, trust: Trust | None) -> P
 
 
 def refusal(error: PeerRefused, node: str | None = None) -> Refused:
-    """A judgement's words as an error that travels, with the step that it failed at."""
-    return Refused(node, error.message, hint=error.hint, evidence={"step": str(error.step)})
+    """A judgement's words as an error that travels, with the step that it failed at.
+
+    `node` is the peer that was judged; None: the peer is told this. Whoever reads it learns from
+    the evidence whose list of candidates can't be used.
+    """
+    evidence = {"step": str(error.step)}
+    if isinstance(error, NobodyListed):
+        evidence["list"] = LIST_UNUSABLE if node is None else OWN_LIST_UNUSABLE
+    return Refused(node, error.message, hint=error.hint, evidence=evidence)
 
 
 def _require_network_right(call: Call, trust: Trust | None) -> None:

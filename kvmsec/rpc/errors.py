@@ -49,7 +49,8 @@ class CallTimedOut(RemoteFault):
 class Refused(RemoteFault):
     """One side does not trust the other, or the caller may not make this call.
 
-    `evidence["step"]` names what the judgement failed at.
+    `evidence["step"]` names what the judgement failed at; `evidence["list"]` is there where it
+    failed since there is no list of candidates to judge by.
     """
 
 
@@ -85,6 +86,11 @@ KINDS: Final[Mapping[str, type[RemoteFault]]] = {
     "Overloaded": Overloaded,
 }
 """The classes that a fault comes back as, by its kind; every other kind is a `RemoteFault`."""
+
+
+LIST_UNUSABLE: Final = "unusable"
+OWN_LIST_UNUSABLE: Final = "unusable here"
+"""What `evidence["list"]` of a `Refused` says of the node's list of candidates, or of one's own."""
 
 
 def bounded(text: str) -> str:

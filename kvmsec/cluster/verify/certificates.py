@@ -8,6 +8,7 @@ from kvmsec.agent import Finding
 from kvmsec.cluster.verify.codes import Severity, found
 from kvmsec.cluster.verify.subject import ERROR_DAYS, WARN_DAYS, Subject
 from kvmsec.model.cluster import Member
+from kvmsec.pki.errors import LIST_MENDED
 from kvmsec.rpc.messages import CertificateFacts
 from kvmsec.store.freshness import SKEW_S
 
@@ -104,8 +105,7 @@ def check_lists(subject: Subject) -> Iterator[Finding]:
     for member, said in subject.heard():
         if not said.candidates:
             message = f"{LIST} is missing, empty or can't be read: nobody may order there"
-            hint = "restart its daemon, which writes it anew from the state; or "
-            hint += subject.admit_again(member)
+            hint = f"on {member.name} {LIST_MENDED}"
             yield found("candidates-unreadable", "error", member.name, LIST, message, hint)
             continue
         listed: dict[UUID, set[str]] = {}

@@ -1,8 +1,8 @@
 """Asking all members about themselves, and judging what they say."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from attrs import evolve, frozen
 
@@ -15,6 +15,8 @@ from kvmsec.cluster.verify.codes import found
 from kvmsec.cluster.verify.subject import Heard, Subject, Unheard
 from kvmsec.linux.errors import Fault
 from kvmsec.model.cluster import Cluster
+from kvmsec.pki.errors import LIST_MENDED
+from kvmsec.rpc.errors import LIST_UNUSABLE, OWN_LIST_UNUSABLE
 from kvmsec.store import Store
 from kvmsec.store.freshness import COPY_VALID_S
 from uidpool.ranges import UidRanges
@@ -85,7 +87,7 @@ async def verify(
         deadline_s=deadline_s,
     )
     unheard = {name: Unheard(why, is_refusal=False) for name, why in answers.silent.items()}
-    refused = {name: _refused(why, cluster) for name, why in answers.refused.items()}
+    refused = {name: _refused(name, why, cluster) for name, why in answers.refused.items()}
     return judge(
         Subject(
             cluster=cluster,
@@ -106,15 +108,23 @@ async def _examine(node: _Asked, pool: UidRanges, on_heard: OnHeard) -> Heard:
     return heard
 
 
-def _refused(error: Fault | OSError, cluster: Cluster) -> Unheard:
-    """A plain node is told by all others that it may not ask, and nothing is wrong with them."""
+def _refused(name: str, error: Fault | OSError, cluster: Cluster) -> Unheard:
+    """With the better hint, where the refusal's evidence tells what is wrong."""
     evidence = getattr(error, "evidence", None)
-    if not isinstance(evidence, dict) or evidence.get("step") != "role":
-        return Unheard(str(error), is_refusal=True)
-    who = ", ".join(node.name for node in cluster.nodes if node.is_candidate)
-    return Unheard(
-        str(error), is_refusal=True, hint=f"run `kvmsec cluster verify` on one of: {who}"
-    )
+    hint = _hint_for(name, evidence, cluster) if isinstance(evidence, dict) else None
+    return Unheard(str(error), is_refusal=True, hint=hint)
+
+
+def _hint_for(name: str, evidence: Mapping[str, Any], cluster: Cluster) -> str | None:
+    if evidence.get("list") == LIST_UNUSABLE:
+        return f"on {name} {LIST_MENDED}"
+    if evidence.get("list") == OWN_LIST_UNUSABLE:
+        return f"on this node {LIST_MENDED}"
+    if evidence.get("step") == "role":
+        # A plain node is told so by all others, and nothing is wrong with them.
+        who = ", ".join(node.name for node in cluster.nodes if node.is_candidate)
+        return f"run `kvmsec cluster verify` on one of: {who}"
+    return None
 
 
 def judge(subject: Subject) -> tuple[Finding, ...]:

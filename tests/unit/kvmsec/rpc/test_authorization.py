@@ -14,9 +14,11 @@ from kvmsec.pki.certificates import (
     make_request,
     sign_request,
 )
+from kvmsec.pki.errors import PeerRefused
+from kvmsec.pki.judgement import judge_orderer
 from kvmsec.pki.standing import Peer, Trust
 from kvmsec.rpc import errors
-from kvmsec.rpc.authorization import Judgements, authorize, authorize_again
+from kvmsec.rpc.authorization import Judgements, authorize, authorize_again, refusal
 from kvmsec.rpc.calls import CALLS, Right
 from kvmsec.rpc.wire import Caller
 
@@ -52,7 +54,6 @@ LOCAL = evolve(CANDIDATES, right=Right.LOCAL)
     [
         (CANDIDATES, TRUST, CALLER),
         (CANDIDATES, DEMOTED, "role"),
-        (CANDIDATES, evolve(TRUST, candidates={}), "fingerprint"),
         (CANDIDATES, evolve(TRUST, members={}), "name"),
         (CANDIDATES, evolve(TRUST, anchors=()), "chain"),
         (CANDIDATES, None, "role"),
@@ -71,6 +72,17 @@ def test_who_may_make_a_call_over_the_network(
     with pytest.raises(errors.Refused) as caught:
         authorize(call, DER, trust, NOW, Judgements())  # type: ignore[arg-type]
     assert caught.value.evidence == {"step": expected}
+
+
+@pytest.mark.parametrize(("node", "whose"), [(None, "unusable"), ("node2", "unusable here")])
+def test_without_a_list_nobody_is_let_in_and_it_is_said_whose_list_that_is(
+    node: str | None, whose: str
+) -> None:
+    with pytest.raises(PeerRefused) as caught:
+        judge_orderer(DER, evolve(TRUST, candidates={}), NOW)
+    told = refusal(caught.value, node)
+    assert told.evidence == {"step": "fingerprint", "list": whose}
+    assert "restart its daemon" in (told.hint or "")
 
 
 @pytest.mark.parametrize(
