@@ -57,10 +57,9 @@ def means(session: Session, here: Node | None) -> Means:
     from kvmsec.daemon.renewing import Means
 
     async def take_up() -> None:
-        from kvmsec.rpc.remote import RemoteAgent
+        from kvmsec.daemon.reaching import have_taken_up
 
-        if isinstance(here, RemoteAgent):
-            await here.household.info()  # answered once the front has what the files hold
+        await have_taken_up(here)
 
     return Means(
         paths=session.paths,

@@ -266,11 +266,13 @@ def destroy(session: Session, yes: bool) -> None:
         raise click.exceptions.Exit(FAILED)
 
     async def end(reach: Reach) -> None:
+        from kvmsec.daemon.reaching import have_taken_up
         from kvmsec.pki.files import KeyFiles
 
         await reach.here.reconcile()
         await operations.destroy(session.store, reach.here)
         KeyFiles(session.paths.key_files).remove_all()
+        await have_taken_up(reach.here)
 
     session.run_reaching(end)
     say(f"the cluster {shown_line(str(name))} is no more")

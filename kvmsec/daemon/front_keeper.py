@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
 from kvmsec.daemon.confined_child import (
@@ -88,6 +88,7 @@ class FrontKeeper:
     """Serves the network while this node is a member, and not otherwise.
 
     `handler` answers the front's calls, `listen` opens the listening sockets, `say` prints a line.
+    `follow` is called after each look at the files: for who else was told what they hold.
     """
 
     def __init__(
@@ -97,12 +98,14 @@ class FrontKeeper:
         handler: Handler,
         listen: Callable[[], Sequence[socket.socket]],
         say: Callable[[str], None],
+        follow: Callable[[], Awaitable[None]],
     ) -> None:
         self._start = start
         self._source = source
         self._handler = handler
         self._listen = listen
         self._say = say
+        self._follow = follow
         self._listeners: Sequence[socket.socket] | None = None
         self._front: _Front | None = None
         self._turn = asyncio.Lock()
@@ -136,23 +139,27 @@ class FrontKeeper:
         CannotListen and ConfinementFailed where a front can't be started.
         """
         async with self._turn:
-            signature = self._source.signature()
-            known = self._refused if self._front is None else self._front.pushed
-            if known == signature and known is not None:
-                return
-            self._refused = None
-            try:
-                message = self._source.message()
-            except Fault as error:
-                await self._serve_nobody(signature, error)
-                return
-            if message is None:
-                # This node has left: the one who had it do so is yet to hear that it did.
-                await self._dismiss_front()
-                self._stop_listening()
-                self._refused = signature
-                return
-            await self._tell(message, signature)
+            await self._look()
+        await self._follow()
+
+    async def _look(self) -> None:
+        signature = self._source.signature()
+        known = self._refused if self._front is None else self._front.pushed
+        if known == signature and known is not None:
+            return
+        self._refused = None
+        try:
+            message = self._source.message()
+        except Fault as error:
+            await self._serve_nobody(signature, error)
+            return
+        if message is None:
+            # This node has left: the one who had it do so is yet to hear that it did.
+            await self._dismiss_front()
+            self._stop_listening()
+            self._refused = signature
+            return
+        await self._tell(message, signature)
 
     async def _tell(self, message: TrustMessage, signature: Signature) -> None:
         if self._front is None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from kvmsec.daemon.listening import peer_uid
-from kvmsec.errors import KvmsecError
+from kvmsec.errors import KvmsecError, NoCluster
 from kvmsec.linux import unix_sockets
 from kvmsec.linux.errors import Fault
 from kvmsec.rpc import messages as m
 from kvmsec.rpc import wire
 from kvmsec.rpc.calls import CALLS, PROTOCOL
-from kvmsec.rpc.errors import CallTimedOut, Unreachable
+from kvmsec.rpc.errors import CallTimedOut, RemoteFault, Unreachable
 from kvmsec.rpc.exchange import ExchangeTransport
 from kvmsec.rpc.frames import FrameConnection, FrameExchange
 from kvmsec.rpc.messages import Message
@@ -83,6 +83,20 @@ class DaemonNode(RemoteAgent):
             while self._connection.is_open and asyncio.get_running_loop().time() < deadline:
                 await asyncio.sleep(_LOOK_S)
         await self._connection.close()
+
+
+async def have_taken_up(here: object) -> None:
+    """Return once this node's daemon, where `here` goes by one, lives by what the files hold now.
+
+    For a command that has changed them by itself. Raises what keeps the daemon from it.
+    """
+    if not isinstance(here, DaemonNode):
+        return
+    try:
+        await here.household.info()  # answered once the daemon has looked at them
+    except RemoteFault as error:
+        if error.kind != NoCluster.__name__:
+            raise
 
 
 async def reach(path: Path) -> DaemonNode | None:

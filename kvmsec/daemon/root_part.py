@@ -52,7 +52,8 @@ class RootPart:
     """Answers the front's calls, and those of root of this host.
 
     `refresh` has the front know what holds now (`FrontKeeper.refresh`), `held` keeps it as it is
-    meanwhile (`FrontKeeper.held`); `say` prints a line.
+    meanwhile (`FrontKeeper.held`), `left` is called once this node has left its cluster, before
+    that is answered; `say` prints a line.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class RootPart:
         self._leaving: set[asyncio.Task[m.Message]] = set()
         self.refresh: Callable[[], Awaitable[None]] | None = None
         self.held: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext
+        self.left: Callable[[], Awaitable[None]] | None = None
 
     @property
     def orders_under_way(self) -> int:
@@ -121,7 +123,10 @@ class RootPart:
 
     async def _leave(self, call: Call, request: m.Message, caller: Caller | None) -> m.Message:
         async with self.held():
-            return await self._carry_out(call, request, caller)
+            answer = await self._carry_out(call, request, caller)
+            if self.left is not None:
+                await self.left()
+            return answer
 
     def _left(self, leaving: "asyncio.Task[m.Message]") -> None:
         self._leaving.discard(leaving)

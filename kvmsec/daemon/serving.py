@@ -73,13 +73,19 @@ class _Daemon:
 
     async def run(self, listener: socket.socket, began: float) -> None:
         paths = self._node.host.paths
-        async with Service(self._node, self._household) as service:
+        async with Service(self._node, self._household) as service, self._ways() as ways:
             journal = OrderJournal(paths.orders, complain=self._say)
             root_part = RootPart(service, self._source, journal, self._say)
             keeper = FrontKeeper(
-                self._start, self._source, root_part.answer_front, self._listen, self._say
+                self._start,
+                self._source,
+                root_part.answer_front,
+                self._listen,
+                self._say,
+                ways.refresh,
             )
             root_part.refresh, root_part.held = keeper.refresh, keeper.held
+            root_part.left = ways.refresh
             self._handle_signals(keeper)
             watching = asyncio.create_task(self._report_events())
             self._report_found(began)
@@ -89,7 +95,7 @@ class _Daemon:
             local = asyncio.create_task(root_part.serve_local(listener))
             keeping = asyncio.create_task(keeper.run())
             mending = asyncio.create_task(self._reconcile())
-            tending = asyncio.create_task(self._tend_members())
+            tending = asyncio.create_task(self._tend_members(ways))
             renewing = asyncio.create_task(self._keep_certificates(keeper).run())
             systemd.notify("READY=1")
             try:
@@ -153,16 +159,16 @@ class _Daemon:
         except (Fault, OSError) as error:
             self._say(f"what killed processes left could not be put right: {error}")
 
-    async def _tend_members(self) -> None:
+    def _ways(self) -> Ways[LocalNode]:
+        host = self._node.host
+        return Ways(host.paths, lambda: host.config, host.store, self._node)
+
+    async def _tend_members(self, ways: Ways[LocalNode]) -> None:
         """On the master: confirm every member's copy, for as long as this daemon serves."""
         host = self._node.host
-        async with Ways(host.paths, lambda: host.config, host.store, self._node) as ways:
-            await upkeep(
-                host.store,
-                ways,
-                copy_valid_s=host.config.cluster.copy_valid_s,
-                report=self._say,
-            )
+        await upkeep(
+            host.store, ways, copy_valid_s=host.config.cluster.copy_valid_s, report=self._say
+        )
 
     def _keep_certificates(self, keeper: FrontKeeper) -> CertificatesKept:
         host = self._node.host

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from attrs import define, field
 
 from kvmsec.errors import KvmsecError
+from kvmsec.linux.errors import Fault
 
 if TYPE_CHECKING:
     from kvmsec.cluster.nodes import JoiningNode
@@ -57,6 +58,7 @@ class Ways(Generic[_Here]):
         self._here = here
         self._opened = AsyncExitStack()
         self._courier: Courier | None = None
+        self._own = AsyncExitStack()
         self._told: Signature | None = None
         self._turn = asyncio.Lock()
 
@@ -64,6 +66,7 @@ class Ways(Generic[_Here]):
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._end_courier()
         await self._opened.aclose()
 
     @property
@@ -88,19 +91,46 @@ class Ways(Generic[_Here]):
             source = self._source()
             signature = source.signature()
             if self._courier is None or self._courier.is_gone:
-                self._courier = await self.start_courier(_required(source))
+                await self._end_courier()
+                self._courier = await self._start(_required(source), self._own)
             elif signature != self._told:
                 await self._courier.tell(_required(source))
             self._told = signature
             return self._courier
 
+    async def refresh(self) -> None:
+        """Tell the courier, if there is one, what the files hold now.
+
+        One that can't be told, since this node is no member any more or its files are broken, is
+        ended: it has the key that was in force before.
+        """
+        if self._courier is None:
+            return
+        async with self._turn:
+            source = self._source()
+            signature = source.signature()
+            if self._courier is None or signature == self._told:
+                return
+            try:
+                await self._courier.tell(_required(source))
+                self._told = signature
+            except Fault:
+                await self._end_courier()
+
+    async def _end_courier(self) -> None:
+        self._courier = None
+        await self._own.aclose()
+
     async def start_courier(self, message: TrustMessage) -> Courier:
         """Another courier, for as long as the command runs."""
+        return await self._start(message, self._opened)
+
+    async def _start(self, message: TrustMessage, lifetime: AsyncExitStack) -> Courier:
         from kvmsec.daemon.confined_start import start_of
         from kvmsec.daemon.courier import Courier
 
         start = start_of("courier", self._paths, self._config(), self._store)
-        return await self._opened.enter_async_context(Courier(start, message))
+        return await lifetime.enter_async_context(Courier(start, message))
 
     def _source(self) -> TrustSource:
         from kvmsec.daemon.trust_source import TrustSource
