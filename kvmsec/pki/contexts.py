@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 from kvmsec.pki.certificates import require_whole
 from kvmsec.pki.errors import BadPem
-from kvmsec.pki.join_certificates import join_anchor, make_joining_pair
 from kvmsec.pki.pems import Pair
 
 
@@ -40,20 +39,6 @@ def server_context(
 def client_context(own: Pair, anchors_pem: str) -> ssl.SSLContext:
     """What a node calls with. Raises BadPem."""
     return _context(ssl.PROTOCOL_TLS_CLIENT, own, anchors_pem)
-
-
-def joining_server_context(secret: bytes) -> ssl.SSLContext:
-    """What a node serves with that belongs to no cluster yet.
-
-    Only who knows the token's secret gets through the handshake: both sides show a temporary
-    certificate signed with a key that is derived from it (`join_certificates.make_joining_pair`).
-    """
-    return server_context(make_joining_pair(secret), join_anchor(secret))
-
-
-def joining_client_context(secret: bytes) -> ssl.SSLContext:
-    """What the master calls a node with that joins."""
-    return client_context(make_joining_pair(secret), join_anchor(secret))
 
 
 def _context(protocol: ssl._SSLMethod, own: Pair, anchors_pem: str) -> ssl.SSLContext:

@@ -301,12 +301,6 @@ class KeyFiles:
         for path in (self._next_key, self._previous_anchors, self._previous_own):
             remove_file(path)
 
-    def is_renewing(self) -> bool:
-        """Whether a renewal was begun here and neither finished nor rolled back."""
-        return any(
-            path.exists() for path in (self._next_key, self._previous_own, self._previous_anchors)
-        )
-
     def _remove_unfinished(self) -> None:
         """Remove what a writer that was killed has left: it may hold a key."""
         for name in _NAMES:

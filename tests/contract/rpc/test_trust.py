@@ -17,12 +17,7 @@ from kvmsec.pki.certificates import (
     make_certless_pair,
     make_cluster_pair,
 )
-from kvmsec.pki.contexts import (
-    client_context,
-    joining_client_context,
-    joining_server_context,
-    server_context,
-)
+from kvmsec.pki.contexts import client_context, server_context
 from kvmsec.rpc import errors
 from kvmsec.rpc import messages as m
 from kvmsec.rpc.calls import CALLS, Right
@@ -46,6 +41,7 @@ from tests.contract.rpc.trial import (
     run,
     without,
 )
+from tests.unit.kvmsec.pki.joiners import joining_client_context, joining_server_context
 
 ASK = ("rules.show", m.Nothing())
 JOIN = ("join.hello", m.JoinRequest(proof="a" * 64, node_name="master", node_uuid=NODE_2))

@@ -35,6 +35,7 @@ from kvmsec.pki.judgement import judge_orderer, require_node
 from kvmsec.pki.keys import KeyKind
 from kvmsec.pki.pems import Pair
 from kvmsec.pki.standing import Trust
+from tests.unit.kvmsec.pki.key_file_steps import is_renewing
 from uidpool.ranges import EMPTY
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -352,7 +353,7 @@ def assert_settled(world: World, *, by: datetime = LATER) -> None:
         assert anchor_of(certificate, anchors_of(anchor))
         member = world.state.member(box.member.uuid)
         assert member is not None and member.certificates == (box.shown,)
-        assert not box.keys.is_renewing()
+        assert not is_renewing(box.keys)
         assert box.copy == world.state
         if box.member.is_candidate:
             assert box.keys.cluster().certificate_pem == anchor

@@ -32,6 +32,12 @@ def content_of(files: KeyFiles) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(files.directory.iterdir())}
 
 
+def is_renewing(files: KeyFiles) -> bool:
+    """Whether a renewal was begun there, and neither finished nor rolled back."""
+    kept = ("client.pem.next", "client.pem.previous", "server.pem.previous")
+    return any((files.directory / name).exists() for name in kept)
+
+
 def require_usable(files: KeyFiles) -> None:
     """What holds at any moment: the pair is whole, and this node's own anchors have signed it."""
     own = require_whole(files.own())

@@ -16,6 +16,7 @@ from kvmsec.pki.errors import BadLifetime, BadToken
 from kvmsec.pki.join_certificates import join_anchor, make_joining_pair
 from kvmsec.pki.joining import Invitation, JoinRole
 from tests.unit.kvmsec.pki.authorities import NOW, Town, make_cluster, shake
+from tests.unit.kvmsec.pki.joiners import joining_client_context, joining_server_context
 
 ANCHOR = fingerprint_of(make_cluster().certificate_pem)
 SECRET = b"0123456789abcdef"
@@ -165,9 +166,7 @@ def test_a_secret_of_another_length_gives_nothing() -> None:
 
 
 def test_both_sides_of_a_join_meet_by_the_secret_alone_and_see_each_others_certificate() -> None:
-    client, server = shake(
-        contexts.joining_client_context(SECRET), contexts.joining_server_context(SECRET)
-    )
+    client, server = shake(joining_client_context(SECRET), joining_server_context(SECRET))
     seen = client.getpeercert(True), server.getpeercert(True)
     assert None not in seen
     assert seen[0] != seen[1]
@@ -178,28 +177,28 @@ def test_a_stranger_gets_through_no_handshake_of_a_join() -> None:
     town, other = Town(), secrets.token_bytes(16)
     anchors = town.cluster.certificate_pem
     strangers = [
-        contexts.joining_client_context(other),
+        joining_client_context(other),
         contexts.client_context(make_joining_pair(other), join_anchor(SECRET)),
         contexts.client_context(town.pairs["alpha"], join_anchor(SECRET)),
         contexts.client_context(town.pairs["alpha"], anchors),
     ]
     for stranger in strangers:
         with pytest.raises(ssl.SSLError):
-            shake(stranger, contexts.joining_server_context(SECRET))
+            shake(stranger, joining_server_context(SECRET))
 
 
 def test_the_master_calls_no_node_that_does_not_know_the_secret() -> None:
     town = Town()
     for stranger in (
-        contexts.joining_server_context(secrets.token_bytes(16)),
+        joining_server_context(secrets.token_bytes(16)),
         contexts.server_context(town.pairs["alpha"], join_anchor(SECRET)),
     ):
         with pytest.raises(ssl.SSLError):
-            shake(contexts.joining_client_context(SECRET), stranger)
+            shake(joining_client_context(SECRET), stranger)
 
 
 def test_who_joins_is_no_member_of_the_cluster() -> None:
     town = Town()
     server = contexts.server_context(town.pairs["alpha"], town.cluster.certificate_pem)
     with pytest.raises(ssl.SSLError):
-        shake(contexts.joining_client_context(SECRET), server)
+        shake(joining_client_context(SECRET), server)
