@@ -97,12 +97,14 @@ def invite(session: Session, name: str, lifetime: timedelta, readd: bool) -> Non
 def join(session: Session, token: str | None) -> None:
     """Accept the invitation of TOKEN; on the node that is to join.
 
-    Without TOKEN it is read from standard input, where no other user of this host can see it.
+    Without TOKEN it is read from standard input, where no other user of this host can see it. A
+    daemon that runs listens for the master when this returns.
     """
     given = token if token is not None else _read_token()
 
     async def accept(node: Node) -> str:
         from kvmsec.cluster.members.arriving import accept_token
+        from kvmsec.daemon.reaching import have_taken_up
         from kvmsec.pki.files import KeyFiles
         from kvmsec.pki.invitations import Invitations
 
@@ -113,6 +115,7 @@ def join(session: Session, token: str | None) -> None:
             session.store,
             Invitations(session.paths.invitations),
         )
+        await have_taken_up(node)
         return invitation.node_name
 
     name = session.run(accept)

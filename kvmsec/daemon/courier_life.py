@@ -9,6 +9,7 @@ import asyncio
 import os
 import ssl
 import sys
+import time
 from socket import socket
 from typing import Final
 
@@ -22,6 +23,10 @@ from kvmsec.rpc.errors import BadMessage, Refused, Unreachable
 from kvmsec.rpc.frames import Request, Target, serve_frames
 
 _HANDSHAKE_S: Final = 5.0
+_LISTENS_WITHIN_S: Final = 5.0
+"""A daemon that was just started, or given its token, listens within two seconds."""
+_PAUSE_S: Final = 0.2
+_SERVE: Final = "is `kvmsec node serve` running there, with the token of this invitation?"
 
 
 def main() -> None:
@@ -108,7 +113,25 @@ class _Courier:
 
         if target is None:
             raise BadMessage(None, "a question without a node to ask")
-        context = _required(self._context)
+        context, where = _required(self._context), f"{target.address} port {target.port}"
+        try:
+            writer = await _connected_at_last(target, context)
+        except ConnectionRefusedError as error:
+            raise Unreachable(target.name, f"no daemon listens on {where}", hint=_SERVE) from error
+        except OSError as error:  # ssl.SSLError and TimeoutError among them
+            reason = f"{where} is not reached with this token: {error}"
+            raise Unreachable(target.name, reason, hint=_SERVE) from error
+        try:
+            der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        finally:
+            writer.transport.abort()
+        return PeerMessage(fingerprint=fingerprint_of(der))
+
+
+async def _connected_at_last(target: Target, context: ssl.SSLContext) -> asyncio.StreamWriter:
+    """Connect to a node that may be about to listen. Raises OSError."""
+    give_up_at = time.monotonic() + _LISTENS_WITHIN_S
+    while True:
         try:
             async with asyncio.timeout(2 * _HANDSHAKE_S):
                 _, writer = await asyncio.open_connection(
@@ -118,17 +141,11 @@ class _Courier:
                     server_hostname="",
                     ssl_handshake_timeout=_HANDSHAKE_S,
                 )
-        except OSError as error:  # ssl.SSLError and TimeoutError among them
-            raise Unreachable(
-                target.name,
-                f"{target.address} port {target.port} is not reached with this token: {error}",
-                hint="is `kvmsec node serve` running there, with the token of this invitation?",
-            ) from error
-        try:
-            der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-        finally:
-            writer.transport.abort()
-        return PeerMessage(fingerprint=fingerprint_of(der))
+                return writer
+        except ConnectionRefusedError:
+            if time.monotonic() > give_up_at:
+                raise
+        await asyncio.sleep(_PAUSE_S)
 
 
 def _required(context: ssl.SSLContext | None) -> ssl.SSLContext:

@@ -22,6 +22,7 @@ from kvmsec.daemon.inspection import find_gaps
 from kvmsec.daemon.ways import Ways
 from kvmsec.linux.credentials import Credentials
 from kvmsec.pki.certificates import fingerprint_of, sign_request
+from kvmsec.pki.contexts import server_context
 from kvmsec.pki.invitations import Invitations
 from kvmsec.pki.join_certificates import join_anchor, make_joining_pair
 from kvmsec.pki.joining import Invitation, format_token, invite
@@ -256,6 +257,46 @@ def test_before_it_is_a_member_a_node_takes_no_order(
             await courier.transport(**way(cluster)).call("rules.apply", m.Nothing())
 
     by_courier(cluster, order, told)
+
+
+def peer_of_a_join(cluster: ClusterOfTwo, secret: bytes, open_late: Callable[..., Any]) -> str:
+    """The fingerprint that a node shows which listens only after `open_late`."""
+    pair = make_joining_pair(secret)
+    anchors = join_anchor(secret)
+    told = TrustMessage(pair=pair.pem, anchors=anchors, members={}, candidates={}, is_joining=True)
+
+    async def ask(courier: Courier) -> str:
+        asking = asyncio.create_task(courier.peer_fingerprint(**way(cluster)))
+        await open_late()
+        return await asking
+
+    return str(by_courier(cluster, ask, told))
+
+
+def test_a_node_that_has_just_joined_may_listen_a_moment_later(
+    cluster: ClusterOfTwo, front_user: str
+) -> None:
+    secret = os.urandom(16)
+    shown = make_joining_pair(secret)
+
+    async def listen() -> None:
+        await asyncio.sleep(1.5)  # By then it was refused once at least.
+        context = server_context(shown, join_anchor(secret))
+        await asyncio.start_server(lambda *_: None, "127.0.0.1", cluster.port, ssl=context)
+
+    assert peer_of_a_join(cluster, secret, listen) == fingerprint_of(shown.certificate_pem)
+
+
+def test_a_node_that_does_not_listen_is_named_with_its_daemon(
+    cluster: ClusterOfTwo, front_user: str
+) -> None:
+    async def never() -> None:
+        return None
+
+    with pytest.raises(Unreachable) as raised:
+        peer_of_a_join(cluster, os.urandom(16), never)
+    assert f"no daemon listens on 127.0.0.1 port {cluster.port}" in raised.value.message
+    assert "kvmsec node serve" in (raised.value.hint or "")
 
 
 def test_members_that_are_asked_at_once_have_one_courier(
