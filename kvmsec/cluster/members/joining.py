@@ -36,7 +36,8 @@ async def add(
     begun = _begun(master, cluster, address, port, name)
     if begun is not None and await _has_joined(master, begun):
         return await _make_known(master, begun)
-    wanted = name or _invited(master, address)
+    wanted = name or _invited(master, address, begun or cluster.named(address))
+    _require_not_spent(master, cluster, wanted)
     return await _bring_in(master, _planned(cluster, wanted, address, port))
 
 
@@ -95,13 +96,30 @@ def _begun(
     return None
 
 
-def _invited(master: Master, address: str) -> str:
-    """Which invitation a node at this address has. Raises MemberRefused."""
+def _require_not_spent(master: Master, cluster: Cluster, name: str) -> None:
+    """Raises MemberRefused for a member whose invitation is spent; nobody else is meant."""
+    member = cluster.named(name)
+    if member is None or member.uuid == cluster.master or master.invitations.is_current(name):
+        return
+    raise MemberRefused(
+        f"{member.name} is a member already, or its join was finished halfway: its invitation is "
+        "spent",
+        hint=f"`kvmsec node readd {member.name}` mends it, once its daemon runs",
+    )
+
+
+def _invited(master: Master, address: str, standing: Member | None) -> str:
+    """Which invitation a node at this address has; without any, the member that stands there.
+
+    Raises MemberRefused.
+    """
     names = master.invitations.current()
     if address in names:
         return address
     if len(names) == 1:
         return names[0]
+    if not names and standing is not None:
+        return standing.name
     raise MemberRefused(
         f"which of the invited nodes is at {address}? there are {', '.join(names)}"
         if names

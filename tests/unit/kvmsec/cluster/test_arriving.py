@@ -179,7 +179,7 @@ def test_a_token_is_good_once(world: World) -> None:
     with pytest.raises(MemberRefused, match="belongs to the cluster trial"):
         world.accept(token)
     world.new.store.leave()
-    with pytest.raises(MemberRefused, match="no node is invited"):
+    with pytest.raises(MemberRefused, match="node2 is a member already"):
         world.add()
 
 

@@ -118,7 +118,7 @@ def test_what_keeps_the_pool_from_a_new_node_is_told(cluster: FakeCluster) -> No
 def test_an_add_that_was_killed_past_its_invitation_is_finished_without_one(
     cluster: FakeCluster,
 ) -> None:
-    joining = cluster.make("node4")
+    cluster.make("node4")
     cluster.invitations.invite("node4")
     cluster.nodes["node2"].is_silent = True
     joined = do(cluster, add, "192.0.2.4", name="node4").member
@@ -127,9 +127,33 @@ def test_an_add_that_was_killed_past_its_invitation_is_finished_without_one(
     assert do(cluster, add, "192.0.2.4").member == joined
     assert do(cluster, add, "192.0.2.4", name="node4").member == joined
     assert joined in cluster.require_converged().nodes
+
+
+@pytest.mark.parametrize(
+    ("address", "name"), [("192.0.2.4", None), ("192.0.2.4", "node4"), ("192.0.2.5", "node4")]
+)
+def test_an_add_of_a_silent_member_says_that_it_is_one(
+    cluster: FakeCluster, address: str, name: str | None
+) -> None:
+    joining = cluster.make("node4")
+    cluster.invitations.invite("node4")
+    do(cluster, add, "192.0.2.4", name="node4")
     joining.is_silent = True
-    with pytest.raises(MemberRefused, match="no node is invited"):
-        do(cluster, add, "192.0.2.4")
+
+    with pytest.raises(MemberRefused, match="node4 is a member already") as caught:
+        do(cluster, add, address, name=name)
+    assert "`kvmsec node readd node4`" in (caught.value.hint or "")
+
+
+def test_a_silent_member_keeps_no_invited_node_from_its_address(cluster: FakeCluster) -> None:
+    old = cluster.make("node4")
+    cluster.invitations.invite("node4")
+    do(cluster, add, "192.0.2.4")
+    old.is_silent = True
+    cluster.make("node5")
+    cluster.invitations.invite("node5")
+
+    assert do(cluster, add, "192.0.2.4").member.name == "node5"
 
 
 def test_a_spent_invitation_lets_nobody_join_again(cluster: FakeCluster) -> None:
@@ -138,7 +162,7 @@ def test_a_spent_invitation_lets_nobody_join_again(cluster: FakeCluster) -> None
     do(cluster, add, "node4")
     joining.store.leave()
 
-    with pytest.raises(MemberRefused, match="no node is invited"):
+    with pytest.raises(MemberRefused, match="node4 is a member already"):
         do(cluster, add, "node4")
     assert joining.store.load()[0] is None
 
