@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 _SPAN: Final = re.compile(r"([0-9]{1,4})([mh])", re.ASCII)
 _END: Final = "`kvmsec cluster certless disable` ends it"
+_CARRY: Final = (
+    "`kvmsec cluster certless enable --for SPAN --bundle FILE` on the master writes it; carry it "
+    "over, and name it here"
+)
 _BUNDLE_LIMIT_BYTES: Final = 1 << 20
 
 
@@ -149,11 +153,14 @@ def node_certless(session: Session, file: Path) -> None:
     from kvmsec.cluster.certless import CERTLESS_FILE, open_bundle
     from kvmsec.linux.files import read_bounded
     from kvmsec.pki.certificates import facts_of
+    from kvmsec.pki.errors import SealBroken
 
     try:
         sealed = read_bounded(file, _BUNDLE_LIMIT_BYTES)
     except ValueError as error:
         raise WrongUsage(str(error)) from None
+    except OSError as error:
+        raise SealBroken(f"{file}: {error.strerror}", hint=_CARRY) from error
     pair = open_bundle(sealed, _passphrase(), cluster=_known_cluster(session), now=now())
     session.paths.make_directories()
     key_files(session).put("certless.pem", pair.pem)

@@ -158,10 +158,10 @@ class PassphraseTooShort(PkiError):
 class SealBroken(PkiError):
     """A sealed document that is damaged, or none."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
         super().__init__(
             f"the sealed file can't be opened: {reason}",
-            hint="carry the file over again, as it is, or write a new one",
+            hint=hint or "carry the file over again, as it is, or write a new one",
         )
         self.reason = reason
 

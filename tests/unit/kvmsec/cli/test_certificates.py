@@ -24,6 +24,7 @@ from kvmsec.pki.certificates import (
     make_request,
     sign_request,
 )
+from kvmsec.pki.errors import SealBroken
 from kvmsec.pki.files import KeyFiles
 from kvmsec.pki.pems import Pair
 from kvmsec.store.file import FileStore
@@ -143,6 +144,16 @@ def test_the_last_resort_is_handed_out_carried_shown_and_ended(
     log = (session.paths.log / "cluster.log").read_text()
     assert "without client certificates until" in log and "by hand" in log
     assert passphrase not in log and "PRIVATE" not in log
+
+
+@pytest.mark.parametrize("what", ["nothing-there", "."])
+def test_a_bundle_that_cant_be_read_is_named_with_who_writes_one(
+    session: Here, tmp_path: Path, what: str
+) -> None:
+    error = run(session, node_certless, str(tmp_path / what)).exception
+    assert isinstance(error, SealBroken)
+    assert str(tmp_path / what) in error.message
+    assert "kvmsec cluster certless enable" in (error.hint or "")
 
 
 @pytest.mark.parametrize("span", ["2", "0h", "9m", "25h", "1d", "-2h", "2hours", ""])
