@@ -210,11 +210,13 @@ def remove(session: Session, name: str, force: bool) -> None:
 
 @click.command
 @click.option("--yes", is_flag=True, help="Don't ask.")
+@click.option("--force", is_flag=True, help="Even if the master still has it for a member.")
 @pass_session
-def leave(session: Session, yes: bool) -> None:
+def leave(session: Session, yes: bool, force: bool) -> None:
     """Wipe this node's part in a cluster that has removed it, or is gone.
 
-    On a member, use `kvmsec node remove` on the master instead.
+    For a member that has lost its files as well. On a sound one, use `kvmsec node remove` on the
+    master instead.
     """
     session.require_root()
     question = "Forget the cluster, its certificates and its packet rules on this node?"
@@ -227,7 +229,12 @@ def leave(session: Session, yes: bool) -> None:
         raise click.exceptions.Exit(FAILED)
 
     async def wipe(reach: Reach) -> None:
+        from kvmsec.cluster.members.leaving import require_released
+        from kvmsec.pki.files import KeyFiles
+
         await reach.here.reconcile()
+        if not force:
+            await require_released(session.store, reach, KeyFiles(session.paths.key_files))
         await reach.household.leave()
 
     session.run_reaching(wipe)

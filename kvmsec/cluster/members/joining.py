@@ -18,6 +18,8 @@ from kvmsec.errors import MemberRefused, NodeSilent
 from kvmsec.linux.errors import Fault
 from kvmsec.model.addresses import PORT
 from kvmsec.model.cluster import Cluster, Member
+from kvmsec.pki.errors import LIST_MENDED
+from kvmsec.rpc.errors import LIST_UNUSABLE
 from kvmsec.rpc.messages import FileRequest
 
 
@@ -63,14 +65,18 @@ async def readd(master: Master, name: str) -> Changed:
     except Fault as error:
         if not is_out_of_reach(error):
             raise
-        raise NodeSilent(
-            member.name,
-            str(error),
-            hint=f"run `kvmsec node invite {member.name} --readd` here, `kvmsec node leave` and "
-            "then `kvmsec node join` there, and this once more",
-        ) from error
+        raise NodeSilent(member.name, str(error), hint=_mended_by(member, error)) from error
     behind = await spread(master.store, master.team())
     return Changed(member=member, behind=behind, notes=await _unfit(master, member))
+
+
+def _mended_by(member: Member, error: Fault) -> str:
+    if getattr(error, "evidence", {}).get("list") == LIST_UNUSABLE:
+        return f"on {member.name} {LIST_MENDED}"
+    return (
+        f"start its daemon; where it has lost its files, run `kvmsec node invite {member.name} "
+        "--readd` here, `kvmsec node leave` and then `kvmsec node join` there, and this once more"
+    )
 
 
 async def _refresh(master: Master, member: Member) -> None:

@@ -1,8 +1,10 @@
 """Taking a node out of the cluster."""
 
+from typing import Final
+
 from attrs import evolve
 
-from kvmsec.cluster.asking import is_out_of_reach
+from kvmsec.cluster.asking import is_out_of_reach, kind_of
 from kvmsec.cluster.handing import spread
 from kvmsec.cluster.members.master import (
     Changed,
@@ -12,10 +14,18 @@ from kvmsec.cluster.members.master import (
     without_member,
 )
 from kvmsec.cluster.members.roles import key_note, require_not_master
+from kvmsec.cluster.nodes import Directory, MemberNode
 from kvmsec.cluster.operations import update
-from kvmsec.errors import NodeSilent
+from kvmsec.errors import MemberRefused, NodeSilent
 from kvmsec.linux.errors import Fault
 from kvmsec.model.cluster import Cluster, Member
+from kvmsec.pki.files import KeyFiles
+from kvmsec.store import Store
+
+_END_OF_MASTER: Final = (
+    "run `kvmsec cluster master-failover --force` on another candidate, then `kvmsec node remove` "
+    "there; a cluster of this node alone ends by `kvmsec cluster destroy`"
+)
 
 
 async def remove(master: Master, name: str, *, force: bool = False) -> Changed:
@@ -66,6 +76,50 @@ def _told(member: Member, error: Fault) -> Fault:
         member.name,
         str(error),
         hint="start its daemon; if it is gone for good, take it out with --force",
+    )
+
+
+async def require_released(store: Store, directory: Directory, files: KeyFiles) -> None:
+    """Return where this node may forget its cluster by itself.
+
+    That is where the cluster has let it go, is gone or can't be asked, and where this node's own
+    files are broken, so that it has to join anew. Raises MemberRefused for a sound member that the
+    master still has, and for the master.
+    """
+    try:
+        cluster, _ = store.load()
+        identity = store.identity()
+        files.own()
+        files.anchors()
+    except Fault:
+        return
+    member = None if cluster is None or identity is None else cluster.member(identity.uuid)
+    if cluster is None or member is None:
+        return
+    if member.uuid == cluster.master:
+        raise _sound(member, cluster, _END_OF_MASTER)
+    if await _has(directory.node(cluster.master_member)):
+        raise _sound(member, cluster, f"run `kvmsec node remove {member.name}` on the master")
+
+
+async def _has(master: MemberNode) -> bool:
+    """Whether the master has this node for a member: it may not ask, or it may as a candidate."""
+    try:
+        await master.household.info()
+    except Fault as error:
+        evidence = getattr(error, "evidence", None)
+        is_no_stranger = isinstance(evidence, dict) and evidence.get("step") == "role"
+        return kind_of(error) == "Refused" and is_no_stranger
+    except OSError:
+        return False
+    return True
+
+
+def _sound(member: Member, cluster: Cluster, instead: str) -> MemberRefused:
+    return MemberRefused(
+        f"this node is {member.name}, a sound member of the cluster {cluster.name}",
+        hint=f"{instead}; --force has it forget the cluster all the same, which the others go on "
+        "to count with",
     )
 
 

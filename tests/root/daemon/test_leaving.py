@@ -15,6 +15,7 @@ from kvmsec.rpc import messages as m
 from kvmsec.rpc.client import HttpsTransport
 from kvmsec.rpc.errors import Unreachable
 from tests.root.daemon.cluster_of_two import DEADLINE_S, ClusterOfTwo, Daemon, ends
+from tests.root.daemon.node_by_command import Node
 
 pytestmark = pytest.mark.root
 
@@ -79,6 +80,44 @@ def test_a_leave_goes_on_to_its_end_though_its_front_is_gone(
         time.sleep(0.05)
     assert left(cluster) == []
     slow.says("the front was ended by signal 9")
+
+
+def test_a_sound_member_leaves_by_force_alone(
+    master: Node, bring_in: Callable[[str], Node]
+) -> None:
+    other = bring_in("node2")
+    refused = other.run("node", "leave", "--yes")
+    assert refused.returncode == 1
+    assert "hint: run `kvmsec node remove node2` on the master" in refused.stderr
+    assert other.has("client.pem") and other.has("cluster.json")
+    assert master.codes() == set()
+    assert master.run("node", "leave", "--yes").returncode == 1
+
+    other.do("node", "leave", "--yes", "--force")
+    assert not other.has("client.pem") and not other.has("cluster.json")
+
+
+def test_a_node_that_was_taken_out_while_it_was_down_leaves_without_force(
+    master: Node, bring_in: Callable[[str], Node]
+) -> None:
+    other = bring_in("node2")
+    assert other.daemon is not None
+    other.daemon.end()
+    master.do("node", "remove", "node2", "--force")
+
+    other.do("node", "leave", "--yes")
+    assert not other.has("client.pem") and not other.has("cluster.json")
+
+
+@pytest.mark.parametrize("name", ["client.pem", "server.pem"])
+def test_a_member_that_lost_a_file_leaves_without_force(
+    master: Node, bring_in: Callable[[str], Node], name: str
+) -> None:
+    other = bring_in("node2")
+    (Path(other.root) / "var/lib/kvmsec" / name).unlink()
+
+    other.do("node", "leave", "--yes")
+    assert not other.has("cluster.json")
 
 
 def left(cluster: ClusterOfTwo) -> list[str]:

@@ -88,10 +88,11 @@ def test_the_master_is_told_how_a_list_is_mended(
     for words in (CANDIDATES_FILE, "another node's", "restart", "on node2"):
         assert words in one["hint"]
 
-    synced = master.run("cluster", "sync")
-    assert synced.returncode == 1
-    for words in ("node2", CANDIDATES_FILE, "another node's", "restart"):
-        assert words in synced.stderr
+    for command in (("cluster", "sync"), ("node", "readd", "node2")):
+        told = master.run(*command)
+        assert told.returncode == 1
+        for words in ("node2", CANDIDATES_FILE, "another node's", "restart"):
+            assert words in told.stderr
 
     put_back(path, (Paths(master.root).key_files / CANDIDATES_FILE).read_text())
     deadline = time.monotonic() + DEADLINE_S
