@@ -25,6 +25,7 @@ from hypervisor.seccomp.gate import (
 )
 from hypervisor.seccomp.library import Library, NoFilter, load_library
 from hypervisor.seccomp.rules import RULES, Rule
+from kvmsec.linux import syscalls
 
 __all__ = ["EXECVE", "IO_SETUP", "TICKET_BYTES", "Filter", "NoFilter", "find_filter"]
 
@@ -59,6 +60,20 @@ class Filter:
     def with_gate(self, ticket: bytes, absent: Sequence[int] = ()) -> bytes:
         """The whole program, for one process: see `hypervisor.seccomp.gate`."""
         return gate(ticket, absent) + self.program
+
+    def put_in_force(self, ticket: bytes, absent: Sequence[int] = ()) -> None:
+        """Hold the calling process to it for good, and try that it is: `with_gate`'s arguments.
+
+        Wants no_new_privs. Raises PermissionError where a denied call passes, and OSError.
+        """
+        syscalls.filter_system_calls(self.with_gate(ticket, absent))
+        if syscalls.seccomp_mode() != syscalls.SECCOMP_MODE_FILTER:
+            raise PermissionError("the kernel shows no filter")
+        try:
+            syscalls.unshare(0)  # Nothing at all, and nobody needs a privilege for it.
+        except PermissionError:
+            return
+        raise PermissionError("the filter is there, and lets a denied call pass")
 
 
 @frozen

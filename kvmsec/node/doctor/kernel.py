@@ -148,7 +148,7 @@ def check_filter(subject: Subject) -> Iterator[Answer]:
             yield error(f"{failure.message}: no instance can start", failure.hint)
         return
     become(_NOBODY)
-    syscalls.filter_system_calls(made.with_gate(os.urandom(TICKET_BYTES)))
+    made.put_in_force(os.urandom(TICKET_BYTES))
     yield ok(f"libseccomp {made.library}, {made.length} instructions, which the kernel takes")
 
 

@@ -261,3 +261,11 @@ def test_outside_a_pid_namespace_of_its_own_it_does_not_start(
 ) -> None:
     inside = shut_in(front_rules(), new_namespace=False)
     assert inside.hears()[0] == "own descriptors"
+
+
+def test_a_filter_that_filters_nothing_keeps_it_from_starting(
+    shut_in: Callable[..., Inside],
+) -> None:
+    rules = [rule for rule in front_rules() if "unshare" not in rule.calls]
+    step, detail = shut_in(rules).hears()
+    assert (step, detail) == ("system calls", "the filter is there, and lets a denied call pass")
