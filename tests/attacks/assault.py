@@ -10,28 +10,33 @@ from typing import Any, Final
 
 from attrs import frozen
 
-from firewall.policy import Family
+from firewall.policy import FAMILIES, LOG_BURST, Family, LogSettings
 from hypervisor.jail import NETWORK_NAMESPACE, SECCOMP
 from kvmsec.errors import KvmsecError
 from kvmsec.linux.errors import Fault
 from tests.attacks.attack import SUCCEEDED, Attack, Locks
 from tests.attacks.attacker import Answer, Attacker, Instance, Unconfined
 from tests.attacks.setting import (
+    LOG_GROUP,
     SOMEBODY,
     Setting,
     furnished,
     given_to_a_control,
     is_hurt,
     is_taken,
+    logged_without_limit,
 )
 from tests.attacks.table import ATTACKS
-from tests.cable import PEER, cabled, new_namespace
+from tests.cable import KIND, NODE, PEER, cabled, new_namespace
 from tests.kvm.lab import DOMAIN, labs
+from tests.log_group import LogGroup
 
 BRIDGE: Final = "brattacks"
 _CALLS: Final = 12
 _SILENCE_S: Final = 0.7
 """Longer than two retransmissions of TCP (0.2 and 0.4 s)."""
+_LINES_AT_MOST: Final = len(FAMILIES) * (LOG_BURST + LogSettings().per_minute)
+"""Of a flood that is over in much less than a minute; iptables counts each family by itself."""
 _SECCOMP: Final = frozenset({SECCOMP})
 
 
@@ -56,7 +61,8 @@ def carry_out(run: Run, program: Path, accelerator: str, features: Path) -> dict
     security = {"security_model": run.model}
     if run.model == "user":
         security["security_domain"] = DOMAIN
-    config = f'[uids]\nreuse_delay_s = 0\n[firewall]\nbackend = "{run.backend}"\n'
+    firewall = f'[firewall]\nbackend = "{run.backend}"\nlog_group = {LOG_GROUP}\n'
+    config = f"[uids]\nreuse_delay_s = 0\n{firewall}"
     with ExitStack() as ends:
         ends.enter_context(new_namespace())
         net = ends.enter_context(cabled())
@@ -65,6 +71,7 @@ def carry_out(run: Run, program: Path, accelerator: str, features: Path) -> dict
         lab = ends.enter_context(labs(accelerator, features))(config)
         setting = ends.enter_context(furnished(lab, net, program, **security))
         if run.locks == "nothing":
+            ends.enter_context(logged_without_limit(net, SOMEBODY))
             return _Controls(setting).try_all(run.attacks)
         return _attack_from_inside(run, setting, security)
 
@@ -129,15 +136,31 @@ class Interplay:
         if not answer.is_ready:
             return answer
         act: Callable[[], Answer] = {
-            "be-called": lambda: self._call(attacker, family),
+            "be-called": lambda: self._call(attacker, "ipv4" if "ipv4" in words else family),
+            "be-called-by-node": lambda: self._call_on_loopback(attacker, family, words[0]),
+            "be-told": lambda: self._tell(attacker, family),
             "answer-by-cookie": lambda: self._call_often(attacker, family),
             "leave-orphan": lambda: self._take_orphan(attacker, family),
+            "flood-log": lambda: self._count_lines(attacker),
             "drop-locks": lambda: self._use_what_it_held(attacker),
         }.get(what, lambda: self._look_at_victim(attacker, what.removeprefix("drain-"), answer))
         return act()
 
     def _call(self, attacker: Attacker, family: Family) -> Answer:
         with self.setting.net.dial(family, 6000):
+            return attacker.go_on()
+
+    def _call_on_loopback(self, attacker: Attacker, family: Family, address: str) -> Answer:
+        with socket.socket(KIND[family]) as dialler:
+            dialler.setblocking(False)
+            dialler.connect_ex((address, 6000))
+            return attacker.go_on()
+
+    def _tell(self, attacker: Attacker, family: Family) -> Answer:
+        with self.setting.net.at_peer():
+            teller = socket.socket(KIND[family], socket.SOCK_DGRAM)
+        with teller:
+            teller.sendto(b"x", (NODE[family], 6000))
             return attacker.go_on()
 
     def _call_often(self, attacker: Attacker, family: Family) -> Answer:
@@ -151,6 +174,21 @@ class Interplay:
             self.setting.lab.run(lambda node: node.apply_rules())
         attacker.go_on()
         return _arrived(calls)
+
+    def _count_lines(self, attacker: Attacker) -> Answer:
+        if self.has_rules:
+            # With an allowance that no attack before has used up: that there is a log must be seen.
+            self.setting.lab.run(lambda node: node.remove_rules(force=True))
+            self.setting.lab.run(lambda node: node.apply_rules())
+        with LogGroup(LOG_GROUP) as log:
+            answer = attacker.go_on()
+            lines = len(log.receive_all(_SILENCE_S))
+        if answer.word != SUCCEEDED:
+            return answer
+        said = f"{answer.found}, in {lines} lines"
+        if lines == 0:
+            return Answer("UNLOGGED", said)
+        return Answer("LIMITED" if lines <= _LINES_AT_MOST else SUCCEEDED, said)
 
     def _look_at_victim(self, attacker: Attacker, what: str, drained: Answer) -> Answer:
         hurt = is_hurt(self.setting, what)

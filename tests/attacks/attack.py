@@ -30,7 +30,8 @@ class Refusal:
 
     A signal is the one by which the kernel ended the attack. Other words are the attacker's own:
     NONE (it looked, and found nothing to use), UNSENT (nothing arrived), UNHURT (the victim noticed
-    nothing), HELD (what was to be let go is held), ENDED (the whole instance).
+    nothing), HELD (what was to be let go is held), LIMITED (a few of many were logged), ENDED (the
+    whole instance).
     """
 
     lock: str

@@ -47,11 +47,6 @@ ELSEWHERE: Final = (
         "tests/kvm/test_lifecycle.py::test_a_guest_that_floods_its_serial_line_fills_nothing_and_hides_nothing",
     ),
     Elsewhere(
-        "log-flood",
-        "rate of the log rule",
-        "tests/contract/firewall/test_guard.py::test_the_log_is_limited_for_each_uid",
-    ),
-    Elsewhere(
         "log-fill",
         "sized tmpfs",
         f"{_HOSTILE}::test_an_instance_that_fills_its_output_fills_nothing_else",

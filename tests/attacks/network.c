@@ -87,6 +87,25 @@ static void send_ping(char **words)
     succeeded("had an echo reply from %s", words[0]);
 }
 
+/* ADDRESS ADDRESS COUNT: datagrams that a packet rule drops, which tells the sender so. */
+static void flood_log(char **words)
+{
+    char *to[] = {0, "5000"};
+    int senders[2], most = atoi(words[2]);
+    for (int each = 0; each < 2; each++) {
+        to[0] = words[each];
+        senders[each] = must(socket(parse(to), SOCK_DGRAM, 0));
+        must(connect(senders[each], (void *)&address, address_size));
+    }
+    ready("has sockets");
+    for (int count = 0; count < most; count++)
+        if (send(senders[count % 2], "x", 1, 0) == 1)
+            refused_as("SENT", "no rule drops what it sends");
+        else if (errno != EPERM)
+            refused("send");
+    succeeded("was refused %d times", most);
+}
+
 static void send_raw(char **words)
 {
     int sender = must(socket(parse(words), SOCK_RAW, 253)); /* RFC 3692: for experiments */
@@ -129,12 +148,6 @@ static void open_vsock(char **words)
     succeeded("has an address on the host's vsock");
 }
 
-static void open_other_family(char **words)
-{
-    must(socket(atoi(words[0]), SOCK_DGRAM, 0));
-    succeeded("has a socket of family %s", words[0]);
-}
-
 /* Being reached: ADDRESS PORT -------------------------------------------------------------------- */
 
 static int listen_there(char **words, int backlog)
@@ -160,6 +173,19 @@ static void be_called(char **words)
     if (take_call(listener) < 0)
         refused_as("ETIMEDOUT", "nobody got through");
     succeeded("took a call");
+}
+
+static void be_told(char **words)
+{
+    char heard;
+    int listener = must(socket(parse(words), SOCK_DGRAM, 0));
+    struct pollfd end = {listener, POLLIN, 0};
+    must(bind(listener, (void *)&address, address_size));
+    ready("listens");
+    if (poll(&end, 1, PATIENCE_MS) == 0)
+        refused_as("ETIMEDOUT", "nobody got through");
+    must(recv(listener, &heard, 1, 0));
+    succeeded("was told something");
 }
 
 /* A backlog of none makes the kernel answer with cookies once two have called (tcp(7)). */
@@ -305,12 +331,14 @@ const struct attack network[] = {
     {"tcp", connect_tcp},
     {"udp", send_udp},
     {"ping", send_ping},
+    {"flood-log", flood_log},
     {"raw", send_raw},
     {"frame", send_frame},
     {"netlink", ask_by_netlink},
     {"vsock", open_vsock},
-    {"family", open_other_family},
     {"be-called", be_called},
+    {"be-called-by-node", be_called},
+    {"be-told", be_told},
     {"answer-by-cookie", answer_by_cookie},
     {"leave-orphan", leave_orphan},
     {"use-inherited", use_inherited},

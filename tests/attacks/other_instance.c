@@ -10,6 +10,7 @@
 #include <sys/inotify.h>
 #include <sys/ipc.h>
 #include <sys/ptrace.h>
+#include <sys/sem.h>
 #include <sys/shm.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -165,6 +166,15 @@ static void attach_shared_memory(char **words)
     succeeded("attached segment %d", segment);
 }
 
+/* KEY NAMESPACE */
+static void open_semaphore(char **words)
+{
+    try_to_join(words[1]);
+    int set = must(semget(strtol(words[0], 0, 16), 0, 0));
+    must(semctl(set, 0, GETVAL));
+    succeeded("read a semaphore of set %d", set);
+}
+
 /* NAME NAMESPACE */
 static void open_message_queue(char **words)
 {
@@ -309,6 +319,7 @@ const struct attack other_instance[] = {
     {"join-by-path", join_by_path},
     {"join-by-descriptor", join_by_descriptor},
     {"attach-shared-memory", attach_shared_memory},
+    {"open-semaphore", open_semaphore},
     {"open-message-queue", open_message_queue},
     {"read-key", read_key},
     {"drain-inotify", drain_inotify},

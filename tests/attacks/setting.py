@@ -24,6 +24,8 @@ from tests.cable import KIND, PEER, Net
 
 SOMEBODY: Final = 245950
 """A uid that nobody has."""
+LOG_GROUP: Final = 7
+"""Where the rules send their lines: the kernel's log has none of another network namespace."""
 _ABSTRACT: Final = "hostile-attacks"
 _SEGMENT: Final = 0x1EF5
 _USUAL_PIPE_BYTES: Final = 1 << 16  # pipe(7)
@@ -135,6 +137,7 @@ def _belongings(victim: Any) -> Iterator[None]:
         with _abstract_socket(_ABSTRACT):
             made = (
                 _libc.shmget(_SEGMENT, 4096, 0o1666),
+                _libc.semget(_SEGMENT, 1, 0o1666),
                 _libc.mq_open(_QUEUE.encode(), os.O_RDWR | os.O_CREAT, 0o666, None),
                 # add_key, to the user's keyring (x86_64)
                 _libc.syscall(248, b"user", _KEY.encode(), b"secret", 6, -4),
@@ -186,6 +189,20 @@ def _prepare_network(net: Net, ends: ExitStack) -> dict[Family, socket.socket]:
         here.bind((loopback, 5000))
         here.listen(64)
     return listeners
+
+
+@contextmanager
+def logged_without_limit(net: Net, uid: int) -> Iterator[None]:
+    """A rule that drops what a uid sends as kvmsec's do, and logs each packet of it."""
+    table = "inet unlimited"
+    net.sh("nft", f"add table {table}")
+    try:
+        net.sh("nft", f"add chain {table} output {{ type filter hook output priority 0; }}")
+        logged = f'log prefix "unlimited: " group {LOG_GROUP}'
+        net.sh("nft", f"add rule {table} output meta skuid {uid} {logged} drop")
+        yield
+    finally:
+        net.sh("nft", f"delete table {table}")
 
 
 @contextmanager

@@ -1,8 +1,4 @@
-"""The table of attacks: what is tried from inside an instance, and which lock refuses it.
-
-What the kernel answers under kvmsec's own seccomp filter is the same for all that it refuses, so
-that these answers stand here once.
-"""
+"""The table of attacks: what is tried from inside an instance, and which lock refuses it."""
 
 import shutil
 from pathlib import Path
@@ -10,24 +6,23 @@ from typing import Final
 
 from kvmsec.linux.credentials import bounding_set
 from tests.attacks.attack import Attack, Control, Refusal, Without, in_room
+from tests.attacks.networks import NETWORKS
+from tests.attacks.refusals import (
+    CAPABILITIES,
+    KILLED,
+    NETWORK,
+    NO_LOCKS,
+    NO_SUCH_CALL,
+    NOEXEC,
+    NOT_PERMITTED,
+    OPEN,
+    OWNER,
+    OWNER_OF_PROCESS,
+    PIDS,
+    TREE,
+)
 
 CAP_SYS_RESOURCE: Final = 24  # linux/include/uapi/linux/capability.h
-KILLED: Final = Refusal("seccomp", "SIGSYS")  # What QEMU never does: see hypervisor.seccomp.rules.
-NOT_PERMITTED: Final = Refusal("seccomp", "EPERM")
-NO_SUCH_CALL: Final = Refusal("seccomp", "ENOSYS")
-NO_LOCKS: Final = Refusal("seccomp", "ENOLCK")
-NO_SUCH_FAMILY: Final = Refusal("seccomp", "EAFNOSUPPORT")
-OPEN: Final = Refusal("seccomp alone", "succeeded")
-PIDS: Final = Refusal("PID namespace", "ESRCH")
-TREE: Final = Refusal("root tree", "ENOENT")
-CAPABILITIES: Final = Refusal("no capability", "EPERM")
-NETWORK: Final = Refusal("network namespace", "ENETUNREACH")
-RULES: Final = Refusal("packet rules", "EPERM")
-# The kernel tells a sender of UDP and ICMP that its packet was dropped, and others nothing.
-RULES_UNTOLD: Final = Refusal("packet rules", "ETIMEDOUT")
-NOEXEC: Final = Refusal("noexec", "EACCES")
-OWNER: Final = Refusal("uid", "EACCES")
-OWNER_OF_PROCESS: Final = Refusal("uid", "EPERM")
 
 OTHER_INSTANCE: Final = in_room(
     "another instance",
@@ -73,6 +68,12 @@ OTHER_INSTANCE: Final = in_room(
     Attack(
         "message-queue",
         "open-message-queue {queue} /proc/{pid}/ns/ipc",
+        NO_SUCH_CALL,
+        second=Refusal("IPC namespace", "ENOENT"),
+    ),
+    Attack(
+        "semaphore",
+        "open-semaphore {segment} /proc/{pid}/ns/ipc",
         NO_SUCH_CALL,
         second=Refusal("IPC namespace", "ENOENT"),
     ),
@@ -268,93 +269,6 @@ PRIVILEGES: Final = in_room(
     Attack("run-first", "run-first", CAPABILITIES),
 )
 
-UNREACHABLE_HERE: Final = Refusal("network namespace", "ENETUNREACH|EADDRNOTAVAIL")
-
-NETWORKS: Final = in_room(
-    "the network",
-    *(
-        Attack(f"tcp-{kind}", f"tcp {{{kind}}} 5000", UNREACHABLE_HERE, rules=RULES_UNTOLD)
-        for kind in ("ipv4", "ipv6", "mapped", "loopback4", "loopback6")
-    ),
-    *(
-        Attack(f"udp-{kind}", f"udp {{{kind}}} 5000", UNREACHABLE_HERE, rules=RULES)
-        for kind in ("ipv4", "ipv6", "mapped", "loopback4", "loopback6")
-    ),
-    Attack("multicast-ipv4", "udp 239.77.0.1 5000", NETWORK, rules=RULES),
-    Attack("multicast-ipv6", "udp ff0e::77 5000", UNREACHABLE_HERE, rules=RULES),
-    *(
-        Attack(
-            f"icmp-{kind}",
-            f"ping {{{kind}}}",
-            NO_SUCH_FAMILY,
-            second=Refusal("network namespace", "EACCES"),
-            rules=rules,
-        )
-        for kind, rules in (("ipv4", RULES), ("ipv6", RULES_UNTOLD))
-    ),
-    *(
-        Attack(
-            f"raw-{kind}",
-            f"raw {{{kind}}}",
-            NO_SUCH_FAMILY,
-            second=CAPABILITIES,
-            rules=CAPABILITIES,
-        )
-        for kind in ("ipv4", "ipv6")
-    ),
-    Attack("packet", "frame {wire}", NO_SUCH_FAMILY, second=CAPABILITIES, rules=CAPABILITIES),
-    Attack("netlink", "netlink", NO_SUCH_FAMILY, second=OPEN),
-    Attack("vsock", "vsock", NO_SUCH_FAMILY, second=OPEN),
-    *(
-        Attack(
-            f"inbound-{kind}",
-            f"be-called {address} 6000",
-            Refusal("network namespace", "ETIMEDOUT"),
-            rules=RULES_UNTOLD,
-        )
-        for kind, address in (("ipv4", "0.0.0.0"), ("ipv6", "::"))
-    ),
-    *(
-        Attack(
-            f"syn-cookie-{kind}",
-            f"answer-by-cookie {address} 6000",
-            Refusal("network namespace", "UNSENT"),
-            rules=Refusal("packet rules", "UNSENT"),
-        )
-        for kind, address in (("ipv4", "0.0.0.0"), ("ipv6", "::"))
-    ),
-    *(
-        Attack(
-            f"orphan-{kind}",
-            f"leave-orphan {{{kind}}} 5000",
-            UNREACHABLE_HERE,
-            rules=Refusal("packet rules", "UNSENT"),
-        )
-        for kind in ("ipv4", "ipv6")
-    ),
-    Attack(
-        "inherited-socket",
-        "use-inherited",
-        Refusal("descriptors", "NONE"),
-        rules=Refusal("descriptors", "NONE"),
-    ),
-    Attack("open-tun", "open-to-write /dev/net/tun", TREE),
-    Attack(
-        "second-tap",
-        "second-tap",
-        Refusal("descriptors", "EEXIST"),
-        rules=Refusal("descriptors", "EEXIST"),
-    ),
-    Attack("log-by-tap", "log-by-tap", NOT_PERMITTED, second=OPEN),
-    # Behind these: the record names the tap, and the node takes it back whatever has become of it.
-    *(
-        Attack(name, name, NOT_PERMITTED, second=OPEN)
-        for name in ("persist-tap", "give-tap", "group-of-tap", "address-of-tap")
-    ),
-    Attack("namespace-of-tap", "namespace-of-tap", CAPABILITIES, rules=CAPABILITIES),
-    Attack("namespace-of-socket", "namespace-of-socket", CAPABILITIES, rules=CAPABILITIES),
-)
-
 LAUNCHER: Final = in_room(
     "the launcher",
     *(
@@ -386,6 +300,13 @@ RESOURCES: Final = in_room(
     # The second lock would be the control group's, and the kernel charges it nothing for these.
     Attack("lock-hog", "hog-locks 2000", NO_LOCKS, second=OPEN),
     Attack("aio-hog", "hog-requests 128", NO_SUCH_CALL, second=OPEN),
+    Attack(
+        "log-flood",
+        "flood-log {ipv4} {ipv6} 2000",
+        NETWORK,
+        rules=Refusal("rate of the log rule", "LIMITED"),
+        control=Control(attacker="somebody"),
+    ),
     Attack("fork-bomb", "fork-bomb 4000", Refusal("control group", "EAGAIN")),
     # The last: it may end the whole instance.
     Attack("memory-hog", "hog-memory 2048", Refusal("control group", "SIGKILL|ENDED|ENOMEM")),

@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import socket
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from firewall.errors import BackendUnavailable, NotProved, PolicyError
 from firewall.guard import Firewall
 from firewall.policy import FAMILIES, Policy
 from kvmsec.linux.children import start_child
+from tests.log_group import Line, LogGroup
 
 pytestmark = [pytest.mark.root, pytest.mark.netfilter]
 
@@ -251,78 +250,24 @@ def test_show_says_that_a_dormant_table_holds_nothing(host):
     assert firewall.show()["families"] == []
 
 
-class LogGroup:
-    """The receiving end of NFLOG (linux/netfilter/nfnetlink_log.h)."""
-
-    def __init__(self, group: int) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
-        self._socket.bind((0, 0))
-        self._socket.settimeout(2)
-        # NFULNL_CFG_CMD_BIND, then copy no payload, and send after 0.1 s what has come.
-        self._configure(group, 1, struct.pack("=B", 1))
-        self._configure(group, 2, struct.pack(">IBx", 0, 1))
-        self._configure(group, 4, struct.pack(">I", 10))
-
-    def _configure(self, group: int, kind: int, value: bytes) -> None:
-        attribute = struct.pack("=HH", 4 + len(value), kind) + value
-        attribute += b"\0" * (-len(attribute) % 4)
-        body = struct.pack(">BBH", 0, 0, group) + attribute
-        # NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG, NLM_F_REQUEST | NLM_F_ACK
-        header = struct.pack("=IHHII", 16 + len(body), 4 << 8 | 1, 5, 1, 0)
-        self._socket.send(header + body)
-        assert struct.unpack_from("=i", self._socket.recv(4096), 16) == (0,)
-
-    def receive(self, within_s: float = 2) -> list[tuple[str, int]]:
-        """The prefix and the uid of each packet that was logged, as far as one message has them.
-
-        The kernel sends several at once.
-        """
-        self._socket.settimeout(within_s)
-        data = self._socket.recv(65536)
-        lines = []
-        start = 0
-        while start + 16 <= len(data):
-            size, kind = struct.unpack_from("=IH", data, start)
-            if kind == 4 << 8:  # NFULNL_MSG_PACKET
-                found = self._attributes(data[start + 20 : start + size])
-                lines.append((found[10].rstrip(b"\0").decode(), int.from_bytes(found[11], "big")))
-            start += size + (-size % 4)
-        return lines
-
-    @staticmethod
-    def _attributes(data: bytes) -> dict[int, bytes]:
-        attributes = {}
-        offset = 0
-        while offset + 4 <= len(data):
-            size, kind = struct.unpack_from("=HH", data, offset)
-            attributes[kind] = data[offset + 4 : offset + size]
-            offset += size + (-size % 4)
-        return attributes
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_log_group_gets_the_prefix_and_the_uid(net, firewall, family):
-    log = LogGroup(7)
-    firewall.apply(net.policy(prefix="refused by us: ", group=7))
-    net.send(net.uid, family)
-    assert log.receive() == [("refused by us: ", net.uid)]
+    with LogGroup(7) as log:
+        firewall.apply(net.policy(prefix="refused by us: ", group=7))
+        net.send(net.uid, family)
+        assert log.receive() == [Line("refused by us: ", net.uid)]
 
 
 def test_the_log_is_limited_for_each_uid(net, firewall):
     """One range holds both uids: only nftables can tell them apart."""
-    log = LogGroup(7)
-    firewall.apply(net.policy(group=7, per_minute=1))
-    for _ in range(20):
-        net.send(220001, "ipv4")
-    net.send(220002, "ipv4")
-    lines = []
-    while True:
-        try:
-            lines += [uid for _, uid in log.receive(within_s=1)]
-        except TimeoutError:
-            break
-    assert 5 <= lines.count(220001) <= 6
-    assert lines.count(220002) == (1 if firewall.setting == "nftables" else 0)
+    with LogGroup(7) as log:
+        firewall.apply(net.policy(group=7, per_minute=1))
+        for _ in range(20):
+            net.send(220001, "ipv4")
+        net.send(220002, "ipv4")
+        uids = [line.uid for line in log.receive_all()]
+    assert 5 <= uids.count(220001) <= 6
+    assert uids.count(220002) == (1 if firewall.setting == "nftables" else 0)
 
 
 def test_two_starts_at_once_prove_their_uids(host, firewall):
