@@ -89,7 +89,7 @@ class _Daemon:
             self._handle_signals(keeper)
             watching = asyncio.create_task(self._report_events())
             self._report_found(began)
-            self._follow_state()
+            await self._follow_state()
             await keeper.refresh()
             self._report_serving(keeper)
             local = asyncio.create_task(root_part.serve_local(listener))
@@ -116,7 +116,7 @@ class _Daemon:
             return [one.dup() for one in self._given]  # What systemd gave is given once.
         return listen_on(self._binds or self._node.host.config.node.bind)
 
-    def _follow_state(self) -> None:
+    async def _follow_state(self) -> None:
         """Bring the list of candidates and the packet rules up to the state, before READY.
 
         A boot has taken the rules, and a daemon that was killed may have left either undone. Where
@@ -130,7 +130,7 @@ class _Daemon:
             self._say(f"the list of candidates is left as it is: {error.message}")
         try:
             if host.store.load()[0] is not None:
-                host.rules.sync()
+                await host.rules.sync()
         except (Fault, OSError) as error:
             self._say(f"the packet rules are left as they are: {error}")
 

@@ -90,7 +90,7 @@ async def dismantle(host: Host, record: InstanceRecord) -> Remains:
         quarantined = await _release_uid(host, record)
     image_holdings.withdraw(host.paths, record)
     remove_files(host, record.name)
-    _settle_rules(host, record.name)
+    await _settle_rules(host, record.name)
     return Remains(ended, oom_kills, words, quarantined)
 
 
@@ -204,10 +204,10 @@ def _leases_of(host: Host, record: InstanceRecord) -> list[LeaseKey]:
     ]
 
 
-def _settle_rules(host: Host, name: str) -> None:
+async def _settle_rules(host: Host, name: str) -> None:
     """Let go of a `user` model's uid; when that fails, rules that forbid too much do no harm."""
     try:
-        host.rules.settle()
+        await host.rules.settle()
     except (Fault, OSError) as error:
         problem = f"the packet rules still hold what they held before: {error}"
         journal.note(host.paths.instance_log(name), problem)

@@ -265,13 +265,13 @@ class _Start:
         self.record = evolve(self.record, cgroups=group.paths)
         limits.require(group.lacks, config.confinement.may_be_missing)
 
-    def fork(self) -> None:
+    async def fork(self) -> None:
         """Have the rules proved by the child that will be QEMU: it is forked in the proof."""
         if self.security.model is SecurityModel.NONE:
             self._spawn(None)
         else:
             uid, gid = self.identity.uid, self.identity.credentials.gid
-            self.host.rules.prove(uid, gid, carrier=self._testify)
+            await self.host.rules.prove(uid, gid, carrier=self._testify)
 
     def _testify(self, send: process.Witness) -> Any:
         return self._spawn(send).testimony(canary.DEADLINE_S)

@@ -175,7 +175,7 @@ class LocalNode:
     async def apply_rules(self) -> None:
         """Put this root's packet rules in place. Raises FirewallError."""
         await self.reconcile()
-        self.host.rules.apply()
+        await self.host.rules.apply()
 
     async def verify_rules(self) -> tuple[Finding, ...]:
         """Hold the packet rules against what they must be; each way in which they differ."""
@@ -192,7 +192,7 @@ class LocalNode:
             guarded = [one.name for one in records.every(self.host.paths) if one.uid]
             if guarded:
                 raise InstancesRun(guarded)
-        self.host.rules.remove()
+        await self.host.rules.remove()
 
     async def doctor(self) -> tuple[Finding, ...]:
         """Whether this host is ready, check by check; reads only."""
@@ -269,7 +269,7 @@ class LocalNode:
 
         self.host.prepare()
         write_candidates(self.host.paths, self.host.store)
-        self.host.rules.sync()
+        await self.host.rules.sync()
 
     async def forget_resting(self) -> None:
         """Forget which uids of this root rest; what is leased or quarantined is kept."""

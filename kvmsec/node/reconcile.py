@@ -44,7 +44,7 @@ async def reconcile(host: Host, alive: Collection[ProcessId] = frozenset()) -> t
                 done += await _settle(host, name)
     done += await _release_orphaned_uids(host, {one.uid for one in running if one.uid})
     done += await _remove_leaks(host)
-    done += _settle_rules(host)
+    done += await _settle_rules(host)
     done += _remove_unfinished(host)
     return tuple(done)
 
@@ -60,9 +60,9 @@ def _running(host: Host, name: str, alive: Collection[ProcessId]) -> InstanceRec
     return record if record.process in alive or is_true(record) else None
 
 
-def _settle_rules(host: Host) -> list[str]:
+async def _settle_rules(host: Host) -> list[str]:
     try:
-        host.rules.settle()
+        await host.rules.settle()
     except (Fault, OSError) as error:
         return [f"packet rules: left as they are: {error}"]
     return []

@@ -1,5 +1,7 @@
 """The packet rules of this node: which uids they must hold, and the proof before a start."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -11,11 +13,13 @@ from kvmsec.config import FirewallSettings
 from kvmsec.linux.files import read_bounded, remove_file, replace_atomically
 from kvmsec.linux.locks import FileLock
 from kvmsec.node import records
+from kvmsec.node.waiting import acquire
 from kvmsec.paths import Paths
 from kvmsec.store import Store
 from uidpool.ranges import EMPTY, UidRanges
 
 _LIMIT_BYTES: Final = 1 << 22
+_LOCK_TIMEOUT_S: Final = 60.0
 
 
 class Rules:
@@ -23,6 +27,9 @@ class Rules:
 
     What was applied last is noted, so that a start finds out without reading the kernel's rules
     whether they have to change; whether they *hold* is for the canary alone.
+
+    While another process proves or changes them the event loop runs on; what is done then is done
+    in place. Who waits for longer than a minute is told LockBusy.
     """
 
     def __init__(self, paths: Paths, settings: FirewallSettings, store: Store) -> None:
@@ -41,30 +48,30 @@ class Rules:
             wanted |= self._noted_uids()
         return Policy(wanted.ranges, self._log, self._paths.tag)
 
-    def prove(self, uid: int, gid: int, carrier: Carrier) -> None:
+    async def prove(self, uid: int, gid: int, carrier: Carrier) -> None:
         """Return once a packet has proved that this uid can't send; else raise NotProved.
 
         The carrier sends the first one: see `Firewall.prove`.
         """
-        with self._lock():
+        async with self._turn():
             policy = self.policy()
             if self._noted() != _note_of(policy):
                 self._apply(policy)
             self.firewall.prove(uid, gid, policy, carrier=carrier)
 
-    def apply(self) -> None:
+    async def apply(self) -> None:
         """Put the rules in place, whatever is there now. Raises FirewallError."""
-        with self._lock():
+        async with self._turn():
             self._apply(self.policy())
 
-    def sync(self) -> None:
+    async def sync(self) -> None:
         """Make the rules hold what they must, and no more: without a uid no rule is left."""
-        with self._lock():
+        async with self._turn():
             self._sync()
 
-    def settle(self) -> None:
+    async def settle(self) -> None:
         """After an instance's end: change the rules if that changed what they must hold."""
-        with self._lock():
+        async with self._turn():
             if self._noted() not in (None, _note_of(self.policy())):
                 self._sync()
 
@@ -87,9 +94,9 @@ class Rules:
         else:
             self._remove()
 
-    def remove(self) -> None:
+    async def remove(self) -> None:
         """Take this root's rules away, all of them. Raises FirewallError."""
-        with self._lock():
+        async with self._turn():
             self._remove()
 
     def _apply(self, policy: Policy) -> None:
@@ -117,8 +124,15 @@ class Rules:
         uids, _, _ = (self._noted() or "").partition("\n")
         return UidRanges.parse(uids)
 
-    def _lock(self) -> FileLock:
-        return FileLock(self._paths.run / "rules.lock")
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """The right to prove and change the rules: nothing is awaited within."""
+        lock = FileLock(self._paths.run / "rules.lock")
+        await acquire(lock, _LOCK_TIMEOUT_S)
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def _note_of(policy: Policy) -> str:

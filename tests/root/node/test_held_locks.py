@@ -1,0 +1,102 @@
+"""A lock that another process holds keeps one task waiting, and not the others of its loop."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TypeVar
+from uuid import UUID
+
+import pytest
+
+from kvmsec.linux import command
+from kvmsec.linux.children import Child, run_in_child, start_child
+from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.locks import FileLock
+from kvmsec.model.cluster import Cluster, Member, Role
+from kvmsec.node.host import Host
+from kvmsec.node.rules import Rules
+from kvmsec.paths import Paths
+from tests.cable import new_namespace
+from uidpool.ranges import EMPTY, UidRanges
+
+pytestmark = [pytest.mark.root, pytest.mark.netfilter]
+
+T = TypeVar("T")
+HELD_S: Final = 0.5
+UID: Final = 211150
+HERE: Final = UUID(int=1)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[Child]:
+    """Another process has the lock, for as long as it is let live."""
+    reader, writer = os.pipe()
+
+    def hold() -> None:
+        with FileLock(path):
+            os.write(writer, b"!")
+            signal.pause()
+
+    with start_child(hold, what="the holder", keep=[writer]) as holder:
+        os.close(writer)
+        said = os.read(reader, 1)
+        os.close(reader)
+        assert said == b"!"
+        yield holder
+
+
+def waited_for(path: Path, work: Callable[[], Awaitable[T]]) -> T:
+    """What the work comes to that wants a lock, which only another task of its loop has freed."""
+
+    async def act() -> T:
+        with held(path) as holder:
+            working = asyncio.ensure_future(work())
+            await asyncio.sleep(HELD_S)
+            assert not working.done(), "it didn't wait for the lock"
+            holder.close()
+            return await working
+
+    return asyncio.run(act())
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """A node with a pool of one uid, in a network namespace of its own."""
+    host = Host(Paths(tmp_path))
+    host.prepare()
+    cluster = Cluster(
+        name="trial",
+        uuid=UUID(int=2),
+        uid_pool=UidRanges.of((UID, UID)),
+        draining=EMPTY,
+        security_model=None,
+        nodes=(Member("here", uuid=HERE, address="::1", role=Role.CANDIDATE),),
+        master=HERE,
+        created_at=datetime(2026, 11, 21, tzinfo=UTC),
+    )
+    host.store.save(cluster, 0)
+    with new_namespace():
+        command.run(["ip", "link", "set", "lo", "up"], timeout_s=10)
+        yield host
+
+
+def _prove(rules: Rules) -> Awaitable[None]:
+    def carry(send: Callable[[], object]) -> object:
+        return run_in_child(
+            send, what="the canary", timeout_s=10, credentials=Credentials(UID, UID)
+        )
+
+    return rules.prove(UID, UID, carry)
+
+
+@pytest.mark.parametrize("work", [_prove, Rules.apply, Rules.sync, Rules.settle, Rules.remove])
+def test_the_loop_runs_on_while_another_process_has_the_rules(
+    host: Host, work: Callable[[Rules], Awaitable[None]]
+) -> None:
+    waited_for(host.paths.run / "rules.lock", lambda: work(host.rules))
+    is_there = host.rules.firewall.show()["backend"] is not None
+    assert is_there == (work not in (Rules.settle, Rules.remove))
