@@ -1,6 +1,6 @@
 """Draw a uid, hold it, release it: at most one holder on a node, whatever crashes when.
 
-To look at a uid, to clean it and to wait for another release of it can take long; the rest takes
+To look at a uid, to clean it and to wait for who has a lock can take long; the rest takes
 milliseconds. So each of these is in steps (`uidpool.steps`), for who runs an event loop;
 `uidpool.waiting` does them in one go.
 
@@ -50,8 +50,8 @@ __all__ = [
     "UidState",
 ]
 
-RELEASE_TIMEOUT_S: Final = 60.0
-"""How long a release waits for another one of the same uid."""
+LOCK_TIMEOUT_S: Final = 60.0
+"""How long is waited for another release of the same uid, and for another change of the records."""
 _ATTEMPTS: Final = 8
 
 
@@ -131,7 +131,7 @@ class Claims:
         reasons: dict[int, str] = {}
         for _ in range(_ATTEMPTS):
             try:
-                lease = self._lease_one(pool, instance, generation, reuse_delay_s)
+                lease = yield from self._lease_one(pool, instance, generation, reuse_delay_s)
             except PoolExhausted as exhausted:
                 if reasons:
                     raise NoCleanUid(reasons) from exhausted
@@ -139,7 +139,7 @@ class Claims:
             try:
                 found: Verdict = yield Look(lease.uid)
             except BaseException:
-                self._give_back(lease)
+                yield from self._give_back(lease)
                 raise
             if found.is_clean:
                 return lease
@@ -147,17 +147,17 @@ class Claims:
             if found.is_obscured:
                 # What stopped this look would stop the next. Whoever fills a shared directory must
                 # not use the pool up as well, a uid with each start that he keeps from happening.
-                self._give_back(lease)
+                yield from self._give_back(lease)
                 break
-            self._quarantine(lease, found.reason)
+            yield from self._quarantine(lease, found.reason)
             if found.is_incomplete:
                 break
         raise NoCleanUid(reasons)
 
     def _lease_one(
         self, uids: UidRanges, instance: str, generation: str, reuse_delay_s: float
-    ) -> Lease:
-        with self._ledger.changing() as occupation:
+    ) -> Work[Lease]:
+        with (yield from self._ledger.changing()) as occupation:
             key = partial(LeaseKey, instance=instance, generation=generation)
             with contextlib.suppress(PoolExhausted):
                 if lease := self._try_lease(occupation, uids, key, reuse_delay_s):
@@ -196,9 +196,9 @@ class Claims:
             reuse_delay_s=max(reuse_delay_s, 0.0),
         )
 
-    def _give_back(self, lease: Lease) -> None:
+    def _give_back(self, lease: Lease) -> Work[None]:
         """Nobody has used the uid yet: it is as free as before."""
-        with self._ledger.changing():
+        with (yield from self._ledger.changing()):
             self._ledger.remove_lease(lease.uid)
 
     # --- release
@@ -217,8 +217,8 @@ class Claims:
                 return self._earlier_outcome(key)
             left: Verdict = yield Clean(key.uid)
             if not left.is_clean:
-                return self._quarantine(lease, left.reason)
-            with self._ledger.changing() as occupation:
+                return (yield from self._quarantine(lease, left.reason))
+            with (yield from self._ledger.changing()) as occupation:
                 self._remove_rests(occupation, key.uid)
                 if lease.reuse_delay_s > 0:
                     self._ledger.create_rest(key.uid, lease.reuse_delay_s, lease.root)
@@ -251,7 +251,7 @@ class Claims:
                 lease = self._ledger.lease(uid)
             except RecordUnreadable as unreadable:
                 found: Verdict = yield Look(uid)
-                return self._retry_unreadable(uid, unreadable, found)
+                return (yield from self._retry_unreadable(uid, unreadable, found))
             if lease is not None:
                 raise UidHeld(uid, f"instance {lease.instance!a} (root {lease.root!a})")
             if self._ledger.quarantine_of(uid) is None:
@@ -261,16 +261,16 @@ class Claims:
             left: Verdict = yield Clean(uid)
             if not left.is_clean:
                 return Quarantined(left.reason)
-            with self._ledger.changing():
+            with (yield from self._ledger.changing()):
                 self._ledger.remove_quarantine(uid)
             return Released()
 
     def _retry_unreadable(
         self, uid: int, unreadable: RecordUnreadable, found: Verdict
-    ) -> Released | Quarantined:
+    ) -> Work[Released | Quarantined]:
         if not found.is_clean:
             return Quarantined(f"{unreadable.message}; it still has: {found.reason}")
-        with self._ledger.changing():
+        with (yield from self._ledger.changing()):
             self._ledger.remove_quarantine(uid)
             self._ledger.remove_lease(uid)
         return Released()
@@ -281,7 +281,7 @@ class Claims:
             return Quarantined(found.reason)
         return Released()
 
-    def _quarantine(self, lease: Lease, reason: str) -> Quarantined:
+    def _quarantine(self, lease: Lease, reason: str) -> Work[Quarantined]:
         record = Quarantine(
             uid=lease.uid,
             reason=reason,
@@ -290,7 +290,7 @@ class Claims:
             root=lease.root,
             since=datetime.now(UTC),
         )
-        with self._ledger.changing():
+        with (yield from self._ledger.changing()):
             self._ledger.write_quarantine(record)
             self._ledger.remove_lease(lease.uid)
         return Quarantined(reason)
@@ -322,7 +322,7 @@ class Claims:
             case Clean(uid):
                 return Verdict.of(self._clean(uid))
             case lock:
-                lock.acquire(RELEASE_TIMEOUT_S)
+                lock.acquire(LOCK_TIMEOUT_S)
                 return None
 
     # --- what is known
@@ -365,16 +365,16 @@ class Claims:
 
     # --- the end of a cluster
 
-    def forget_resting(self) -> None:
+    def forgetting_resting(self) -> Work[None]:
         """Drop the rests of this root's uids: for when its cluster is destroyed."""
-        with self._ledger.changing() as occupation:
+        with (yield from self._ledger.changing()) as occupation:
             for rest in occupation.rests():
                 if self._ledger.is_rest_of(rest, self.root):
                     self._ledger.remove_rest(rest)
 
-    def remove_if_unused(self) -> bool:
+    def removing_if_unused(self) -> Work[bool]:
         """Remove the directories if no root of this node has a record there; whether it did."""
-        return self._ledger.remove_if_unused()
+        return self._ledger.removing_if_unused()
 
 
 def _taking(lock: FileLock) -> Work[None]:

@@ -11,6 +11,7 @@ import time
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
 from copy import copy
 from datetime import UTC, datetime
 from itertools import filterfalse
@@ -39,8 +40,8 @@ from uidpool.records import (
     read_quarantine,
     uids_of_names,
 )
+from uidpool.steps import Work
 
-_LOCK_TIMEOUT_S: Final = 30.0
 _PURGED_AT_ONCE: Final = 256
 # What a writer that was killed leaves; all writers hold the lock, so whoever has it may remove it.
 _UNFINISHED: Final = re.compile(rb"\.[0-9.]+\.[0-9a-f]{16}")
@@ -68,14 +69,18 @@ class Ledger:
 
     # --- locks
 
-    @contextlib.contextmanager
-    def changing(self) -> Iterator[Occupation]:
-        """Hold the lock under which records change; gives what there is once it is tidied.
+    def changing(self) -> Work[AbstractContextManager[Occupation]]:
+        """Take the lock under which records change: the context that comes of it holds it.
 
-        Which uids are leased may come from a summary (see `index`); `listed` asks the directory.
-        Raises LockBusy after half a minute, RecordNotWritten, UntrustedPath.
+        It gives what there is once it is tidied. Which uids are leased may come from a summary
+        (see `index`); `listed` asks the directory. No step may be yielded within. Raises LockBusy,
+        RecordNotWritten, UntrustedPath.
         """
-        lock = self._lock()
+        lock = yield from self._taking()
+        return self._holding(lock)
+
+    @contextlib.contextmanager
+    def _holding(self, lock: FileLock) -> Iterator[Occupation]:
         try:
             self._leased = self._index.load()
             before = copy(self._leased)
@@ -107,17 +112,17 @@ class Ledger:
         finally:
             lock.discard()
 
-    def _lock(self) -> FileLock:
+    def _taking(self) -> Work[FileLock]:
         lock = FileLock(self._locks / "records")
         places = (self._leases, self._locks, self._state, self._resting, self._quarantine)
         while True:
             with writing(lock.path), contextlib.suppress(FileNotFoundError):
                 for place in places:
                     make_private_directory(place)
-                lock.acquire(_LOCK_TIMEOUT_S)
+                yield lock
                 if self._resting.is_dir() and self._quarantine.is_dir():
                     return lock
-            # `remove_if_unused` was at work in between: make the directories again.
+            # `removing_if_unused` was at work in between: make the directories again.
             lock.release()
 
     def _occupation(self) -> Occupation:
@@ -251,9 +256,9 @@ class Ledger:
 
     # --- the end
 
-    def remove_if_unused(self) -> bool:
+    def removing_if_unused(self) -> Work[bool]:
         """Remove the directories when they hold no record."""
-        lock = self._lock()
+        lock = yield from self._taking()
         try:
             places = (self._leases, self._resting, self._quarantine)
             if any(name[0] != "." for place in places for name in os.listdir(place)):

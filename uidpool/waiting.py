@@ -30,3 +30,11 @@ class WaitingClaims(Claims):
     def retry(self, uid: int) -> Released | Quarantined:
         """As `Claims.retrying`."""
         return carry_out(self.retrying(uid), self.take)
+
+    def forget_resting(self) -> None:
+        """As `Claims.forgetting_resting`."""
+        carry_out(self.forgetting_resting(), self.take)
+
+    def remove_if_unused(self) -> bool:
+        """As `Claims.removing_if_unused`."""
+        return carry_out(self.removing_if_unused(), self.take)

@@ -83,6 +83,11 @@ class FileLock:
             os.close(descriptor)
             raise
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this object has the lock."""
+        return self._descriptor is not None
+
     def fileno(self) -> int:
         """The descriptor of the lock while it is held: it is free once nobody has this open."""
         if self._descriptor is None:

@@ -1,8 +1,9 @@
 """Drawing and releasing uids while the event loop runs on.
 
 What is quick is done in place: the records, and a look of a few milliseconds that proves most uids
-clean. What may take long is done in a child process, or waited for: another release of the same
-uid, a look through many files, and the cleaning of a uid that has something.
+clean. What may take long is done in a child process, or waited for: another process that changes
+the records or releases the same uid, a look through many files, and the cleaning of a uid that has
+something.
 """
 
 from typing import Any, Final, TypeVar
@@ -13,7 +14,7 @@ from kvmsec.linux.children import start_child
 from kvmsec.linux.errors import ChildFailed, ChildTimedOut
 from kvmsec.linux.locks import FileLock
 from kvmsec.node.waiting import acquire, collect
-from uidpool.claims import RELEASE_TIMEOUT_S, Claims, Lease, LeaseKey, Quarantined, Released
+from uidpool.claims import LOCK_TIMEOUT_S, Claims, Lease, LeaseKey, Quarantined, Released
 from uidpool.files import let_look_deep
 from uidpool.ranges import UidRanges
 from uidpool.steps import Clean, Look, Step, Verdict, Work
@@ -47,15 +48,22 @@ async def retry(claims: Claims, uid: int) -> Released | Quarantined:
     return await _carry_out(claims, claims.retrying(uid))
 
 
+async def forget_resting(claims: Claims) -> None:
+    """Forget which uids of the root rest, and all that is there where nothing else is."""
+    await _carry_out(claims, claims.forgetting_resting())
+    await _carry_out(claims, claims.removing_if_unused())
+
+
 async def _carry_out(claims: Claims, work: Work[_T]) -> _T:
     """`uidpool.steps.carry_out` for an event loop; a cancellation is the work's to undo, too."""
-    lock: FileLock | None = None
+    locks: list[FileLock] = []
     try:
         step = next(work)
         while True:
             try:
-                answer = await _take(claims, step, lock)
-                lock = step if isinstance(step, FileLock) else lock
+                answer = await _take(claims, step, [one for one in locks if one.is_held])
+                if isinstance(step, FileLock):
+                    locks.append(step)
             except BaseException as error:
                 step = work.throw(error)
             else:
@@ -65,14 +73,14 @@ async def _carry_out(claims: Claims, work: Work[_T]) -> _T:
         return result
 
 
-async def _take(claims: Claims, step: Step, lock: FileLock | None) -> Verdict | None:
+async def _take(claims: Claims, step: Step, held: list[FileLock]) -> Verdict | None:
     if isinstance(step, FileLock):
-        await acquire(step, RELEASE_TIMEOUT_S)
+        await acquire(step, LOCK_TIMEOUT_S)
         return None
     if is_evidently_clean(step.uid):
         return Verdict(is_clean=True, reason="nothing")
     try:
-        return await _take_in_child(claims, step, lock)
+        return await _take_in_child(claims, step, held)
     except (ChildFailed, ChildTimedOut) as error:
         if isinstance(step, Look):
             raise
@@ -80,8 +88,8 @@ async def _take(claims: Claims, step: Step, lock: FileLock | None) -> Verdict | 
         return Verdict(is_clean=False, reason=error.message, is_incomplete=True)
 
 
-async def _take_in_child(claims: Claims, step: Look | Clean, lock: FileLock | None) -> Verdict:
-    """Have a child take it that holds the lock of the whole work, too.
+async def _take_in_child(claims: Claims, step: Look | Clean, held: list[FileLock]) -> Verdict:
+    """Have a child take it that holds the locks of the whole work, too.
 
     Where the launcher is killed, nobody else cleans the uid, and gives it away as clean, before
     this child has ended as well.
@@ -92,6 +100,6 @@ async def _take_in_child(claims: Claims, step: Look | Clean, lock: FileLock | No
         return msgspec.to_builtins(claims.take(step))
 
     doing = "cleaning" if isinstance(step, Clean) else "looking at"
-    keep = () if lock is None else (lock.fileno(),)
+    keep = [one.fileno() for one in held]
     child = start_child(take, what=f"{doing} uid {step.uid}", keep=keep)
     return msgspec.convert(await collect(child, CLEANING_TIMEOUT_S), Verdict)

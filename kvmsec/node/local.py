@@ -273,8 +273,9 @@ class LocalNode:
 
     async def forget_resting(self) -> None:
         """Forget which uids of this root rest; what is leased or quarantined is kept."""
-        self.host.claims.forget_resting()
-        self.host.claims.remove_if_unused()
+        from kvmsec.node import leasing
+
+        await leasing.forget_resting(self.host.claims)
 
     @asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[None]:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
@@ -17,11 +17,14 @@ from kvmsec.linux.children import Child, run_in_child, start_child
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.locks import FileLock
 from kvmsec.model.cluster import Cluster, Member, Role
+from kvmsec.node import leasing
 from kvmsec.node.host import Host
 from kvmsec.node.rules import Rules
 from kvmsec.paths import Paths
 from tests.cable import new_namespace
+from uidpool.claims import Claims, Lease, Released
 from uidpool.ranges import EMPTY, UidRanges
+from uidpool.steps import carry_out
 
 pytestmark = [pytest.mark.root, pytest.mark.netfilter]
 
@@ -63,6 +66,9 @@ def waited_for(path: Path, work: Callable[[], Awaitable[T]]) -> T:
     return asyncio.run(act())
 
 
+# --- the packet rules
+
+
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
     """A node with a pool of one uid, in a network namespace of its own."""
@@ -100,3 +106,43 @@ def test_the_loop_runs_on_while_another_process_has_the_rules(
     waited_for(host.paths.run / "rules.lock", lambda: work(host.rules))
     is_there = host.rules.firewall.show()["backend"] is not None
     assert is_there == (work not in (Rules.settle, Rules.remove))
+
+
+# --- the records of uids
+
+
+@pytest.fixture
+def claims(reaper_uid: int, tmp_path: Path) -> Claims:
+    return Claims(tmp_path / "run", tmp_path / "lib", root="/")
+
+
+def draw_from(claims: Claims, uid: int) -> Coroutine[None, None, Lease]:
+    pool = UidRanges.of((uid, uid))
+    return leasing.draw(claims, pool, instance="vm", generation="g1", reuse_delay_s=0)
+
+
+def test_the_loop_runs_on_while_another_process_has_the_records(
+    claims: Claims, uid: int, tmp_path: Path
+) -> None:
+    records = tmp_path / "run/.locks/records"
+    carry_out(claims.forgetting_resting(), claims.take)  # It makes the directories.
+    lease = waited_for(records, lambda: draw_from(claims, uid))
+    assert waited_for(records, lambda: leasing.release(claims, lease.key)) == Released()
+    assert claims.states() == ()
+
+
+def test_a_draw_that_is_cancelled_while_it_waits_for_the_records_has_drawn_nothing(
+    claims: Claims, uid: int, tmp_path: Path
+) -> None:
+    async def act() -> None:
+        with held(tmp_path / "run/.locks/records"):
+            drawing = asyncio.ensure_future(draw_from(claims, uid))
+            await asyncio.sleep(0.1)
+            drawing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await drawing
+
+    carry_out(claims.forgetting_resting(), claims.take)
+    asyncio.run(act())
+    assert claims.states() == ()
+    assert asyncio.run(draw_from(claims, uid)).uid == uid
