@@ -70,22 +70,27 @@ static void leave_behind(char **words)
     succeeded("left %d things", count);
 }
 
+/* KEYRING: whether the key is in it, which may be searched once it is linked to. */
+static int has_key(long keyring)
+{
+    syscall(SYS_keyctl, KEYCTL_LINK, keyring, KEY_SPEC_PROCESS_KEYRING);
+    return syscall(SYS_keyctl, KEYCTL_SEARCH, keyring, "user", "left-behind", 0) >= 0;
+}
+
 /* PLACE: what an earlier holder of the uid left. */
 static void find_behind(char **words)
 {
     char path[4096];
+    int count = 0;
     snprintf(path, sizeof path, "%s/set-uid", words[0]);
-    if (access(path, F_OK) == 0)
-        succeeded("found %s", path);
-    long kept = syscall(SYS_keyctl, KEYCTL_GET_PERSISTENT, -1, KEY_SPEC_PROCESS_KEYRING);
-    if (syscall(SYS_keyctl, KEYCTL_SEARCH, kept, "user", "left-behind", 0) >= 0 ||
-        syscall(SYS_keyctl, KEYCTL_SEARCH, KEY_SPEC_USER_KEYRING, "user", "left-behind", 0) >= 0)
-        succeeded("found a key");
-    if (shmget(0x1ef7, 0, 0) >= 0)
-        succeeded("found shared memory");
-    if (mq_open("/left-behind", O_RDWR) >= 0)
-        succeeded("found a message queue");
-    refused_as("NONE", "nothing was left");
+    count += access(path, F_OK) == 0;
+    count += has_key(KEY_SPEC_USER_KEYRING);
+    count += has_key(syscall(SYS_keyctl, KEYCTL_GET_PERSISTENT, -1, KEY_SPEC_PROCESS_KEYRING));
+    count += shmget(0x1ef7, 0, 0) >= 0;
+    count += mq_open("/left-behind", O_RDWR) >= 0;
+    if (count == 0)
+        refused_as("NONE", "nothing was left");
+    succeeded("found %d things", count);
 }
 
 const struct attack launcher[] = {
