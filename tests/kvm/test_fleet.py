@@ -13,6 +13,7 @@ from kvmsec.agent import InstanceState
 from kvmsec.errors import UidsInUse
 from kvmsec.linux import processes
 from kvmsec.node.images_in_use import ImageInUse
+from tests.held_lock import held
 from uidpool.errors import PoolExhausted
 from uidpool.ranges import UidRanges
 
@@ -273,3 +274,25 @@ def test_a_base_that_all_only_read_is_shared_and_never_written_beside_them(lab):
 def overlaid(overlay: Path, base: Path) -> dict[str, Any]:
     backing = [{"path": str(base), "format": "raw"}]
     return {"path": str(overlay), "format": "qcow2", "backing": backing}
+
+
+@pytest.mark.parametrize("whose", ["rules", "records"])
+def test_starts_that_wait_for_another_process_hold_up_nothing_else(lab, whose):
+    web = lab.start()
+    paths = lab.paths
+    lock = {"rules": paths.run / "rules.lock", "records": paths.uid_leases / ".locks/records"}
+
+    async def act(node: Any) -> None:
+        with held(lock[whose]) as other:
+            names = ("one", "two")
+            starts = [asyncio.create_task(node.start(lab.definition(name))) for name in names]
+            await asyncio.sleep(0.5)
+            assert (await node.info("web")).pid == web.pid
+            assert [one.done() for one in starts] == [False, False]
+            other.close()
+            await asyncio.gather(*starts)
+
+    lab.run(act)
+    assert lab.instances().keys() == {"web", "one", "two"}
+    for name in lab.instances():
+        lab.stop(name)

@@ -1,9 +1,6 @@
 """A lock that another process holds keeps one task waiting, and not the others of its loop."""
 
 import asyncio
-import contextlib
-import os
-import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,15 +10,15 @@ from uuid import UUID
 import pytest
 
 from kvmsec.linux import command
-from kvmsec.linux.children import Child, run_in_child, start_child
+from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import Credentials
-from kvmsec.linux.locks import FileLock
 from kvmsec.model.cluster import Cluster, Member, Role
 from kvmsec.node import leasing
 from kvmsec.node.host import Host
 from kvmsec.node.rules import Rules
 from kvmsec.paths import Paths
 from tests.cable import new_namespace
+from tests.held_lock import held
 from uidpool.claims import Claims, Lease, Released
 from uidpool.ranges import EMPTY, UidRanges
 from uidpool.steps import carry_out
@@ -32,24 +29,6 @@ T = TypeVar("T")
 HELD_S: Final = 0.5
 UID: Final = 211150
 HERE: Final = UUID(int=1)
-
-
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[Child]:
-    """Another process has the lock, for as long as it is let live."""
-    reader, writer = os.pipe()
-
-    def hold() -> None:
-        with FileLock(path):
-            os.write(writer, b"!")
-            signal.pause()
-
-    with start_child(hold, what="the holder", keep=[writer]) as holder:
-        os.close(writer)
-        said = os.read(reader, 1)
-        os.close(reader)
-        assert said == b"!"
-        yield holder
 
 
 def waited_for(path: Path, work: Callable[[], Awaitable[T]]) -> T:
