@@ -1,7 +1,8 @@
 """Put tables between the markers of docs/benchmarks.md, and draw its plots.
 
 A marker is a line `<!-- bench NAME -->`; all up to the next `<!-- end -->` is written anew, and
-nothing else is touched. A benchmark that this run left out keeps what stands there. Only here is
+nothing else is touched. All that stands there is kept as JSON beside the plots, so that a run of
+some benchmarks can take the place of what an earlier one found on the same machine. Only here is
 matplotlib imported: `./dev bench --publish` installs it.
 """
 
@@ -10,11 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+from attrs import evolve
+
 from benchmarks.report import Machine, Plot, Report, Run, markdown, targets_table
 from benchmarks.series import Summary
 
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 PICTURES: Final = PAGE.parent / "benchmarks"
+FOUND: Final = PICTURES / "found.json"
 
 _BLOCK: Final = re.compile(r"(<!-- bench ([a-z_]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -23,12 +28,35 @@ class UnknownMarker(Exception):
     """A report that the page has no place for."""
 
 
+class OtherRun(Exception):
+    """Some benchmarks' figures don't go beside those of another machine, or version."""
+
+
 def publish(run: Run) -> None:
+    """Raises OtherRun where what stands there can't stay beside it."""
     PICTURES.mkdir(exist_ok=True)
+    if FOUND.exists():
+        run = beside(msgspec.json.decode(FOUND.read_bytes(), type=Run), run)
+    FOUND.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
     for report in run.reports:
         for plot in report.plots:
             draw(plot, PICTURES / f"{plot.key}.svg")
     PAGE.write_text(filled(PAGE.read_text(), blocks(run)))
+
+
+def beside(earlier: Run, run: Run) -> Run:
+    """What both found, the later run's where both have it. Raises OtherRun."""
+    fresh = {report.benchmark for report in run.reports}
+    kept = tuple(report for report in earlier.reports if report.benchmark not in fresh)
+    if not kept:
+        return run
+    if (earlier.machine, earlier.version, earlier.effort) != (run.machine, run.version, run.effort):
+        raise OtherRun(
+            f"what is published of {', '.join(one.benchmark for one in kept)} is of another "
+            "machine, version or effort: publish a run of all"
+        )
+    load = max(earlier.load_before, run.load_before)
+    return evolve(run, reports=(*kept, *run.reports), load_before=load)
 
 
 def blocks(run: Run) -> dict[str, str]:
@@ -54,7 +82,8 @@ def machine_block(run: Run) -> str:
         f"kvmsec {run.version}, {run.started_at[:10]}, repeated for `{run.effort}`: "
         f"{one.distribution}, Linux {one.kernel}, QEMU {one.qemu}, Python {one.python}, "
         f"{one.accelerator}; {one.processors} x {one.processor}, "
-        f"{one.memory_mib / 1024:.0f} GiB; load average before the run {run.load_before:.2f}."
+        f"{one.memory_mib / 1024:.0f} GiB; load average before the run {run.load_before:.2f}. "
+        "The figures as JSON: [found.json](benchmarks/found.json)."
     )
 
 

@@ -3,10 +3,11 @@ import pkgutil
 import re
 
 import pytest
+from attrs import evolve
 
 import benchmarks
 from benchmarks import __main__ as command
-from benchmarks.publish import PAGE, UnknownMarker, blocks, filled
+from benchmarks.publish import PAGE, OtherRun, UnknownMarker, beside, blocks, filled
 from benchmarks.report import Machine, Report, Run, Table, Target
 
 PAGE_TEXT = """# Times
@@ -56,6 +57,21 @@ def test_targets_of_all_reports_stand_in_one_table() -> None:
 
     assert "| quick | ≤ 2.00 | 1.00 | yes |" in found["targets"]
     assert "| flat | ≤ 2.00 | 3.00 | no |" in found["targets"]
+
+
+def test_a_run_of_some_keeps_what_an_earlier_one_found_of_the_others() -> None:
+    earlier = run_of(Report("start", took_s=1), Report("draw", took_s=1))
+    both = beside(earlier, run_of(Report("draw", took_s=2)))
+
+    assert [(one.benchmark, one.took_s) for one in both.reports] == [("start", 1), ("draw", 2)]
+
+
+def test_figures_of_two_machines_do_not_stand_on_one_page() -> None:
+    earlier = evolve(run_of(Report("start")), machine=evolve(MACHINE, processors=64))
+
+    with pytest.raises(OtherRun, match="start is of another machine"):
+        beside(earlier, run_of(Report("draw")))
+    assert beside(earlier, run_of(Report("start"))).machine == MACHINE
 
 
 def test_a_block_names_what_is_missing() -> None:
