@@ -5,6 +5,7 @@ lays mappings over each other, and `machine_from` makes the machine, once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin
@@ -38,6 +39,9 @@ __all__ = [
 
 _DISK_KEYS: Final = frozenset(attrs.fields_dict(Disk)) | {"backing_format"}
 _NIC_KEYS: Final = frozenset(attrs.fields_dict(Nic))
+_MOST_ELEMENTS: Final = 32
+"""More than any list may have, whose own rule says how many; each fault in one costs 2 KiB."""
+_MOST_PROBLEMS: Final = 100
 _SWITCHES: Final = {"on": True, "true": True, "off": False, "false": False}
 
 
@@ -49,12 +53,20 @@ def machine_from(mapping: Mapping[str, object], *, source: str) -> Machine:
     """Make a machine of what a TOML or JSON file, or `merge`, holds.
 
     Unknown keys and values of another type are refused (a number in quotes is no number). Raises
-    SpecError with every fault and its place, such as `disks[1].format`; `source` names the file.
+    SpecError with every fault and its place, such as `disks[1].format`, up to a hundred of them;
+    `source` names the file.
     """
     try:
         return _CONVERTER.structure(mapping, Machine)
     except (ClassValidationError, _Fault) as error:
-        raise SpecError(source, _problems_in(error, "")) from None
+        raise SpecError(source, _first_problems(_problems_in(error, ""))) from None
+
+
+def _first_problems(found: Iterator[Problem]) -> Iterator[Problem]:
+    """What another node has sent may be wrong in a hundred thousand ways."""
+    yield from islice(found, _MOST_PROBLEMS)
+    if next(found, None) is not None:
+        yield Problem("", f"and more: these are the first {_MOST_PROBLEMS}")
 
 
 def merge(base: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
@@ -240,6 +252,8 @@ def _tuple_hook(kind: Any, converter: Converter) -> Callable[[Any, Any], Any]:
     def hook(value: Any, _: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple):
             raise _Fault(f"{_shown(value)} is not a list")
+        if len(value) > _MOST_ELEMENTS:
+            raise _Fault(f"{len(value)} elements, at most {_MOST_ELEMENTS} are taken by any list")
         made, errors = [], []
         for index, item in enumerate(value):
             try:

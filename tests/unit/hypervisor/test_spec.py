@@ -101,6 +101,22 @@ def test_every_fault_is_reported_with_its_place() -> None:
     assert found[-1].startswith("unknown key 'colour'")
 
 
+def test_a_list_that_is_far_too_long_is_not_even_looked_into() -> None:
+    """Another node may send one; a fault of each element would cost seconds and a gigabyte."""
+    listed = faults({"name": "web", "disks": [1] * 400_000, "nics": [{"bridge": "br0"}] * 33})
+    assert sorted(listed) == [
+        "disks: 400000 elements, at most 32 are taken by any list",
+        "nics: 33 elements, at most 32 are taken by any list",
+    ]
+
+
+def test_the_first_faults_of_many_are_told_and_that_there_are_more() -> None:
+    listed = faults({"name": "web", **{f"key{number}": 1 for number in range(50_000)}})
+    assert len(listed) == 101
+    assert listed[0].startswith("unknown key 'key0'")
+    assert "and more" in listed[-1]
+
+
 def test_a_fault_names_the_file() -> None:
     with pytest.raises(SpecError, match=r"^web1.toml: name: is missing$"):
         machine_from({}, source="web1.toml")
