@@ -29,6 +29,7 @@ _WORDS_LIMIT_CHARS: Final = 500
 _JOURNAL: Final = "/run/systemd/journal/socket"
 _SYSLOG: Final = "/dev/log"
 _IDENTIFIER: Final = "kvmsec"
+_LOCAL: Final = "local"
 _INFO, _WARNING = 6, 4  # syslog(3)
 _DAEMON: Final = 3 << 3  # syslog(3), LOG_DAEMON
 _REFUSALS_AT_ONCE: Final = 50
@@ -48,10 +49,17 @@ class Order:
     message: str | None = None
     at: datetime = field(factory=lambda: datetime.now(UTC))
 
+    @property
+    def who(self) -> str:
+        """`local` for root of this host alone: one that is refused may call itself so."""
+        if self.peer is None:
+            return _LOCAL
+        return f"node {self.peer}" if self.peer in ("", _LOCAL) else self.peer
+
     def document(self) -> dict[str, Any]:
         return {
             "at": self.at.isoformat(timespec="milliseconds"),
-            "peer": self.peer if self.peer is not None else "local",
+            "peer": self.who,
             "fingerprint": self.fingerprint,
             "call": self.call,
             "target": self.target,
@@ -185,7 +193,7 @@ def _fields(order: Order, line: str, priority: int) -> bytes:
         "SYSLOG_IDENTIFIER": _IDENTIFIER,
         "KVMSEC_CALL": order.call,
         "KVMSEC_OUTCOME": order.outcome,
-        "KVMSEC_PEER": order.peer or "local",
+        "KVMSEC_PEER": order.who,
         "KVMSEC_TARGET": order.target or "",
     }
     return "".join(

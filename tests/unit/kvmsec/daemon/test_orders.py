@@ -83,6 +83,16 @@ def test_root_of_the_host_is_told_from_every_node(journal: Journal) -> None:
     assert journal.lines()[0]["peer"] == "local"
 
 
+@pytest.mark.parametrize("name", ["local", ""])
+def test_no_peer_passes_for_root_of_the_host(
+    name: str, journal: Journal, reader: socket.socket
+) -> None:
+    """The name of one that was refused is what it has called itself."""
+    journal.journal.note(order(peer=name, outcome="refused"))
+    assert journal.lines()[0]["peer"] == f"node {name}"
+    assert f"\nKVMSEC_PEER=node {name}\n" in reader.recv(1 << 16).decode()
+
+
 @pytest.mark.parametrize("text", ["a\nb", "a\r\x1b[2Jb", "\u2028", "\x00", '"},{"', "\udcff"])
 def test_no_text_of_a_peers_breaks_a_line(
     text: str, journal: Journal, reader: socket.socket
