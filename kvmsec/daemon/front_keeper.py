@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
+from hypervisor.foreign_text import escaped
 from kvmsec.daemon.confined_child import (
     ConfinedChild,
     Start,
@@ -22,11 +23,13 @@ from kvmsec.node.waiting import readable
 from kvmsec.rpc import messages as m
 from kvmsec.rpc import wire
 from kvmsec.rpc.calls import PROTOCOL, Call
+from kvmsec.rpc.errors import CallTimedOut, Unreachable
 from kvmsec.rpc.frames import FrameConnection, Handler, serve_frames
 
 _MOST_DEATHS: Final = 5
 _WITHIN_S: Final = 60.0
 _PAUSE_S: Final = 0.1
+_DYING_S: Final = 0.2
 _LOOK_S: Final = 2.0
 """How often files are looked at that a command may have changed without this daemon."""
 
@@ -74,6 +77,13 @@ class _Front:
         answer = await self._control.ask(call, PROTOCOL, body, call.timeout_s)
         wire.decode_answer(call, answer)
 
+    def fault(self) -> str | None:
+        """Why it is of no use though it lives: it sent what is no frame, or hung up."""
+        if self._calls.done():
+            error = None if self._calls.cancelled() else self._calls.exception()
+            return getattr(error, "message", None) or "it asks nothing any more"
+        return self._control.why_closed
+
     async def end(self) -> str:
         """End it, and what it had ordered; says how it ended."""
         how = self.child.end()
@@ -110,6 +120,7 @@ class FrontKeeper:
         self._front: _Front | None = None
         self._turn = asyncio.Lock()
         self._refused: Signature | None = None
+        self._is_lost = False
         self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
 
     @property
@@ -168,7 +179,10 @@ class FrontKeeper:
         try:
             await self._front.tell(TRUST, message)
         except Fault as error:
-            await self._serve_nobody(signature, error)
+            if isinstance(error, Unreachable | CallTimedOut) or self._front.fault() is not None:
+                await self._lose(self._front, error.message)  # Another can take it.
+            else:
+                await self._serve_nobody(signature, error)
             return
         self._front.pushed = signature
 
@@ -209,9 +223,12 @@ class FrontKeeper:
         while True:
             front = self._front
             if front is None:
-                await asyncio.sleep(_LOOK_S)
-            elif await readable(front.child.pidfd, _LOOK_S):
+                await asyncio.sleep(0 if self._is_lost else _LOOK_S)
+            elif await readable(front.child.pidfd, _LOOK_S) or front.fault() is not None:
                 await self._bury(front)
+            if self._is_lost:
+                self._is_lost = False
+                await self._count_death()
             try:
                 await self.refresh()
             except ConfinementFailed as error:
@@ -220,13 +237,18 @@ class FrontKeeper:
 
     async def _bury(self, front: _Front) -> None:
         async with self._turn:
-            if self._front is not front:
-                return  # It was ended on purpose.
-            self._front = None
-            how = await front.end()
+            if self._front is front:  # Else it was ended on purpose.
+                await self._lose(front, front.fault())
+
+    async def _lose(self, front: _Front, why: str | None) -> None:
+        """Take away a front that has ended, or is of no use; `run` has another one begin."""
+        if why is not None and await readable(front.child.pidfd, _DYING_S):
+            why = None  # That it dies is seen on its sockets first.
+        self._front, self._is_lost = None, True
+        how = await front.end()
         words = front.child.words()
-        self._say(f"the front {how}" + (f"; it said: {words}" if words else ""))
-        await self._count_death()
+        told = how if why is None else f"was ended: {escaped(why, limit_chars=300)}"
+        self._say(f"the front {told}" + (f"; it said: {words}" if words else ""))
 
     async def _count_death(self) -> None:
         now = asyncio.get_running_loop().time()

@@ -14,7 +14,6 @@ from typing import Final
 
 from hypervisor.seccomp.rules import RULES, Answer, Comparison, Rule
 
-_SO_LINGER: Final = 13  # asm-generic/socket.h
 _MSG_FASTOPEN: Final = 0x20000000  # linux/socket.h
 _TYPE_BITS: Final = 0xF  # include/linux/net.h, SOCK_TYPE_MASK
 _INT: Final = 0xFFFFFFFF
@@ -25,13 +24,25 @@ _NO_PROCESS: Final = Rule(
     "neither a process nor a thread is ever needed",
     "clone(2), fork(2), vfork(2)",
 )
-_NO_LINGER: Final = Rule(
+_SET_ALONE: Final = Rule(
     ("setsockopt",),
     Answer.NOT_PERMITTED,
-    "a connection that is passed to the root part can hold it up for as long as this says, when "
-    "the kernel closes it there",
-    "socket(7), SO_LINGER",
-    (Comparison(2, "masked", _SO_LINGER, _INT),),
+    "TCP_NODELAY, SO_KEEPALIVE and SO_RCVLOWAT are set here, nothing else: a connection that is "
+    "passed to the root part could hold it up when the kernel closes it there (SO_LINGER), and a "
+    "filter of a listening socket would outlast the process (SO_ATTACH_FILTER)",
+    "socket(7), tcp(7)",
+    (
+        *(Comparison(1, "equal", level) for level in (0, 2, 3, 4, 5)),
+        Comparison(1, "greater", socket.IPPROTO_TCP),
+        *(Comparison(2, "equal", option) for option in (0, *range(2, 9), *range(10, 18))),
+        Comparison(2, "greater", socket.SO_RCVLOWAT),
+    ),
+)
+_NO_SPOILING: Final = Rule(
+    ("listen", "shutdown"),
+    Answer.NOT_PERMITTED,
+    "the sockets that listen are the root part's too, and those of the process that comes next",
+    "listen(2), shutdown(2)",
 )
 _NO_FAST_OPEN: Final = (
     Rule(
@@ -87,12 +98,12 @@ _NO_LISTENING: Final = Rule(
 
 def front_rules() -> tuple[Rule, ...]:
     """The table of the front."""
-    return _with(_NO_PROCESS, _NO_LINGER, *_NO_FAST_OPEN, _NO_SOCKETS)
+    return _with(_NO_PROCESS, _SET_ALONE, _NO_SPOILING, *_NO_FAST_OPEN, _NO_SOCKETS)
 
 
 def courier_rules() -> tuple[Rule, ...]:
     """The table of the courier."""
-    return _with(_NO_PROCESS, _NO_LINGER, *_NO_FAST_OPEN, _TCP_ONLY, _NO_LISTENING)
+    return _with(_NO_PROCESS, _SET_ALONE, *_NO_FAST_OPEN, _TCP_ONLY, _NO_LISTENING)
 
 
 def _with(*own: Rule) -> tuple[Rule, ...]:

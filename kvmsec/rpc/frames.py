@@ -126,6 +126,8 @@ async def serve_frames(
             task = asyncio.create_task(answer(request))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
+            # One begins in each turn of the loop: 256 at 20 ms each would hold all others up.
+            await asyncio.sleep(0)
     finally:
         for task in tasks:
             task.cancel()
@@ -165,6 +167,10 @@ class FrameConnection:
     @property
     def is_open(self) -> bool:
         return self._end is None
+
+    @property
+    def why_closed(self) -> str | None:
+        return None if self._end is None else self._end.message
 
     async def ask(
         self,

@@ -188,6 +188,30 @@ def test_what_is_over_the_limit_of_calls_is_refused_on_either_side() -> None:
     run(test)
 
 
+def test_no_two_calls_begin_in_one_turn_of_the_loop() -> None:
+    """Each may take its time at once, and everybody else of this process waits meanwhile."""
+    turn, begun = 0, []
+
+    async def note(request: frames.Request) -> bytes:
+        begun.append(turn)
+        return b""
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def test() -> None:
+        async with served(note) as (connection, _):
+            counting = asyncio.create_task(count())
+            await asyncio.gather(*(connection.ask(INFO, 1, b"", 20) for _ in range(50)))
+            counting.cancel()
+        assert len(set(begun)) == len(begun) == 50
+
+    run(test)
+
+
 def test_what_was_begun_is_cancelled_when_the_caller_has_gone() -> None:
     begun, ended = asyncio.Event(), asyncio.Event()
 
