@@ -39,6 +39,24 @@ NEW_CLUSTER_CERTIFICATE = (
     "remove renewal.json",
 )
 
+PROMOTE = ("answer files.put", "rename cluster.json", "answer state.put")
+DEMOTE = ("step spread", "answer state.put", "answer files.put")
+FAILOVER = ("rename cluster.json", "step spread", "step save", "answer state.put")
+BEGUN = (
+    "rename client.pem.next",
+    "answer state.put",
+    "answer certificates.prepare",
+    "rename server.pem",
+)
+ABORT = (
+    "rename renewal.json",
+    "answer certificates.rollback",
+    "rename server.pem",
+    "answer state.put",
+)
+"""Each has a renewal before it that was killed at the step of BEGUN in its place."""
+FORGET = ("rename cluster.json", "remove renewal.json")
+
 
 def _killed(cluster: Formation, step: str, *command: str) -> None:
     died = dying_at(cluster.master, step, *command)
@@ -96,4 +114,82 @@ def test_a_renewal_of_certificates(
         if "no renewal is under way" in _run_again(cluster, step, "cluster", "renew-crypto"):
             _run_again(cluster, step, "cluster", "renew-crypto", what)  # It had not begun.
         assert not set(before) & set(certificates()), step
+        assert cluster.errors() == [], step
+
+
+def test_a_candidate_that_is_made_and_unmade(cluster: Formation) -> None:
+    node = cluster.lab["node2"]
+    key = node.path("/var/lib/kvmsec/server.key")
+    for promote, demote in zip(PROMOTE, DEMOTE, strict=True):
+        _killed(cluster, promote, "node", "promote", "node2")
+        _run_again(cluster, promote, "node", "promote", "node2")
+        assert cluster.errors() == [], promote
+        assert key.exists(), promote
+
+        _killed(cluster, demote, "node", "demote", "node2")
+        _run_again(cluster, demote, "node", "demote", "node2")
+        assert cluster.errors() == [], demote
+        assert not key.exists(), demote
+        cluster.start("web", cluster.lab["node3"], by=node, status=1)
+
+
+def test_a_promotion_that_is_given_up(cluster: Formation) -> None:
+    """The key is on a plain node then: `verify` tells, and a demotion takes it away."""
+    _killed(cluster, "answer files.put", "node", "promote", "node2")
+    assert {one["node"] for one in cluster.errors()} == {"node2"}
+    _run_again(cluster, "answer files.put", "node", "demote", "node2")
+    assert cluster.errors() == []
+
+
+def test_a_candidate_that_takes_over(cluster: Formation) -> None:
+    first, second = cluster.master, cluster.lab["node2"]
+    first.kvmsec("node", "promote", "node2")
+    old, new = first, second
+    for step in FAILOVER:
+        cluster.stop(old)
+        died = dying_at(new, step, "cluster", "master-failover")
+        assert died.status == -signal.SIGKILL, (step, died)
+        again = new.kvmsec("cluster", "master-failover", status=None)
+        if again.status != 0:
+            assert "is the master already" in again.stderr, (step, again)
+        cluster.serve(old)
+        new.kvmsec("cluster", "sync")
+        assert [one for one in cluster.verify(new) if one["severity"] == "error"] == [], step
+        for node in cluster.lab.nodes:
+            assert node.json("cluster", "info")["master"] == new.name, (step, node.name)
+        old, new = new, old
+    first.kvmsec("node", "demote", "node2")
+
+
+def test_a_renewal_that_is_taken_back(cluster: Formation) -> None:
+    def files() -> list[str]:
+        names = ("client.pem", "server.pem", "ssconf_master_candidates_certs")
+        paths = [node.path("/var/lib/kvmsec") for node in cluster.lab.nodes]
+        return [(path / name).read_text() for path in paths for name in names]
+
+    before = files()
+    ways = cycle([("--abort",), ()])  # Going on goes back as well, once that was begun.
+    for begun, step in zip(BEGUN, ABORT, strict=True):
+        _killed(cluster, begun, "cluster", "renew-crypto", "--new-cluster-certificate")
+        _killed(cluster, step, "cluster", "renew-crypto", "--abort")
+        way = ("--abort",) if step == ABORT[0] else next(ways)
+        _run_again(cluster, step, "cluster", "renew-crypto", *way)
+        assert files() == before, (begun, step)
+        assert cluster.errors() == [], (begun, step)
+        assert not cluster.master.path("/var/lib/kvmsec/renewal.json").exists()
+
+
+def test_a_renewal_that_ends_without_a_node_that_is_away(cluster: Formation) -> None:
+    away = cluster.lab["node5"]
+    for step in FORGET:
+        cluster.stop(away)
+        cluster.master.kvmsec("cluster", "renew-crypto", "--new-node-certificates", status=1)
+        _killed(cluster, step, "cluster", "renew-crypto", "--forget-offline")
+        _run_again(cluster, step, "cluster", "renew-crypto", "--forget-offline")
+        assert {one["node"] for one in cluster.errors()} == {"node5"}, step
+        away.kvmsec("node", "leave", "--yes")
+        token = cluster.master.kvmsec("node", "invite", "node5", "--readd").stdout.split()[0]
+        away.kvmsec("node", "join", input=token.encode())
+        cluster.serve(away)
+        cluster.master.kvmsec("node", "readd", "node5")
         assert cluster.errors() == [], step
