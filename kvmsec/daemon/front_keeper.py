@@ -46,6 +46,7 @@ class _Front:
         self.pushed: Signature | None = None
         self._control = control
         self._calls = calls
+        self._ending: asyncio.Task[None] | None = None
 
     @classmethod
     async def begin(
@@ -84,14 +85,25 @@ class _Front:
             return getattr(error, "message", None) or "it asks nothing any more"
         return self._control.why_closed
 
-    async def end(self) -> str:
-        """End it, and what it had ordered; says how it ended."""
+    def end(self) -> str:
+        """End it, and have what it had ordered cancelled; says how it ended.
+
+        What is cancelled may be the very order that ends it, so nobody waits for that here.
+        """
         how = self.child.end()
         self._calls.cancel()
+        self._ending = asyncio.create_task(self._close())
+        return how
+
+    async def _close(self) -> None:
         await asyncio.gather(self._calls, return_exceptions=True)
         with contextlib.suppress(Exception):
             await self._control.close()
-        return how
+
+    async def ended(self) -> None:
+        """Wait, after `end`, for what it had ordered; not for an order of its own to call."""
+        if self._ending is not None:
+            await self._ending
 
 
 class FrontKeeper:
@@ -162,7 +174,7 @@ class FrontKeeper:
         try:
             message = self._source.message()
         except Fault as error:
-            await self._serve_nobody(signature, error)
+            self._serve_nobody(signature, error)
             return
         if message is None:
             # This node has left: the one who had it do so is yet to hear that it did.
@@ -182,13 +194,13 @@ class FrontKeeper:
             if isinstance(error, Unreachable | CallTimedOut) or self._front.fault() is not None:
                 await self._lose(self._front, error.message)  # Another can take it.
             else:
-                await self._serve_nobody(signature, error)
+                self._serve_nobody(signature, error)
             return
         self._front.pushed = signature
 
-    async def _serve_nobody(self, signature: Signature, error: Fault) -> None:
+    def _serve_nobody(self, signature: Signature, error: Fault) -> None:
         """Until the files change."""
-        await self._end_front()
+        self._end_front()
         self._stop_listening()
         self._refused = signature
         self._say(f"other nodes are not served: {error.message}")
@@ -205,7 +217,7 @@ class FrontKeeper:
         if self._front is not None:
             with contextlib.suppress(Fault):
                 await self._front.tell(STOP, m.Nothing())
-        await self._end_front()
+        self._end_front()
 
     def _stop_listening(self) -> None:
         """Who calls a node that serves nobody is refused at once, and has not to wait."""
@@ -213,10 +225,10 @@ class FrontKeeper:
             one.close()
         self._listeners = None
 
-    async def _end_front(self) -> None:
+    def _end_front(self) -> None:
         if self._front is not None:
             front, self._front = self._front, None
-            await front.end()
+            front.end()
 
     async def run(self) -> None:
         """See to the front until cancelled. Raises FrontFailed, and what `refresh` raises."""
@@ -239,13 +251,14 @@ class FrontKeeper:
         async with self._turn:
             if self._front is front:  # Else it was ended on purpose.
                 await self._lose(front, front.fault())
+            await front.ended()
 
     async def _lose(self, front: _Front, why: str | None) -> None:
         """Take away a front that has ended, or is of no use; `run` has another one begin."""
         if why is not None and await readable(front.child.pidfd, _DYING_S):
             why = None  # That it dies is seen on its sockets first.
         self._front, self._is_lost = None, True
-        how = await front.end()
+        how = front.end()
         words = front.child.words()
         told = how if why is None else f"was ended: {escaped(why, limit_chars=300)}"
         self._say(f"the front {told}" + (f"; it said: {words}" if words else ""))
@@ -264,5 +277,8 @@ class FrontKeeper:
     async def stop(self) -> None:
         """Take no more calls from the network, and end the front once those under way are done."""
         async with self._turn:
+            front = self._front
             await self._dismiss_front()
             self._stop_listening()
+            if front is not None:
+                await front.ended()

@@ -314,3 +314,19 @@ def test_a_front_that_takes_nothing_any_more_has_a_successor(taken: TakenDaemon)
     taken.daemon.says("the front was ended: front.trust was not answered")
     taken.serves()
     assert taken.daemon.front != before
+
+
+@pytest.mark.parametrize("taken", ["impatient"], indirect=True)
+def test_a_front_that_orders_what_it_does_not_take_has_a_successor_too(taken: TakenDaemon) -> None:
+    """It is ended by the very order that it waits for an answer to."""
+    before = taken.daemon.front
+    prepare = {"anchors": taken.cluster.anchor.certificate_pem, "key_kind": "ed25519"}
+    order = {"call": "certificates.prepare", "body": json.dumps(prepare)}
+    assert taken.does("ask", **order, caller=as_caller(taken.cluster.other)) is None
+    taken.daemon.says("the front was ended: front.trust was not answered")
+    taken.serves()
+    assert taken.daemon.front != before
+    taken.root_is_answered()
+    assert taken.orders()[-1]["call"] == "certificates.prepare"
+    assert taken.orders()[-1]["outcome"] == "done"
+    assert taken.daemon.end() == 0
