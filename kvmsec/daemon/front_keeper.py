@@ -63,7 +63,9 @@ class _Front:
         try:
             await child.ready()
             control = FrameConnection(
-                *await asyncio.open_connection(sock=child.control), name="the front"
+                *await asyncio.open_connection(sock=child.control),
+                name="the front",
+                answer_bytes=TRUST.answer_limit_bytes,
             )
             streams = await asyncio.open_connection(sock=ours)
         except BaseException:

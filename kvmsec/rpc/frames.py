@@ -27,7 +27,6 @@ HELD_BYTES: Final = 64 << 20
 _ENVELOPE_BYTES: Final = 4096
 """More than all of a frame that is no body: names are bounded by 256 characters of 4 bytes."""
 _REQUEST_FRAME_BYTES: Final = wire.REQUEST_LIMIT_BYTES + _ENVELOPE_BYTES
-_RESPONSE_FRAME_BYTES: Final = wire.RESPONSE_LIMIT_BYTES + _ENVELOPE_BYTES
 
 _LENGTH: Final = struct.Struct(">I")
 _Frame = TypeVar("_Frame", bound=msgspec.Struct)
@@ -138,7 +137,7 @@ async def serve_frames(
 class FrameConnection:
     """The calling end of a connection; an asynchronous context manager around its use.
 
-    `name` is what errors call the other side.
+    `name` is what errors call the other side, `answer_bytes` the most that is taken for an answer.
     """
 
     def __init__(
@@ -148,8 +147,10 @@ class FrameConnection:
         *,
         name: str = "the node's daemon",
         outstanding: int = OUTSTANDING,
+        answer_bytes: int = wire.RESPONSE_LIMIT_BYTES,
     ) -> None:
         self._writer = writer
+        self._frame_bytes = answer_bytes + _ENVELOPE_BYTES
         self._name = name
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[bytes]] = {}
@@ -231,7 +232,7 @@ class FrameConnection:
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         end: Unreachable | BadMessage = self._gone()
         try:
-            while (got := await _receive(reader, _Response, _RESPONSE_FRAME_BYTES)) is not None:
+            while (got := await _receive(reader, _Response, self._frame_bytes)) is not None:
                 answer = self._pending.get(got.id)  # None where nobody waits any more.
                 if answer is not None and not answer.done():
                     answer.set_result(got.body)

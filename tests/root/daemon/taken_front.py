@@ -125,8 +125,8 @@ class TakenFront:
     def send_half_a_frame(self) -> None:
         self.calls.sendall(_LENGTH.pack(1 << 20) + b"x" * 100)
 
-    def answer_what_nobody_asked(self, times: int) -> None:
-        body = wire.encode_answer(m.Nothing(), PROTOCOL)
+    def answer_what_nobody_asked(self, times: int, size: int) -> None:
+        body = b"x" * size
         for number in range(times):
             self.control.sendall(_framed({"id": number - times // 2, "body": body}))
 

@@ -265,12 +265,16 @@ def test_half_a_frame_keeps_nobody_waiting(taken: TakenDaemon) -> None:
 
 def test_answers_that_nobody_asked_for_change_nothing(taken: TakenDaemon) -> None:
     taken.serves()
-    before = taken.memory_mib("VmRSS")
-    assert taken.does("answer_what_nobody_asked", times=20_000) == ["did", None]
+    before, front = taken.memory_mib("VmRSS"), taken.daemon.front
+    assert taken.does("answer_what_nobody_asked", times=20_000, size=10) == ["did", None]
     taken.serves()
     taken.root_is_answered()
-    assert taken.memory_mib("VmRSS") < before + 16
-    assert taken.daemon.process.poll() is None
+    assert taken.daemon.front == front
+
+    taken.does("answer_what_nobody_asked", times=20, size=16 << 20)
+    assert "a frame of 16777" in taken.daemon.says("the front was ended")
+    taken.serves()
+    assert taken.memory_mib("VmHWM") < before + 16
 
 
 @pytest.mark.parametrize("taken", ["-", "older-kernel"], indirect=True)
