@@ -41,7 +41,7 @@ NEW_CLUSTER_CERTIFICATE = (
 
 PROMOTE = ("answer files.put", "rename cluster.json", "answer state.put")
 DEMOTE = ("step spread", "answer state.put", "answer files.put")
-FAILOVER = ("rename cluster.json", "step spread", "step save", "answer state.put")
+FAILOVER = ("rename cluster.json", "answer state.put")
 BEGUN = (
     "rename client.pem.next",
     "answer state.put",
