@@ -16,6 +16,7 @@ from kvmsec.rpc import values, wire
 from kvmsec.rpc.calls import Call
 from kvmsec.rpc.household import Household, Threshold
 from kvmsec.rpc.recent import RecentEvents
+from kvmsec.rpc.shared_look import SharedLook
 from kvmsec.rpc.wire import Caller
 from uidpool.ranges import UidRanges
 
@@ -156,8 +157,10 @@ def _node_handlers(node: Node, home: Home) -> dict[str, _Handler]:
     async def info(_: m.Nothing, __: Caller | None) -> m.Message:
         return await home.info()
 
+    examined = SharedLook(home.doctor)  # It starts programs, and a peer may ask without end.
+
     async def doctor(_: m.Nothing, __: Caller | None) -> m.Message:
-        return values.findings_message(await home.doctor())
+        return values.findings_message(await examined.found())
 
     async def examine(request: m.PoolRequest, _: Caller | None) -> m.Message:
         return await home.examine(UidRanges.parse(request.uids))

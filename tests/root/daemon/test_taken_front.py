@@ -86,6 +86,10 @@ class TakenDaemon:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.daemon.process.pid}/fd"))
 
+    def children(self) -> int:
+        pid = self.daemon.process.pid
+        return len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
     def has_descriptors(self, count: int) -> None:
         """Wait until it has no more of them."""
         deadline = time.monotonic() + DEADLINE_S
@@ -192,6 +196,7 @@ FAULTS = {"disks": FILLER}
 KEYS = {f"key{number}": 1 for number in range(60_000)}
 FLOODS: dict[str, tuple[str, Any]] = {
     "questions": ("node.info", {}),
+    "looks at the host": ("node.doctor", {}),
     "no calls": ("no.such.call", {}),
     "long waits": ("instance.events", {"timeout_s": 60}),
     "faults in a definition": ("instance.start", {"name": "web", "definition": FAULTS}),
@@ -218,6 +223,7 @@ def test_a_flood_leaves_the_root_part_in_bounds_and_at_work(taken: TakenDaemon, 
         while is_flooded():
             taken.root_is_answered()
             answers += 1
+            assert taken.children() < 16  # Each is a process of root's, and three descriptors.
     assert answers >= 1
     # As much of requests and of answers as docs/design/cluster.md says, and what one is decoded to.
     assert taken.memory_mib("VmHWM") < before + 64 + 64 + 64
