@@ -55,8 +55,9 @@ TRUST: Final = Call(
     name="front.trust", request=TrustMessage, response=m.Nothing, timeout_s=10.0, is_order=True
 )
 STOP: Final = Call(
-    name="front.stop", request=m.Nothing, response=m.Nothing, timeout_s=30.0, is_order=True
+    name="front.stop", request=m.Nothing, response=m.Nothing, timeout_s=10.0, is_order=True
 )
+"""Twice what the front gives to the calls under way."""
 PEER: Final = Call(name="courier.peer", request=m.Nothing, response=PeerMessage, timeout_s=20.0)
 REFUSED: Final = Call(
     name="front.refused", request=RefusalMessage, response=m.Nothing, timeout_s=10.0

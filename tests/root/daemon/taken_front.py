@@ -5,7 +5,7 @@
 is the daemon PROGRAM with such a front. Whoever connects to the node's port tells it in one line of
 JSON what to do, and gets one line back. The options, separated by commas: `older-kernel` lets it
 send descriptors as before Linux 6.16, where no socket could refuse them; `impatient` waits a second
-for what it is pushed.
+for what it tells the front.
 """
 
 import json
@@ -46,6 +46,7 @@ def serve_with_it() -> None:
         confined_child.refuse_descriptors = front_keeper.refuse_descriptors = lambda one: None
     if "impatient" in options:
         front_keeper.TRUST = evolve(front_keeper.TRUST, timeout_s=1.0)  # type: ignore[misc]
+        front_keeper.STOP = evolve(front_keeper.STOP, timeout_s=1.0)  # type: ignore[misc]
     start = confined_start.Start
 
     def start_another(**told: Any) -> Any:

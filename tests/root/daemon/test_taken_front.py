@@ -23,7 +23,7 @@ from attrs import evolve
 from hypervisor import tiny
 from kvmsec.rpc.wire import Caller
 from tests.kvm.accelerator import accelerator
-from tests.root.daemon.cluster_of_two import DEADLINE_S, ClusterOfTwo, Daemon, Ours
+from tests.root.daemon.cluster_of_two import DEADLINE_S, ClusterOfTwo, Daemon, Ours, ends
 from tests.root.daemon.node_by_command import Node
 
 pytestmark = pytest.mark.root
@@ -340,3 +340,11 @@ def test_a_front_that_orders_what_it_does_not_take_has_a_successor_too(taken: Ta
     assert taken.orders()[-1]["call"] == "certificates.prepare"
     assert taken.orders()[-1]["outcome"] == "done"
     assert taken.daemon.end() == 0
+
+
+@pytest.mark.parametrize("taken", ["impatient"], indirect=True)
+def test_a_front_that_hangs_does_not_keep_the_daemon_from_its_end(taken: TakenDaemon) -> None:
+    front = taken.daemon.front
+    taken.does("be_deaf")
+    assert taken.daemon.end() == 0
+    assert ends(front)
