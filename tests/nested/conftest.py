@@ -13,6 +13,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="both Debian hosts, not the smoke test alone"
     )
+    parser.addoption(
+        "--inside",
+        action="append",
+        metavar="TEST",
+        help="run this test in the hosts, in place of those that are selected; may be repeated",
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -25,6 +25,10 @@ _ALL_UNITS = (
     *("kvmsec-node.service", "kvmsec-node.socket"),
 )
 _UNITS = ("kvmsec-firewall", "kvmsec-instances", "kvmsec-autostart")
+_BOOT_LINKS = (
+    "sysinit.target.wants/kvmsec-firewall.service",
+    *(f"multi-user.target.wants/{one}.service" for one in _UNITS[1:]),
+)
 
 
 @pytest.fixture
@@ -62,9 +66,31 @@ def property_of(host: Host, unit: str, name: str) -> str:
     return host.run("systemctl", "show", "-P", name, unit).text.strip()
 
 
+def began_at_us(host: Host, unit: str) -> int:
+    """When the start of a unit began, in microseconds since the boot."""
+    return int(property_of(host, unit, "InactiveExitTimestampMonotonic"))
+
+
 def started_at_us(host: Host, unit: str) -> int:
-    """When a unit became active, in microseconds since the boot."""
+    """When a unit was started, in microseconds since the boot."""
     return int(property_of(host, unit, "ActiveEnterTimestampMonotonic"))
+
+
+@pytest.fixture
+def network(host: Host) -> Iterator[str]:
+    """The name of an interface that systemd-networkd brings up at each boot from now on."""
+    host.shell(
+        "cd /etc/systemd/network; "
+        "printf '[NetDev]\\nName=lab0\\nKind=dummy\\n' >lab.netdev; "
+        "printf '[Match]\\nName=lab0\\n[Network]\\nAddress=192.0.2.1/24\\n' >lab.network; "
+        "systemctl add-wants multi-user.target systemd-networkd.service"
+    )
+    yield "lab0"
+    host.shell(
+        "rm /etc/systemd/network/lab.* "
+        "/etc/systemd/system/multi-user.target.wants/systemd-networkd.service; "
+        "systemctl stop systemd-networkd.socket systemd-networkd.service; ip link delete lab0"
+    )
 
 
 def guarded(host: Host) -> bool:
@@ -149,7 +175,7 @@ def await_rules(host: Host, when: str) -> None:
 
 
 def test_after_a_reset_nothing_stale_is_left_and_what_wants_to_be_started_is(
-    node: Host, stages: Stages
+    node: Host, network: str, stages: Stages
 ) -> None:
     define(node, "web", "autostart = true")
     define(node, "db")
@@ -170,8 +196,9 @@ def test_after_a_reset_nothing_stale_is_left_and_what_wants_to_be_started_is(
     assert guarded(node)
     assert node.kvmsec("firewall", "verify").status == 0
     rules = started_at_us(node, "kvmsec-firewall.service")
-    assert 0 < rules < started_at_us(node, "network.target")
-    assert rules < started_at_us(node, "kvmsec-autostart.service")
+    assert 0 < rules < began_at_us(node, "systemd-networkd.service")
+    assert rules < began_at_us(node, "kvmsec-autostart.service")
+    assert "192.0.2.1/24" in node.run("ip", "address", "show", network).text
 
 
 def test_removal_is_refused_while_an_instance_runs_and_purge_leaves_nothing(
@@ -192,7 +219,8 @@ def test_removal_is_refused_while_an_instance_runs_and_purge_leaves_nothing(
         assert not guarded(host)
         assert left_of_it(host) == {
             *("/etc/kvmsec", "/etc/logrotate.d/kvmsec", "/var/lib/kvmsec", "/var/log/kvmsec"),
-            *(f"/etc/systemd/system/{one}" for one in _ALL_UNITS),
+            # A mask each; what a boot started would be started again after an installation.
+            *(f"/etc/systemd/system/{one}" for one in (*_ALL_UNITS, *_BOOT_LINKS)),
         }
         host.run("apt-get", "purge", "-y", "kvmsec", timeout_s=300)
         assert left_of_it(host) == set()
@@ -202,9 +230,10 @@ def test_removal_is_refused_while_an_instance_runs_and_purge_leaves_nothing(
 
 
 def left_of_it(host: Host) -> set[str]:
-    """What is there by its name, but for what dpkg and systemd note of packages and units."""
-    places = "/etc /usr /lib /var/lib /var/log /var/cache /run /opt /srv"
+    """What is there by its name, but for what dpkg, systemd and udev note, and the harness's."""
+    places = "/etc /usr /lib /var/lib /var/log /var/cache /run /opt /srv /sys/fs/cgroup"
     noted = "-path '/var/lib/dpkg/*' -o -path '/var/lib/systemd/*' -o -path '/run/systemd/*'"
+    noted += " -o -path '/run/udev/*'"
     ours = "-path '/srv/kvmsec*' -o -path '/opt/kvmsec-tests*' -o -name '*kvmsec-host*'"
     script = (
         f"find {places} -xdev \\( {noted} -o {ours} \\) -prune -o -name '*kvmsec*' -prune -print"
