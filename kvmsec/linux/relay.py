@@ -7,6 +7,7 @@ has nothing but the two sockets and is nobody, and only it can be held up.
 """
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -44,12 +45,19 @@ _ending: Final[list[int]] = []
 """The pidfds of relays that were killed: one may be held up, and nobody waits for it."""
 
 
+@functools.cache
+def _forget_in_children() -> None:
+    """A child is no parent of theirs, and what has these numbers in it may be something else."""
+    os.register_at_fork(after_in_child=_ending.clear)
+
+
 def begin(far: socket.socket) -> RelayedSocket:
     """Fork the relay of a socket that is not connected yet; nothing is read before `let_go`.
 
     Forked first, so that no failure of a fork leaves a connected socket in our hands. Raises
     OSError and ManyThreads.
     """
+    _forget_in_children()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     near = RelayedSocket(fileno=ours.detach())
     try:

@@ -158,6 +158,28 @@ def test_a_relay_ends_with_its_launcher(tmp_path: Path, listener: socket.socket)
     assert far.recv(1) == b""
 
 
+def test_a_child_has_its_parents_relays_not_for_its_own(
+    connected: RelayedSocket, listener: socket.socket, tmp_path: Path
+) -> None:
+    held_up = os.pidfd_open(os.getpid())  # As of a relay that was killed and does not end.
+    relay._ending.append(held_up)
+
+    def work() -> bool:
+        # Of its parent's descriptors a child keeps none, so that this number is another's.
+        os.dup2(os.open(tmp_path, os.O_PATH), held_up)
+        near = connect_by_relay(tmp_path / "sock")
+        near.close()
+        return os.path.samestat(os.fstat(held_up), os.stat(tmp_path))
+
+    try:
+        with start_child(work, what="a child", keep=[listener.fileno()]) as child:
+            assert child.collect(DEADLINE_S)
+    finally:
+        relay._ending.remove(held_up)
+        os.close(held_up)
+    connected.send(b"still there")
+
+
 @pytest.mark.parametrize("kind", ["missing", "refused", "full"])
 def test_a_connection_that_fails_leaves_no_relay(
     tmp_path: Path, listener: socket.socket, kind: str
