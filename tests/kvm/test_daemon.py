@@ -1,6 +1,7 @@
 """A real daemon and real guests: who lives on without whom, and what is told of an end."""
 
 import asyncio
+import json
 import os
 import select
 import signal
@@ -191,3 +192,14 @@ def test_a_command_that_is_interrupted_takes_its_order_back(
     status, _, errors = run(lab, "instance", "stop", "web", "--force")
     assert (status, errors) == (0, "")
     assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_doctor_boots_its_guest_in_the_daemon_as_in_a_command(
+    lab: Lab, begin: Callable[[], Daemon]
+) -> None:
+    begin()
+    start(lab)
+    _, told, errors = run(lab, "doctor", "--json")
+    found = {one["code"]: one["message"] for one in json.loads(told)}
+    assert "booted" in found[lab.accelerator], (found, errors)
+    lab.stop()

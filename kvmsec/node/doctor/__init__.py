@@ -20,8 +20,8 @@ from kvmsec.node.doctor.subject import Answer, Check, Subject, error
 from kvmsec.node.host import Host
 from kvmsec.node.waiting import collect
 
-_DEADLINE_S: Final = 15.0
-_AT_ONCE: Final = 4
+DEADLINE_S: Final = 15.0
+AT_ONCE: Final = 4
 _BROKEN_HINT: Final = "the check itself did not work: try it again, then report it as a fault"
 
 CHECKS: Final = (
@@ -64,7 +64,7 @@ async def examine(host: Host, checks: tuple[Check, ...] = CHECKS) -> list[Findin
         missing = error("root is needed to look at this host", "run `kvmsec doctor` as root")
         return [_finding(Check("root", "root", lambda subject: ()), missing, node)]
     subject = Subject.of(host)
-    turns = asyncio.Semaphore(_AT_ONCE)
+    turns = asyncio.Semaphore(AT_ONCE)
     answers = await asyncio.gather(*(_ask(check, subject, turns) for check in checks))
     return [
         _finding(check, answer, node)
@@ -77,7 +77,7 @@ async def _ask(check: Check, subject: Subject, turns: asyncio.Semaphore) -> list
     async with turns:
         try:
             child = start_child(lambda: _answers(check, subject), what=f"checking {check.item}")
-            return [Answer(*answer) for answer in await collect(child, _DEADLINE_S)]
+            return [Answer(*answer) for answer in await collect(child, DEADLINE_S)]
         except ChildFailed as failure:
             return [error(f"{failure.kind}: {failure.detail}", _BROKEN_HINT)]
         except (ChildTimedOut, OSError) as failure:

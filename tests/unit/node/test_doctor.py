@@ -29,6 +29,8 @@ from kvmsec.node.doctor import CHECKS, accounts, examine, kernel, places
 from kvmsec.node.doctor.subject import Answer, Check, Subject, ok, warning
 from kvmsec.node.host import Host
 from kvmsec.paths import Paths
+from kvmsec.rpc.calls import CALLS
+from kvmsec.rpc.messages import Nothing
 from uidpool.ranges import EMPTY
 
 
@@ -133,12 +135,17 @@ def test_a_check_that_hangs_is_ended(host: Host, monkeypatch: pytest.MonkeyPatch
         signal.pause()
         yield ok("never said")
 
-    monkeypatch.setattr(doctor, "_DEADLINE_S", 0.2)
+    monkeypatch.setattr(doctor, "DEADLINE_S", 0.2)
 
     hung, other = run(host, hangs, fine)
 
     assert (hung.severity, other.severity) == ("error", "ok")
     assert "0.2 s" in hung.message
+
+
+def test_who_asks_a_daemon_waits_until_checks_that_hang_are_ended() -> None:
+    rounds = -(-len(CHECKS) // doctor.AT_ONCE)
+    assert CALLS["node.doctor"].deadline_s(Nothing()) > rounds * doctor.DEADLINE_S
 
 
 @pytest.mark.usefixtures("as_root")
