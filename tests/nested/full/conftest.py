@@ -41,6 +41,13 @@ def host(bare_host: Host, stages: Stages) -> Host:
     return bare_host
 
 
+@pytest.fixture(autouse=True)
+def timed(request: pytest.FixtureRequest, stages: Stages) -> Iterator[None]:
+    """Each test is a stage, with what it alone asks of its host before and after."""
+    with stages.measured(request.node.name):
+        yield
+
+
 def install(host: Host) -> None:
     """Install the package that came with the checkout, from no network."""
     host.shell("apt-get install -y --no-install-recommends /srv/kvmsec/kvmsec_*.deb", timeout_s=600)
