@@ -67,6 +67,8 @@ class Host:
         said = b""
         while True:
             answer = self._hear(timeout_s + 30, f"{' '.join(argv)}\n{_tail(said)}")
+            if "boot" in answer:
+                raise self.machine.failed(f"{' '.join(argv)}: the host has started anew meanwhile")
             if answer.get("id") != self._orders:
                 continue
             said += base64.b64decode(answer.get("out", ""))
