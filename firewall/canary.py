@@ -11,18 +11,14 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Collection
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from attrs import frozen
 
 from firewall.backend import Dropped
 from firewall.policy import FAMILIES, Family
 from firewall.routes import LOOPBACK, Target, candidates_beyond, find_routed_target
-from kvmsec.linux.children import run_in_child
-from kvmsec.linux.credentials import Credentials
-
-DEADLINE_S: Final = 1.0
+from kvmsec.linux.credentials import Credentials, acting_as
 
 # Answers that say "this host does not have the family": no such socket, or no ::1 to send from
 # (IPv6 switched off on lo). ENETUNREACH is none of them: that is `lo` being down, a family that
@@ -93,69 +89,39 @@ class Report:
         return not (self.failures or self.absent or self.uncounted)
 
 
-Carrier = Callable[[Callable[[], Any]], Any]
-"""Runs a function as the uid that is to be proved, and returns its answer as JSON has it."""
+def probe(uid: int, gid: int, read_dropped: Callable[[], Dropped]) -> Report:
+    """Send the canary as `uid` and `gid`, by the calling process.
 
-
-def probe(
-    uid: int, gid: int, read_dropped: Callable[[], Dropped], carrier: Carrier | None = None
-) -> Report:
-    """Send the canary as `uid` and `gid`, within a second: by a child, or by the `carrier`.
-
-    Raises ChildFailed and ChildTimedOut (kvmsec.linux.errors), and what `read_dropped` and the
-    carrier raise.
+    Raises ManyThreads, OSError when it can't act as that uid, and what `read_dropped` raises.
     """
-    # Here, and not where they are sent: that child touches no more than it must.
-    send = partial(_send_all, candidates_beyond())
+    candidates = candidates_beyond()
     before = read_dropped()
-    answers = carrier(send) if carrier is not None else _send_by_child(uid, gid, send)
+    with acting_as(Credentials(uid, gid)):
+        attempts = _send_all(candidates)
     after = read_dropped()
     risen = Dropped(*(max(0, after.of(family) - before.of(family)) for family in FAMILIES))
-    return Report(uid, tuple(_parse(answer) for answer in answers), risen)
+    return Report(uid, attempts, risen)
 
 
-def _send_by_child(uid: int, gid: int, send: Callable[[], Any]) -> Any:
-    return run_in_child(
-        send,
-        what=f"sending a packet as uid {uid}",
-        credentials=Credentials(uid, gid),
-        timeout_s=DEADLINE_S,
-    )
+def _send_all(candidates: Collection[Target]) -> tuple[Attempt, ...]:
+    """Nothing is sent beyond the host unless all of loopback is closed."""
+    attempts = tuple(_send(target, is_loopback=True) for target in LOOPBACK)
+    if not all(one.is_refused or one.is_family_absent for one in attempts):
+        return attempts
+    beyond = (find_routed_target(family, candidates) for family in FAMILIES)
+    return (*attempts, *(_send(one, is_loopback=False) for one in beyond if one is not None))
 
 
-def _parse(answer: Any) -> Attempt:
-    """One answer of the child, which has the uid that is not trusted: taken word by word."""
-    family, address, error, is_loopback = answer
-    return Attempt(
-        "ipv4" if family == "ipv4" else "ipv6",
-        str(address),
-        None if error is None else int(error),
-        bool(is_loopback),
-    )
-
-
-def _send_all(candidates: Collection[Target]) -> list[tuple[str, str, int | None, bool]]:
-    """The sender's part. Nothing is sent beyond the host unless all of loopback is closed."""
-    answers: list[tuple[str, str, int | None, bool]] = []
-    for target in LOOPBACK:
-        answers.append((target.family, target.address, _send(target), True))
-    if all(error in (errno.EPERM, *_FAMILY_ABSENT) for _, _, error, _ in answers):
-        for family in FAMILIES:
-            beyond = find_routed_target(family, candidates)
-            if beyond is not None:
-                answers.append((beyond.family, beyond.address, _send(beyond), False))
-    return answers
-
-
-def _send(target: Target) -> int | None:
+def _send(target: Target, *, is_loopback: bool) -> Attempt:
+    error = None
     try:
         with socket.socket(
             target.socket_family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
         ) as sender:
             sender.sendto(b"", target.socket_address)
-    except OSError as error:
-        return error.errno
-    return None
+    except OSError as failure:
+        error = failure.errno
+    return Attempt(target.family, target.address, error, is_loopback)
 
 
 def _describe(number: int) -> str:

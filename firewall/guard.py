@@ -17,11 +17,10 @@ from firewall.backend import (
     make_backend,
     open_backend,
 )
-from firewall.canary import Carrier, Report, probe
+from firewall.canary import Report, probe
 from firewall.drops import read_last_drops
 from firewall.errors import BackendUnavailable, NotProved, PolicyError, RulesUnreadable
 from firewall.policy import DEFAULT_TAG, FAMILIES, Policy, UidPairs, format_uids
-from kvmsec.linux.errors import ChildFailed, ChildTimedOut
 
 _VERIFY_HINT: Final = "see what `kvmsec firewall verify` finds, and `kvmsec firewall show`"
 _APPLY_HINT: Final = (
@@ -33,6 +32,7 @@ _FOREIGN_HINT: Final = (
     "what happens once it is gone: look for rules about this uid in `nft list ruleset` and "
     "`iptables-legacy-save`, and take them away"
 )
+_ACTING_HINT: Final = "run as root: to act as another uid takes CAP_SETUID and CAP_SETGID"
 _HINTS: Final[Mapping[int | None, str]] = {
     errno.ENETUNREACH: "bring the loopback interface up: ip link set lo up",
     errno.EACCES: "something other than a packet rule refuses it (a security module?): "
@@ -75,19 +75,16 @@ class Firewall:
             changed = other.remove() or changed
         return changed
 
-    def prove(
-        self, uid: int, gid: int, policy: Policy, *, carrier: Carrier | None = None
-    ) -> Report:
+    def prove(self, uid: int, gid: int, policy: Policy) -> Report:
         """Return once the kernel has shown that the uid can send nothing; else raise NotProved.
 
-        The first packet is the `carrier`'s to send, where there is one. The rules are read, and
-        mended, only when it doesn't prove it; then a child sends another.
+        The rules are read, and mended, only when a packet doesn't prove it; then another is sent.
         """
         self._require_ours(policy)
         if not policy.covers(uid):
             reason = "the policy in force does not name it"
             raise NotProved(uid, reason, report=None, hint=_VERIFY_HINT)
-        report = self._probe(uid, gid, carrier)
+        report = self._probe(uid, gid)
         if report.is_proof:
             return report
         self.apply(policy)
@@ -104,15 +101,13 @@ class Firewall:
         reason = "; ".join(finding.message for finding in findings)
         return NotProved(report.uid, reason, report=report, hint=_VERIFY_HINT)
 
-    def _probe(
-        self, uid: int, gid: int, carrier: Carrier | None = None, *, of_all_tags: bool = False
-    ) -> Report:
+    def _probe(self, uid: int, gid: int, *, of_all_tags: bool = False) -> Report:
         read_dropped = self._dropped_by_all if of_all_tags else self.backend.dropped
         try:
-            return probe(uid, gid, read_dropped, carrier)
-        except (ChildFailed, ChildTimedOut) as error:
-            hint = "the canary could not be sent: is the host out of processes or memory?"
-            raise NotProved(uid, error.message, report=None, hint=hint) from error
+            return probe(uid, gid, read_dropped)
+        except OSError as error:
+            reason = f"the canary can't be sent as that uid: {error.strerror}"
+            raise NotProved(uid, reason, report=None, hint=_ACTING_HINT) from error
 
     def _dropped_by_all(self) -> Dropped:
         """Drops by every rule set of kvmsec's.

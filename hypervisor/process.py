@@ -3,9 +3,8 @@
 import contextlib
 import os
 import signal
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NoReturn
+from collections.abc import Sequence
+from typing import Final, NoReturn
 
 import msgspec
 from attrs import frozen
@@ -22,8 +21,6 @@ from hypervisor.jail import (
     execute,
 )
 from kvmsec.linux import forking, processes, syscalls
-from kvmsec.linux.credentials import acting_as
-from kvmsec.linux.errors import ChildTimedOut
 from kvmsec.linux.processes import ProcessId, ProcessStatus
 from kvmsec.linux.readiness import is_hung_up, is_readable
 
@@ -33,8 +30,6 @@ _EXECUTING: Final = b"x"
 _ALONE: Final = 125
 """The exit status of a child whose launcher is gone."""
 _KILLED: Final = "the process was killed before it could start QEMU"
-Witness = Callable[[], Any]
-"""A few system calls of ours, made in the child as the instance's uid; answers as JSON has it."""
 
 
 class NotConfined(HypervisorError):
@@ -63,23 +58,6 @@ class Newborn:
         self.pidfd = pidfd
         self._go = go
         self._report = report
-        self._heard = b""
-
-    def testimony(self, timeout_s: float) -> Any:
-        """What the witness answered, within `timeout_s` seconds.
-
-        Raises JailFailed with what kept the child from that, and ChildTimedOut.
-        """
-        deadline = time.monotonic() + timeout_s
-        while b"\n" not in self._heard:
-            if not is_readable(self._report, deadline - time.monotonic()):
-                raise ChildTimedOut("what is asked of the new process", timeout_s)
-            chunk = os.read(self._report, 1 << 16)
-            if not chunk:
-                raise _failure(self._heard)
-            self._heard += chunk
-        answer, _, self._heard = self._heard.partition(b"\n")
-        return msgspec.json.decode(answer)
 
     def release(self) -> None:
         """Let the child execute QEMU once its jail stands."""
@@ -100,7 +78,7 @@ class Newborn:
 
         What QEMU does from then on, its end included, is another question.
         """
-        _require_executed(self._report, self._heard)
+        _require_executed(self._report)
 
     def close(self) -> None:
         """Free the pipes (the process is not touched, the pidfd stays the caller's)."""
@@ -110,10 +88,10 @@ class Newborn:
         self._go = self._report = -1
 
 
-def _require_executed(report: int, words: bytes = b"") -> None:
+def _require_executed(report: int) -> None:
+    words = b""
     while chunk := os.read(report, 4096):
         words += chunk
-    words = words.rpartition(b"\n")[2]  # Nobody may have asked for what the witness answered.
     if words != _EXECUTING:
         raise _failure(words)
 
@@ -127,13 +105,8 @@ def _failure(words: bytes) -> JailFailed:
     return JailFailed(str(step), int(number), str(detail))
 
 
-def spawn(
-    jail: Jail, program: str, argv: Sequence[str], *, witness: Witness | None = None
-) -> Newborn:
+def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
     """Fork the process that will be QEMU, as the caller's own child.
-
-    The first thing that it does is to call the `witness`, as the instance's uid with no effective
-    capability, where the launcher is: before it leaves the node's namespaces.
 
     Raises ManyThreads when the calling process has more than one, and OSError when it can't fork;
     no process and no descriptor is left then.
@@ -147,7 +120,7 @@ def spawn(
         undo.callback(os.close, report)
         pid, pidfd = forking.clone_init(jail.born_in)
         if pid == 0:
-            _become_qemu(jail, program, argv, go_reader, report_writer, witness)
+            _become_qemu(jail, program, argv, go_reader, report_writer)
         undo.callback(_end, pidfd)
         process = processes.identify(pid)
         if process is None:
@@ -166,9 +139,7 @@ def _end(pidfd: int) -> None:
     os.close(pidfd)
 
 
-def _become_qemu(
-    jail: Jail, program: str, argv: Sequence[str], go: int, report: int, witness: Witness | None
-) -> NoReturn:
+def _become_qemu(jail: Jail, program: str, argv: Sequence[str], go: int, report: int) -> NoReturn:
     """The child's whole life as Python; it must never return into the launcher's code."""
     try:
         try:
@@ -177,9 +148,6 @@ def _become_qemu(
             lowest = max(jail.descriptors, default=2) + 1
             go, report = (duplicate_above(descriptor, lowest) for descriptor in (go, report))
             _end_with_launcher(go)
-            if witness is not None:
-                _testify(jail, go, report, witness)
-                _end_with_launcher(go)
             enter(jail)
             _end_with_launcher(go)
             if os.read(go, 1) != _GO:
@@ -206,13 +174,6 @@ def _end_with_launcher(go: int) -> None:
     syscalls.end_with_parent()
     if is_hung_up(go):  # It was gone before; the first process of a namespace sees no parent.
         os._exit(_ALONE)
-
-
-def _testify(jail: Jail, go: int, report: int, witness: Witness) -> None:
-    with acting_as(jail.credentials):
-        _end_with_launcher(go)
-        answer = witness()
-    os.write(report, msgspec.json.encode(answer) + b"\n")
 
 
 def _report(pipe: int, step: str, number: int, detail: str) -> None:

@@ -3,14 +3,17 @@
 import contextlib
 import errno
 import os
+import signal
 from collections.abc import Iterator
 from typing import Final
 
 from attrs import frozen
 
-from kvmsec.linux import keyrings, syscalls
+from kvmsec.linux import forking, keyrings, syscalls
 
+_PR_GET_DUMPABLE: Final = 3
 _PR_SET_DUMPABLE: Final = 4
+_DUMPABLE: Final = 1
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_GET_NO_NEW_PRIVS: Final = 39
 _PR_CAPBSET_READ: Final = 23
@@ -51,18 +54,43 @@ def _of_each_capability(operation: int) -> Iterator[tuple[int, int]]:
 def acting_as(credentials: Credentials) -> Iterator[None]:
     """Within it root acts as somebody else: effective and filesystem ids, no effective capability.
 
-    For a few system calls of our own: the real ids stay root's, so that nobody may signal the
-    caller and all can be taken back (seteuid(2)). The groups don't come back. Raises OSError.
+    For a few system calls of our own: the real ids stay root's, so that nobody may signal or trace
+    the caller and all can be taken back (seteuid(2)). No signal is handled meanwhile, for its
+    handler would run as that somebody. For a process with one thread: the C library changes the
+    ids of all, and they would act as somebody else as well. Raises ManyThreads, OSError.
     """
-    uid, gid = os.geteuid(), os.getegid()
-    os.setgroups([])
-    os.setegid(credentials.gid)
-    os.seteuid(credentials.uid)
+    forking.require_one_thread()
+    uid, gid, groups = os.geteuid(), os.getegid(), os.getgroups()
+    blocked = syscalls.set_signal_mask(forking.ALL_SIGNALS)
+    try:
+        with _kept_by_a_change_of_ids():
+            os.setgroups([])
+            os.setegid(credentials.gid)
+            os.seteuid(credentials.uid)
+            try:
+                yield
+            finally:
+                os.seteuid(uid)
+                os.setegid(gid)
+                os.setgroups(groups)
+    finally:
+        syscalls.set_signal_mask(blocked)
+
+
+@contextlib.contextmanager
+def _kept_by_a_change_of_ids() -> Iterator[None]:
+    """Put right afterwards what the kernel changes with a process's ids (credentials(7))."""
+    parent, dumpable = os.getppid(), syscalls.prctl(_PR_GET_DUMPABLE)
+    with_parent = syscalls.signal_at_parents_end()
     try:
         yield
     finally:
-        os.seteuid(uid)
-        os.setegid(gid)
+        if dumpable == _DUMPABLE:
+            syscalls.prctl(_PR_SET_DUMPABLE, _DUMPABLE)
+        if with_parent:
+            syscalls.end_with_parent(with_parent)
+            if os.getppid() != parent:  # It ended while nobody would have told.
+                signal.raise_signal(with_parent)
 
 
 def become(credentials: Credentials) -> None:

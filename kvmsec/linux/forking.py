@@ -17,7 +17,8 @@ from kvmsec.linux.namespaces import CLONE_NEWPID
 
 _THREAD_ENDS_WITHIN_S: Final = 0.1
 _SIGNALS: Final = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
-_ALL_SIGNALS: Final = b"\xff" * 128  # a sigset_t of glibc's and musl's
+ALL_SIGNALS: Final = b"\xff" * 128
+"""A mask of every signal: a sigset_t of glibc's and musl's."""
 _NO_SIGNAL: Final = b"\x00" * 128
 
 
@@ -96,9 +97,9 @@ def _clone_as_python(group: int) -> tuple[int, int]:
 
 
 def _fork_by(clone: Callable[[], int], forget_signals: Callable[[], None]) -> int:
-    _require_one_thread()
+    require_one_thread()
     # What had come before runs its handler no later than at the next call, still in the parent.
-    blocked = syscalls.set_signal_mask(_ALL_SIGNALS)
+    blocked = syscalls.set_signal_mask(ALL_SIGNALS)
     collects = gc.isenabled()
     gc.disable()
     pid = -1
@@ -114,8 +115,8 @@ def _fork_by(clone: Callable[[], int], forget_signals: Callable[[], None]) -> in
         syscalls.set_signal_mask(_NO_SIGNAL if pid == 0 else blocked)
 
 
-def _require_one_thread() -> None:
-    """Refuse when there are more; one that was joined just now is seen a moment longer.
+def require_one_thread() -> None:
+    """Raise ManyThreads when there are more; one that was just joined is seen a moment longer.
 
     The kernel tells nobody when it is gone, so this looks again every millisecond.
     """

@@ -47,6 +47,7 @@ _CLONE_PIDFD: Final = 0x1000
 _CLONE_INTO_CGROUP: Final = 0x200000000
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_GET_PDEATHSIG: Final = 2
 _PR_GET_SECCOMP: Final = 21
 _PR_SET_SECCOMP: Final = 22
 SECCOMP_MODE_FILTER: Final = 2
@@ -206,9 +207,16 @@ def prctl(option: int, argument: int = 0) -> int:
     return _checked(_libc.prctl(option, argument, 0, 0, 0))
 
 
-def end_with_parent() -> None:
-    """Be sent SIGKILL when the parent ends (`PR_SET_PDEATHSIG(2const)`)."""
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Be sent a signal when the parent ends (`PR_SET_PDEATHSIG(2const)`)."""
+    prctl(_PR_SET_PDEATHSIG, number)
+
+
+def signal_at_parents_end() -> int:
+    """Which signal that is, 0 without one."""
+    number = ctypes.c_int(0)
+    prctl(_PR_GET_PDEATHSIG, ctypes.addressof(number))
+    return number.value
 
 
 def outlive_parent() -> None:

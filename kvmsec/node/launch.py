@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from attrs import evolve, frozen
 
-from firewall import canary
 from hypervisor import cgroups, huge_pages, images, process
 from hypervisor.closure import require_trusted_parts
 from hypervisor.jail import Jail
@@ -265,18 +264,7 @@ class _Start:
         self.record = evolve(self.record, cgroups=group.paths)
         limits.require(group.lacks, config.confinement.may_be_missing)
 
-    async def fork(self) -> None:
-        """Have the rules proved by the child that will be QEMU: it is forked in the proof."""
-        if self.security.model is SecurityModel.NONE:
-            self._spawn(None)
-        else:
-            uid, gid = self.identity.uid, self.identity.credentials.gid
-            await self.host.rules.prove(uid, gid, carrier=self._testify)
-
-    def _testify(self, send: process.Witness) -> Any:
-        return self._spawn(send).testimony(canary.DEADLINE_S)
-
-    def _spawn(self, witness: process.Witness | None) -> Newborn:
+    def fork(self) -> None:
         """The child waits in its jail until it is released: see `Newborn`."""
         extra = self.host.config.qemu.extra_arguments
         placed = place(self.engine, self.machine, self.lent, extra)
@@ -297,12 +285,15 @@ class _Start:
             descriptors=placed.descriptors,
             without_locks=self.without_locks,
         )
-        self.newborn = process.spawn(jail, placed.argv[0], placed.argv, witness=witness)
+        self.newborn = process.spawn(jail, placed.argv[0], placed.argv)
         self.opened.callback(self.newborn.close)
         self.opened.callback(os.close, self.newborn.pidfd)
         self.note(process=self.newborn.process, argv=placed.argv)
         image_holdings.publish(self.host.paths, self.record)
-        return self.newborn
+
+    async def prove_rules(self) -> None:
+        if self.security.model is not SecurityModel.NONE:
+            await self.host.rules.prove(self.identity.uid, self.identity.credentials.gid)
 
     def check_programs(self) -> None:
         require_trusted_parts(self.engine.closure)
@@ -358,8 +349,13 @@ STEPS: Final = (
     Step("sockets", _Start.bind_sockets, "root's alone; QEMU gets them listening"),
     Step("output", _Start.mount_output, "the only place that the instance may fill"),
     Step("cgroup", _Start.make_cgroup, "the child is born in it, or joins it first of all"),
-    Step("fork", _Start.fork, "its packet is refused, then it builds its jail and waits"),
-    Step("programs", _Start.check_programs, "nobody else's to change, while the jail is built"),
+    Step("fork", _Start.fork, "in its group from birth; it builds its jail, then it waits"),
+    Step("rules", _Start.prove_rules, "a packet as its uid is refused, while the jail is built"),
+    Step(
+        "programs",
+        _Start.check_programs,
+        "nobody else may change what QEMU is made of",
+    ),
     Step("release", _Start.release, "from here on the record leads to the process"),
     Step("exec", _Start.become_qemu, "QEMU has its final uid before its first instruction"),
     Step("ready", _Start.become_ready, "the reply to qmp_capabilities, not the greeting"),

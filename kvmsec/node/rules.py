@@ -5,7 +5,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from firewall.canary import Carrier
 from firewall.guard import Firewall
 from firewall.policy import LogSettings, Policy, format_uids
 from kvmsec.agent import Finding
@@ -48,16 +47,13 @@ class Rules:
             wanted |= self._noted_uids()
         return Policy(wanted.ranges, self._log, self._paths.tag)
 
-    async def prove(self, uid: int, gid: int, carrier: Carrier) -> None:
-        """Return once a packet has proved that this uid can't send; else raise NotProved.
-
-        The carrier sends the first one: see `Firewall.prove`.
-        """
+    async def prove(self, uid: int, gid: int) -> None:
+        """Return once a packet has proved that this uid can't send; else raise NotProved."""
         async with self._turn():
             policy = self.policy()
             if self._noted() != _note_of(policy):
                 self._apply(policy)
-            self.firewall.prove(uid, gid, policy, carrier=carrier)
+            self.firewall.prove(uid, gid, policy)
 
     async def apply(self) -> None:
         """Put the rules in place, whatever is there now. Raises FirewallError."""

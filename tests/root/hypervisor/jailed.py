@@ -79,10 +79,8 @@ def the_launcher_is_as_before() -> Iterator[None]:
 
 
 @contextmanager
-def newborn(
-    jail: Jail, *argv: str, witness: process.Witness | None = None
-) -> Iterator[process.Newborn]:
-    child = process.spawn(jail, argv[0], argv, witness=witness)
+def newborn(jail: Jail, *argv: str) -> Iterator[process.Newborn]:
+    child = process.spawn(jail, argv[0], argv)
     try:
         yield child
     finally:

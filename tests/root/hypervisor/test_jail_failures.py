@@ -19,7 +19,7 @@ from attrs import evolve
 from hypervisor import process
 from hypervisor.jail import BootFile, JailFailed
 from kvmsec.linux import processes, syscalls
-from kvmsec.linux.errors import ChildTimedOut, ManyThreads
+from kvmsec.linux.errors import ManyThreads
 from tests.root.hypervisor.jailed import (
     DEADLINE_S,
     PROGRAMS,
@@ -149,28 +149,6 @@ def test_a_launcher_that_is_killed_before_the_release_leaves_no_process(
         os.close(pidfd)
 
 
-def test_a_child_that_hangs_before_its_jail_ends_with_its_launcher(build: Build) -> None:
-    """It reads no pipe there, and would go on to take the uid later."""
-    jail = build()
-    reader, writer = os.pipe()
-    launcher = os.fork()
-    if launcher == 0:
-        try:
-            child = process.spawn(jail, "/bin/sleep", ["sleep", "60"], witness=signal.pause)
-            os.write(writer, struct.pack("i", child.process.pid))
-            time.sleep(0.2)
-        finally:
-            os._exit(1)
-    os.close(writer)
-    with _orphans_come_here():
-        pidfd = os.pidfd_open(struct.unpack("i", os.read(reader, 4))[0])
-        os.close(reader)
-        os.waitpid(launcher, 0)
-        assert select.select([pidfd], [], [], DEADLINE_S)[0], "the child is still there"
-        process.reap(pidfd)
-        os.close(pidfd)
-
-
 @contextmanager
 def _orphans_come_here() -> Iterator[None]:
     set_child_subreaper = 36  # linux/include/uapi/linux/prctl.h
@@ -181,16 +159,13 @@ def _orphans_come_here() -> Iterator[None]:
         syscalls.prctl(set_child_subreaper, 0)
 
 
-@pytest.mark.parametrize("witness", [None, os.getpid])
-def test_a_launcher_that_ignores_its_children_is_told_what_failed(
-    build: Build, witness: process.Witness | None
-) -> None:
+def test_a_launcher_that_ignores_its_children_is_told_what_failed(build: Build) -> None:
     jail = build(binds=(("/nowhere", "/nowhere"),))
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         for _ in range(10):
             with pytest.raises(JailFailed, match="programs"):
-                child = process.spawn(jail, "/bin/true", ["true"], witness=witness)
+                child = process.spawn(jail, "/bin/true", ["true"])
                 child.release()
                 try:
                     child.executed()
@@ -254,34 +229,3 @@ def _processes_in(namespace: str) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
-
-
-# What is asked of the child before it is shut in -------------------------------------------------
-
-
-def test_a_witness_is_the_instances_uid_in_the_launchers_namespaces(build: Build) -> None:
-    def look() -> object:
-        return [os.getresuid(), os.getgroups(), os.readlink("/proc/self/ns/net"), os.listdir("/")]
-
-    with newborn(build(), "/bin/true", witness=look) as child:
-        uids, groups, network, top = child.testimony(DEADLINE_S)
-        assert uids == [0, child.jail.credentials.uid, 0]
-        assert groups == []
-        assert network == os.readlink("/proc/self/ns/net")
-        assert top == os.listdir("/")
-        child.release()
-        child.executed()
-
-
-def test_a_witness_that_fails_is_told_and_nothing_is_executed(build: Build) -> None:
-    def fail() -> object:
-        raise OSError(errno.ENOBUFS, "no room for a packet")
-
-    refused = pytest.raises(JailFailed, match="no room for a packet")
-    with newborn(build(), "/bin/true", witness=fail) as child, refused:
-        child.testimony(DEADLINE_S)
-
-
-def test_a_witness_that_does_not_answer_is_not_waited_for(build: Build) -> None:
-    with newborn(build(), "/bin/true", witness=signal.pause) as child, pytest.raises(ChildTimedOut):
-        child.testimony(0.1)

@@ -3,7 +3,9 @@
 import ctypes
 import errno
 import os
+import signal
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from kvmsec.linux import credentials, keyrings, namespaces, processes, syscalls
 from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import Credentials
-from kvmsec.linux.errors import ChildFailed
+from kvmsec.linux.errors import ChildFailed, ManyThreads
 
 pytestmark = pytest.mark.root
 
@@ -129,15 +131,83 @@ def test_a_drop_that_silently_did_nothing_is_found(left_undone: str, told: str) 
 
 def test_acting_as_somebody_lasts_as_long_as_its_block() -> None:
     def act() -> Any:
+        os.setgroups([4, 27])
+        syscalls.end_with_parent(signal.SIGUSR1)
+        before = [*look(), *kept()]
         with credentials.acting_as(SOMEBODY):
             inside = look()
-        return [inside, look()]
+        return [inside, before, [*look(), *kept()]]
 
-    inside, after = run_in_child(act, what="acting", timeout_s=10)
+    def kept() -> Any:
+        get_dumpable = 3
+        return [syscalls.prctl(get_dumpable), syscalls.signal_at_parents_end()]
+
+    inside, before, after = run_in_child(act, what="acting", timeout_s=10)
     assert inside[0] == [0, SOMEBODY.uid, 0, SOMEBODY.uid]
     assert inside[1] == [0, SOMEBODY.gid, 0, SOMEBODY.gid]
     assert inside[2] == []
     effective = 2  # proc(5): inheritable, permitted, effective
     assert inside[3][effective] == 0
-    assert (after[0], after[1]) == ([0] * 4, [0] * 4)
-    assert after[3][effective] != 0
+    assert after == before
+    assert (after[2], after[5:]) == ([4, 27], [1, signal.SIGUSR1])
+
+
+def test_no_handler_runs_as_somebody() -> None:
+    def act() -> Any:
+        seen = []
+        signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(os.geteuid()))
+        with credentials.acting_as(SOMEBODY):
+            signal.raise_signal(signal.SIGUSR1)
+        return seen
+
+    assert run_in_child(act, what="acting", timeout_s=10) == [0]
+
+
+def test_who_acts_as_somebody_is_root_again_whatever_is_raised() -> None:
+    def act() -> Any:
+        try:
+            with credentials.acting_as(SOMEBODY):
+                raise KeyError
+        except KeyError:
+            return look()
+
+    assert run_in_child(act, what="acting", timeout_s=10)[0] == [0] * 4
+
+
+def test_a_parent_that_ends_meanwhile_is_not_outlived() -> None:
+    """The kernel forgets the wish with each change of ids, and tells nobody afterwards."""
+
+    def act() -> Any:
+        reader, writer = os.pipe()
+        parent = os.fork()
+        if parent == 0:
+            if os.fork() == 0:
+                act_until_alone(writer)
+            os._exit(0)
+        os.close(writer)
+        os.waitpid(parent, 0)
+        return os.read(reader, 1).decode()  # Empty once the grandchild has ended.
+
+    def act_until_alone(writer: int) -> None:
+        parent = os.getppid()
+        syscalls.end_with_parent()
+        with credentials.acting_as(SOMEBODY):
+            while os.getppid() == parent:
+                os.sched_yield()
+        os.write(writer, b"x")
+        os._exit(0)
+
+    assert run_in_child(act, what="acting", timeout_s=10) == ""
+
+
+def test_a_process_with_several_threads_can_not_act_as_somebody() -> None:
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        with pytest.raises(ManyThreads), credentials.acting_as(SOMEBODY):
+            pass
+    finally:
+        done.set()
+        other.join()
+    assert os.geteuid() == 0
