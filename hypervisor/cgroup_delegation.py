@@ -52,9 +52,7 @@ def make_group(place: Place, name: str) -> tuple[str, Mapping[str, str]]:
     for is_last in (*[False] * (_TRIES - 1), True):
         try:
             refusals = _make_parents(place, below)
-            if not remove_tree(path, emptying_s=0):
-                raise OSError(errno.EBUSY, "processes of an earlier start are still in it", path)
-            os.mkdir(path, 0o755)
+            _make_empty(path)
         except OSError as error:
             if is_last or error.errno not in _GONE:
                 raise
@@ -64,6 +62,17 @@ def make_group(place: Place, name: str) -> tuple[str, Mapping[str, str]]:
         if is_last or not withheld:
             return path, withheld
     raise AssertionError("the last try returns or raises")
+
+
+def _make_empty(path: str) -> None:
+    try:
+        os.mkdir(path, 0o755)
+    except FileExistsError:  # Of an earlier start, with its counts and bounds.
+        if not remove_tree(path, emptying_s=0):
+            raise OSError(
+                errno.EBUSY, "processes of an earlier start are still in it", path
+            ) from None
+        os.mkdir(path, 0o755)
 
 
 def _withheld(place: Place, path: str, refusals: Mapping[str, str]) -> Mapping[str, str]:
@@ -82,13 +91,13 @@ def _make_parents(place: Place, below: str) -> dict[str, str]:
     groups = [place.mount.path]
     for step in below.split("/"):
         groups.append(f"{groups[-1]}/{step}")
-    refusals: dict[str, str] = {}
-    ours_from = _first_that_is_ours(groups)
-    for index, group in enumerate(groups):
-        if index and not os.path.isdir(group):
+    for group in groups[1:]:
+        if not os.path.isdir(group):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(group, 0o755)
-        if place.mount.version == 2 and index >= ours_from:
+    refusals: dict[str, str] = {}
+    if place.mount.version == 2 and place.controllers:
+        for group in groups[_first_that_is_ours(groups) :]:
             _delegate(group, place.controllers, refusals)
     return refusals
 
@@ -109,8 +118,6 @@ def _first_that_is_ours(groups: Sequence[str]) -> int:
 def _delegate(path: str, controllers: Collection[str], refusals: dict[str, str]) -> None:
     """Enable controllers for a group's children; `refusals` gets the first reason for each."""
     control = f"{path}/cgroup.subtree_control"
-    if not controllers:
-        return
     enabled = Path(control).read_text().split()
     given = Path(path, "cgroup.controllers").read_text().split()
     for name in sorted(set(controllers) - set(enabled) - refusals.keys()):

@@ -121,7 +121,7 @@ def probe(
     if memory is not None and (known := memory.recall(key, Features)) is not None:
         return known
     features = _understand(binary, _ask(binary, credentials, timeout_s), timeout_s)
-    if memory is not None and identity.still_holds():
+    if memory is not None and identity == _identify(binary):
         memory.keep(key, (identity,), features)
     return features
 

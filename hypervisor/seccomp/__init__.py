@@ -106,7 +106,8 @@ def find_filter(cache: Path | None = None, rules: Sequence[Rule] = RULES) -> Fil
     if machine != _MACHINE:
         raise NoFilter(f"it is for {_MACHINE}, and this machine is {machine}")
     memory = Memory(cache) if cache is not None else None
-    key = f"seccomp 1 {machine} {_digest_of(tuple(rules))}"
+    digest = _digest_of_ours() if rules is RULES else _digest_of(rules)
+    key = f"seccomp 1 {machine} {digest}"
     known = memory.recall(key, _Kept) if memory is not None else None
     found = known.filter() if known is not None else None
     if found is not None:
@@ -119,9 +120,13 @@ def find_filter(cache: Path | None = None, rules: Sequence[Rule] = RULES) -> Fil
     return made
 
 
+def _digest_of(rules: Sequence[Rule]) -> str:
+    return hashlib.sha256(repr(tuple(rules)).encode()).hexdigest()
+
+
 @cache
-def _digest_of(rules: tuple[Rule, ...]) -> str:
-    return hashlib.sha256(repr(rules).encode()).hexdigest()
+def _digest_of_ours() -> str:
+    return _digest_of(RULES)
 
 
 def _compiled(library: Library, rules: Sequence[Rule]) -> Filter:
