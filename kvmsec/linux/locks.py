@@ -11,10 +11,10 @@ from typing import Any, Final, Self
 from kvmsec.linux.children import Child, fork_worker
 from kvmsec.linux.errors import ChildTimedOut, LockBusy
 
-SOON_S: Final = 0.03
-"""For so long a lock is asked for again and again: most are given back within a millisecond, and
-a child that waits takes several to be made."""
-RETRY_S: Final = 0.001
+PAUSES_S: Final = (*[0.001] * 5, *[0.002] * 5, *[0.005] * 8, *[0.01] * 25)
+"""After each of these a lock is asked for once more, before a child waits for it: most are given
+back within a millisecond, and a child takes several to be made. They grow, since many that ask
+each millisecond leave its holder no time on a small machine."""
 
 
 class FileLock:
@@ -58,16 +58,17 @@ class FileLock:
 
         Raises LockBusy when somebody else keeps it, and OSError when the file can't be made.
         """
-        begin = time.monotonic()
+        deadline = time.monotonic() + timeout_s
+        pauses = iter(PAUSES_S)
         while not self.try_acquire():
-            waited = time.monotonic() - begin
-            if waited >= timeout_s:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
                 raise LockBusy(self.path)
-            if waited < SOON_S:
-                time.sleep(RETRY_S)
+            if (pause_s := next(pauses, None)) is not None:
+                time.sleep(min(pause_s, remaining_s))
                 continue
             with contextlib.suppress(ChildTimedOut):
-                self.waiter().collect(timeout_s - waited)
+                self.waiter().collect(remaining_s)
 
     def waiter(self) -> Child:
         """A child that waits for the lock in the caller's stead: flock(2) has no deadline.

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvmsec.linux.children import Child
 from kvmsec.linux.errors import ChildTimedOut, LockBusy
-from kvmsec.linux.locks import RETRY_S, SOON_S, FileLock
+from kvmsec.linux.locks import PAUSES_S, FileLock
 
 
 async def readable(descriptor: int, timeout_s: float | None) -> bool:
@@ -46,15 +46,16 @@ async def collect(child: Child, timeout_s: float) -> Any:
 async def acquire(lock: FileLock, timeout_s: float) -> None:
     """Take a lock without holding up the event loop; raises LockBusy after `timeout_s` seconds."""
     loop = asyncio.get_running_loop()
-    begin = loop.time()
+    deadline = loop.time() + timeout_s
+    pauses = iter(PAUSES_S)
     while not lock.try_acquire():
-        waited = loop.time() - begin
-        if waited >= timeout_s:
+        remaining_s = deadline - loop.time()
+        if remaining_s <= 0:
             raise LockBusy(lock.path)
-        if waited < SOON_S:
-            await asyncio.sleep(RETRY_S)
+        if (pause_s := next(pauses, None)) is not None:
+            await asyncio.sleep(min(pause_s, remaining_s))
             continue
         try:
-            await collect(lock.waiter(), timeout_s - waited)
+            await collect(lock.waiter(), remaining_s)
         except ChildTimedOut:
             raise LockBusy(lock.path) from None
