@@ -6,17 +6,17 @@ directory before calling a pool exhausted, so that a wrong one costs time and no
 """
 
 import contextlib
+import errno
 import os
 import struct
-import zlib
 from array import array
 from pathlib import Path
 from typing import Final
 
-from kvmsec.linux.files import read_bounded
-
 _LIMIT_BYTES: Final = 16 << 20
-_HEADER: Final = struct.Struct("=QQqI")  # device, inode and change time of the directory; checksum
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_HEADER: Final = struct.Struct("=QQqI")  # The directory's device, inode and change time; uids.
 
 
 class LeaseIndex:
@@ -27,28 +27,31 @@ class LeaseIndex:
         self._directory = directory
 
     def load(self) -> "array[int] | None":
-        """The leased uids, sorted; None when the summary is missing, broken or out of date."""
+        """The leased uids, sorted; None when the summary is missing, unfinished or out of date."""
+        uids = array("I")
         try:
-            data = read_bounded(self._path, _LIMIT_BYTES)
+            with open(os.open(self._path, _READ), "rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size > _LIMIT_BYTES:
+                    return None
+                header = file.read(_HEADER.size)
+                uids.frombytes(file.readall())  # ValueError for what are no whole numbers.
+            return uids if header == self._header(uids) else None
         except (OSError, ValueError):
             return None
-        body = data[_HEADER.size :]
-        uids = array("I")
-        if len(data) < _HEADER.size or len(body) % uids.itemsize:
-            return None
-        if data[: _HEADER.size] != self._header(body):
-            return None
-        uids.frombytes(body)
-        return uids
 
     def store(self, uids: "array[int]") -> None:
-        """Write the summary of what is leased now; one that can't be written is dropped."""
-        body = uids.tobytes()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        """Write the summary of what is leased now; one that can't be written is dropped.
+
+        Over the last one, for megabytes of new pages take longer than their content. The header
+        comes last: a writer that is killed before leaves one that fits no directory.
+        """
         try:
-            descriptor = os.open(self._path, flags, 0o600)
+            descriptor = os.open(self._path, _WRITE, 0o600)
             try:
-                os.write(descriptor, self._header(body) + body)
+                _write(descriptor, bytes(_HEADER.size), 0)
+                _write(descriptor, memoryview(uids).cast("B"), _HEADER.size)
+                os.ftruncate(descriptor, _HEADER.size + len(uids) * uids.itemsize)
+                _write(descriptor, self._header(uids), 0)
             finally:
                 os.close(descriptor)
         except OSError:
@@ -58,6 +61,11 @@ class LeaseIndex:
         with contextlib.suppress(OSError):
             self._path.unlink()
 
-    def _header(self, body: bytes) -> bytes:
+    def _header(self, uids: "array[int]") -> bytes:
         status = self._directory.stat()
-        return _HEADER.pack(status.st_dev, status.st_ino, status.st_mtime_ns, zlib.crc32(body))
+        return _HEADER.pack(status.st_dev, status.st_ino, status.st_mtime_ns, len(uids))
+
+
+def _write(descriptor: int, data: bytes | memoryview, place: int) -> None:
+    if os.pwrite(descriptor, data, place) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -12,7 +12,6 @@ from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
-from copy import copy
 from datetime import UTC, datetime
 from itertools import filterfalse
 from pathlib import Path
@@ -61,6 +60,7 @@ class Ledger:
         self._resting = state / "resting"
         self._quarantine = state / "quarantine"
         self._leased: array[int] | None = None  # sorted, while `changing` is held
+        self._is_summed = False  # whether the summary says the same
 
     @property
     def sweep_lock(self) -> Path:
@@ -83,9 +83,9 @@ class Ledger:
     def _holding(self, lock: FileLock) -> Iterator[Occupation]:
         try:
             self._leased = self._index.load()
-            before = copy(self._leased)
+            self._is_summed = self._leased is not None
             yield self._occupation()
-            if self._leased is not None and self._leased != before:
+            if self._leased is not None and not self._is_summed:
                 self._index.store(self._leased)
         finally:
             self._leased = None
@@ -93,7 +93,7 @@ class Ledger:
 
     def listed(self) -> Occupation:
         """What there is by the directories themselves; hold `changing`."""
-        self._leased = None
+        self._leased, self._is_summed = None, False
         return self._occupation()
 
     @contextlib.contextmanager
@@ -196,6 +196,7 @@ class Ledger:
                 raise
         if self._leased is not None:
             insort(self._leased, lease.uid)
+            self._is_summed = False
         return True
 
     def remove_lease(self, uid: int) -> None:
@@ -203,6 +204,7 @@ class Ledger:
         self._remove(self._leases / str(uid))
         if self._leased is not None:
             del self._leased[bisect_left(self._leased, uid) : bisect_right(self._leased, uid)]
+            self._is_summed = False
 
     # --- quarantine
 
