@@ -80,10 +80,10 @@ async def _measure(effort: Effort) -> Report:
                 works |= running.enter_context(_libvirt(place))
             except WorkerFailed as error:
                 missing = f"libvirt, which does not run here ({error})"
-        series = await interleave(
-            effort.pick(51, 9, 1), {one: works[one] for one in WAYS if one in works}
-        )
-    return _report(series, idle, missing)
+        rounds = effort.pick(51, 9, 1)
+        series = await interleave(rounds, {one: works[one] for one in WAYS if one in works})
+        pair = await interleave(rounds, {one: works[one] for one in (RAW, LIBRARY)})
+    return _report(series, pair, idle, missing)
 
 
 # The ways ------------------------------------------------------------------------------------
@@ -204,12 +204,17 @@ def _footprint(part: str, pid: int) -> Footprint:
 # What is told --------------------------------------------------------------------------------
 
 
-def _report(series: Mapping[str, Series], idle: Sequence[Footprint], missing: str | None) -> Report:
+def _report(
+    series: Mapping[str, Series],
+    pair: Mapping[str, Series],
+    idle: Sequence[Footprint],
+    missing: str | None,
+) -> Report:
     found = [way for way in WAYS if way in series]
     bars = [(START, "start_to_ready", "Start to ready"), (STOP, "stop", "Forced stop to uid clean")]
     return Report(
         "start",
-        tables=(_times(series), _memory(idle)),
+        tables=(_times(series), _alone(pair), _memory(idle)),
         plots=tuple(
             Plot(
                 key,
@@ -242,6 +247,16 @@ def _times(series: Mapping[str, Series]) -> Table:
     head = ("", "to the reply, ms", "to the return, ms", "x raw", "forced stop, ms", "x raw")
     note = "Median (p10 to p90); processor time is the mean of the whole host's, start and stop."
     return Table("start", "Start and stop", (*head, "CPU, ms"), tuple(rows), note)
+
+
+def _alone(pair: Mapping[str, Series]) -> Table:
+    """What the library adds where nobody else has had the processors in between."""
+    base = pair[RAW][REPLY]
+    rows = [
+        (way, milliseconds(found[REPLY]), ratio(found[REPLY], base)) for way, found in pair.items()
+    ]
+    title = "Start, these two in turn and nothing between"
+    return Table("start alone", title, ("", "to the reply, ms", "x raw"), tuple(rows))
 
 
 def _memory(idle: Sequence[Footprint]) -> Table:

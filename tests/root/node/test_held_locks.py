@@ -10,8 +10,6 @@ from uuid import UUID
 import pytest
 
 from kvmsec.linux import command
-from kvmsec.linux.children import run_in_child
-from kvmsec.linux.credentials import Credentials
 from kvmsec.model.cluster import Cluster, Member, Role
 from kvmsec.node import leasing
 from kvmsec.node.host import Host
@@ -70,12 +68,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 
 def _prove(rules: Rules) -> Awaitable[None]:
-    def carry(send: Callable[[], object]) -> object:
-        return run_in_child(
-            send, what="the canary", timeout_s=10, credentials=Credentials(UID, UID)
-        )
-
-    return rules.prove(UID, UID, carry)
+    return rules.prove(UID, UID)
 
 
 @pytest.mark.parametrize("work", [_prove, Rules.apply, Rules.sync, Rules.settle, Rules.remove])
