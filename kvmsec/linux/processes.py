@@ -138,8 +138,8 @@ def read_status(pid: int) -> ProcessStatus | None:
         return None
     # The kernel escapes newlines in a process's name, and no other character that `splitlines`
     # takes for the end of a line: a form feed there would let a process forge the lines below.
-    lines = (line.partition(b":") for line in raw.split(b"\n"))
-    fields = {key.decode(): value.strip().decode(errors="replace") for key, _, value in lines}
+    lines = (line.partition(":") for line in raw.decode(errors="replace").split("\n"))
+    fields = {key: value.strip() for key, _, value in lines}
     return ProcessStatus(
         name=fields["Name"],
         state=fields["State"][:1],
