@@ -25,7 +25,9 @@ class Rules:
     """What keeps instances off the node's network: the pool's uids and each `user` model's.
 
     What was applied last is noted, so that a start finds out without reading the kernel's rules
-    whether they have to change; whether they *hold* is for the canary alone.
+    whether they have to change; whether they *hold* is for the canary alone. The note has the uid
+    of everyone who runs: each was in it when it was proved, and none leaves it but after a look at
+    every record. So who needs no change of it needs no look at the others' records either.
 
     While another process proves or changes them the event loop runs on; what is done then is done
     in place. Who waits for longer than a minute is told LockBusy.
@@ -39,19 +41,31 @@ class Rules:
 
     def policy(self) -> Policy:
         """The rules that this node must have now, from the cluster's pool and its records."""
-        cluster, _ = self._store.load()
-        wanted = cluster.guarded_uids if cluster else EMPTY
         known, unreadable = records.read_all(self._paths)
-        wanted |= UidRanges.of_uids(one.uid for one in known if one.uid)
+        wanted = self._pool() | UidRanges.of_uids(one.uid for one in known if one.uid)
         if unreadable:  # Whose uids those are can't be told: none that was guarded is let go.
             wanted |= self._noted_uids()
-        return Policy(wanted.ranges, self._log, self._paths.tag)
+        return self._policy_for(wanted)
+
+    def _pool(self) -> UidRanges:
+        cluster, _ = self._store.load()
+        return cluster.guarded_uids if cluster else EMPTY
+
+    def _in_force(self) -> Policy | None:
+        """What was applied last; None where that is not known, or was under other settings."""
+        noted = self._noted()
+        policy = self._policy_for(_uids_of(noted))
+        return policy if noted == _note_of(policy) else None
+
+    def _policy_for(self, uids: UidRanges) -> Policy:
+        return Policy(uids.ranges, self._log, self._paths.tag)
 
     async def prove(self, uid: int, gid: int) -> None:
         """Return once a packet has proved that this uid can't send; else raise NotProved."""
         async with self._turn():
-            policy = self.policy()
-            if self._noted() != _note_of(policy):
+            policy = self._in_force()
+            if policy is None or not policy.covers(uid) or self._pool() - UidRanges(policy.uids):
+                policy = self.policy()
                 self._apply(policy)
             self.firewall.prove(uid, gid, policy)
 
@@ -68,7 +82,10 @@ class Rules:
     async def settle(self) -> None:
         """After an instance's end: change the rules if that changed what they must hold."""
         async with self._turn():
-            if self._noted() not in (None, _note_of(self.policy())):
+            noted = self._noted()
+            if noted in (None, _note_of(self._policy_for(self._pool()))):
+                return  # There is nothing in it to let go.
+            if noted != _note_of(self.policy()):
                 self._sync()
 
     def verify(self) -> tuple[Finding, ...]:
@@ -117,8 +134,7 @@ class Rules:
             return None
 
     def _noted_uids(self) -> UidRanges:
-        uids, _, _ = (self._noted() or "").partition("\n")
-        return UidRanges.parse(uids)
+        return _uids_of(self._noted())
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -129,6 +145,10 @@ class Rules:
             yield
         finally:
             lock.release()
+
+
+def _uids_of(note: str | None) -> UidRanges:
+    return UidRanges.parse((note or "").partition("\n")[0])
 
 
 def _note_of(policy: Policy) -> str:
