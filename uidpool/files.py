@@ -204,10 +204,11 @@ class _Scan:
 
     def entries(self) -> Iterator[_Entry]:
         """What the uid owns, contents before the directory that holds them."""
-        for point in read_mount_points():
+        places = dict.fromkeys(map(os.path.realpath, PLACES))
+        for point in read_mount_points(places):
             above, _, name = point.rpartition("/")
             self._mounted.setdefault(above, set()).add(name)
-        for place in dict.fromkeys(os.path.realpath(place) for place in PLACES):
+        for place in places:
             try:
                 descriptor = os.open(place, _FLAGS)
             except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +10,7 @@ from attrs import frozen
 
 _MOUNTINFO: Final = "/proc/self/mountinfo"
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
+_ESCAPED: Final = re.compile(rb"[ \t\n\\]")  # By the kernel: fs/proc_namespace.c, mangle().
 
 
 @frozen
@@ -23,10 +24,22 @@ class Mount:
     super_options: frozenset[str]
 
 
-def read_mount_points() -> frozenset[str]:
-    """Where something is mounted: no more of each line is read, for a draw asks on its way."""
-    with open(_MOUNTINFO, "rb") as file:
-        return frozenset(_decoded(line.split(b" ", 5)[4]) for line in file)
+def read_mount_points(below: Collection[str]) -> frozenset[str]:
+    """Where below some directories something is mounted. Raises OSError.
+
+    A draw asks on its way, and each instance of the node has a mount: only lines that may be meant
+    are taken apart.
+    """
+    return mount_points(Path(_MOUNTINFO).read_bytes(), below)
+
+
+def mount_points(mountinfo: bytes, below: Collection[str]) -> frozenset[str]:
+    """The same in the text of a mountinfo, where each line has the path as its fifth field."""
+    places = b"|".join(re.escape(_encoded(place)) for place in below)
+    if not places:
+        return frozenset()
+    meant = re.compile(rb"^(?:[^ \n]+ ){4}((?:%b)/[^ \n]*)" % places, re.MULTILINE)
+    return frozenset(map(_decoded, meant.findall(mountinfo)))
 
 
 def read_mounts() -> list[Mount]:
@@ -53,3 +66,7 @@ def _decoded(path: bytes) -> str:
     if b"\\" in path:
         path = _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), path)
     return os.fsdecode(path)
+
+
+def _encoded(path: str) -> bytes:
+    return _ESCAPED.sub(lambda match: b"\\%03o" % match[0][0], os.fsencode(path))
