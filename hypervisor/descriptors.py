@@ -4,10 +4,11 @@ A path says little (`/dev/mem` of the node reads like one of the jail's own). Wh
 mount that a file was opened through, and where a socket was made.
 """
 
+import contextlib
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 from attrs import frozen
@@ -19,6 +20,7 @@ _ANONYMOUS: Final = re.compile(
     r"|kvm-(vm|vcpu(:\d+|-stats:\d+)|vm-stats|device|[a-z0-9-]+))"
 )
 _MOUNT_ID: Final = re.compile(rb"^mnt_id:\t(\d+)$", re.MULTILINE)
+_ROW: Final = re.compile(rb"^\w+: (?:\w+ ){2}(\w+) \w+ \w+ +(\d+)(?: (.*))?$", re.MULTILINE)
 _LISTENS: Final = 0x10000  # __SO_ACCEPTCON, linux/include/uapi/linux/net.h
 _LIMIT_BYTES: Final = 64 << 20
 
@@ -38,21 +40,16 @@ def foreign_descriptors(pid: int, granted: Collection[FileIdentity]) -> list[str
     """
     ours = _own_identities() - set(granted)
     mounts = _mount_ids(pid)
-    sockets = _Sockets.seen_by(pid, granted)
+    everything = [one for one in _held_by(pid) if one.identity not in granted]
+    sockets = _own_sockets(pid, (one.identity[1] for one in everything if one.is_socket), granted)
     problems = []
-    for number in sorted(map(int, os.listdir(f"/proc/{pid}/fd"))):
-        try:
-            held = _Held.read(pid, number)
-        except FileNotFoundError:
-            continue  # Closed since it was listed.
-        if held.identity in granted:
-            continue
+    for held in everything:
         if held.is_nameless:
             is_foreign = _ANONYMOUS.fullmatch(held.target) is None
         elif held.identity in ours:
             is_foreign = True
         elif held.is_socket:
-            is_foreign = held.identity[1] not in sockets.own
+            is_foreign = held.identity[1] not in sockets
         elif held.is_pipe or held.is_memory:
             is_foreign = False
         else:
@@ -60,6 +57,12 @@ def foreign_descriptors(pid: int, granted: Collection[FileIdentity]) -> list[str
         if is_foreign:
             problems.append(f"it holds a descriptor of {held.target}")
     return problems
+
+
+def _held_by(pid: int) -> Iterator["_Held"]:
+    for number in sorted(map(int, os.listdir(f"/proc/{pid}/fd"))):
+        with contextlib.suppress(FileNotFoundError):  # Closed since it was listed.
+            yield _Held.read(pid, number)
 
 
 @frozen
@@ -100,25 +103,21 @@ class _Held:
         return self.target.startswith("/memfd:") and stat.S_ISREG(self.mode) and self.links == 0
 
 
-@frozen
-class _Sockets:
-    """The inodes of the sockets that a process may have made itself."""
+def _own_sockets(pid: int, held: Iterable[int], granted: Collection[FileIdentity]) -> set[int]:
+    """Those of a process's sockets, by inode, that it may have made itself.
 
-    own: frozenset[int]
-
-    @classmethod
-    def seen_by(cls, pid: int, granted: Collection[FileIdentity]) -> "_Sockets":
-        """Those of its network namespace, and what it accepted on a granted socket.
-
-        An accepted unix socket belongs to the namespace of who connected, and bears the path that
-        its listener was bound to. Sockets of no other family are made by QEMU.
-        """
-        made = {row.inode for row in _unix_sockets(f"/proc/{pid}/net/unix")}
-        inodes = {inode for _, inode in granted}
-        here = _unix_sockets("/proc/self/net/unix")
-        paths = {row.path for row in here if row.inode in inodes and row.listens and row.path}
-        accepted = {row.inode for row in here if row.path in paths and not row.listens}
-        return cls(frozenset(made | accepted))
+    Those of its network namespace, and what it accepted on a granted socket: an accepted unix
+    socket belongs to the namespace of who connected, and bears the path that its listener was
+    bound to. Sockets of no other family are made by QEMU.
+    """
+    held = set(held)
+    made = {row.inode for row in _unix_sockets(f"/proc/{pid}/net/unix", held)}
+    if made == held:  # All of them, or there are none.
+        return made
+    lent = {inode for _, inode in granted}
+    here = _unix_sockets("/proc/self/net/unix", held | lent)
+    paths = {row.path for row in here if row.inode in lent and row.listens and row.path}
+    return made | {row.inode for row in here if row.path in paths and not row.listens}
 
 
 @frozen
@@ -128,16 +127,18 @@ class _UnixSocket:
     path: bytes
 
 
-def _unix_sockets(table: str) -> list[_UnixSocket]:
-    """The rows of a namespace's /proc/net/unix (proc_pid_net(5))."""
-    rows = []
-    for line in _read(table).split(b"\n")[1:]:
-        words = line.split(maxsplit=7)
-        # A path may hold anything, a newline too: what then looks like no row is none.
-        if len(words) >= 7 and words[6].isdigit() and words[0].endswith(b":"):
-            path = words[7] if len(words) == 8 else b""
-            rows.append(_UnixSocket(int(words[6]), bool(int(words[3], 16) & _LISTENS), path))
-    return rows
+def _unix_sockets(table: str, inodes: Collection[int]) -> list[_UnixSocket]:
+    """The rows of some sockets in a namespace's /proc/net/unix (proc_pid_net(5)).
+
+    Of the others, some for each instance of the node, nothing is made. A path may hold anything, a
+    newline too: what then looks like no row is none.
+    """
+    wanted = {b"%d" % inode for inode in inodes}
+    return [
+        _UnixSocket(int(inode), bool(int(flags, 16) & _LISTENS), path)
+        for flags, inode, path in _ROW.findall(_read(table))
+        if inode in wanted
+    ]
 
 
 def _own_identities() -> set[FileIdentity]:
