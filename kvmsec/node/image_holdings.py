@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Self
 
@@ -34,6 +34,9 @@ from kvmsec.paths import Paths
 _FORMAT: Final = 1
 _LIMIT_BYTES: Final = 1 << 20
 _GENERATION: Final = re.compile("[0-9a-f]+")
+
+_root_of: Final[dict[str, str]] = {}
+"""The root of each start whose holding was read or written: no other has a start's generation."""
 
 
 @frozen(kw_only=True)
@@ -106,6 +109,7 @@ def publish(paths: Paths, record: InstanceRecord) -> None:
     if record.images:
         data = msgspec.json.encode(Holding.of(paths, record))
         replace_atomically(_file(paths, record.generation), data)
+        _root_of[record.generation] = str(paths.root)
 
 
 def withdraw(paths: Paths, record: InstanceRecord) -> None:
@@ -113,42 +117,49 @@ def withdraw(paths: Paths, record: InstanceRecord) -> None:
     remove_file(_file(paths, record.generation))
 
 
-def any_here(paths: Paths) -> bool:
-    """Whether any root's instance says that it has an image open."""
+def known_here(paths: Paths) -> set[str]:
+    """The generations of all starts, of any root, that say that they have an image open."""
     with contextlib.suppress(FileNotFoundError):
-        return any(paths.image_holdings.iterdir())
-    return False
+        return set(filter(_GENERATION.fullmatch, os.listdir(paths.image_holdings)))
+    return set()
 
 
 def elsewhere(paths: Paths) -> list[Holding]:
     """What instances of other roots have open; hold `images_lock`. What counts no more is removed.
 
-    Raises RecordUnreadable, and OSError.
+    What is known to be this root's own is not even read: its records tell, and `remove_stale` sees
+    to it. Raises RecordUnreadable, and OSError.
     """
+    ours, here = str(paths.root), known_here(paths)
+    for gone in _root_of.keys() - here:
+        del _root_of[gone]
     found = []
-    for path, holding in _every(paths):
+    for path, holding in _every(paths, (one for one in here if _root_of.get(one) != ours)):
         if holding.counts:
             found.append(holding)
         else:
             remove_file(path)
-    return [one for one in found if one.root != str(paths.root)]
+    return [one for one in found if one.root != ours]
 
 
-def remove_stale(paths: Paths) -> list[Path]:
+def remove_stale(paths: Paths, running: Collection[str] = ()) -> list[Path]:
     """Remove what this root's instances held and hold no more; hold `images_lock`.
 
-    Raises RecordUnreadable, and OSError.
+    What starts hold that are `running` (their generations) counts, and is not read. Raises
+    RecordUnreadable, and OSError.
     """
-    ours = (path for path, one in _every(paths) if one.root == str(paths.root) and not one.counts)
+    suspects = _every(paths, known_here(paths).difference(running))
+    ours = (path for path, one in suspects if one.root == str(paths.root) and not one.counts)
     return [path for path in ours if remove_file(path)]
 
 
-def _every(paths: Paths) -> Iterator[tuple[Path, Holding]]:
-    with contextlib.suppress(FileNotFoundError):
-        for path in sorted(paths.image_holdings.iterdir()):
-            if _GENERATION.fullmatch(path.name):
-                with contextlib.suppress(FileNotFoundError):
-                    yield path, _read(path)
+def _every(paths: Paths, generations: Iterable[str]) -> Iterator[tuple[Path, Holding]]:
+    for generation in sorted(generations):
+        path = _file(paths, generation)
+        with contextlib.suppress(FileNotFoundError):
+            holding = _read(path)
+            _root_of[generation] = holding.root
+            yield path, holding
 
 
 def _read(path: Path) -> Holding:

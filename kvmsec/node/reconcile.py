@@ -43,7 +43,7 @@ async def reconcile(host: Host, alive: Collection[ProcessId] = frozenset()) -> t
             if is_ours:
                 done += await _settle(host, name)
     done += await _release_orphaned_uids(host, {one.uid for one in running if one.uid})
-    done += await _remove_leaks(host)
+    done += await _remove_leaks(host, {one.generation for one in running if one.images})
     done += await _settle_rules(host)
     done += _remove_unfinished(host)
     return tuple(done)
@@ -207,22 +207,22 @@ async def _release(host: Host, lease: Lease) -> str:
     return f"uid {lease.uid}: was {lease.instance}'s, {outcome}"
 
 
-async def _remove_leaks(host: Host) -> list[str]:
+async def _remove_leaks(host: Host, with_images: Collection[str]) -> list[str]:
     return [
         *await _remove_leaked_taps(host),
         *await _remove_leaked_groups(host),
-        *_remove_stale_holdings(host),
+        *_remove_stale_holdings(host, with_images),
     ]
 
 
-def _remove_stale_holdings(host: Host) -> list[str]:
+def _remove_stale_holdings(host: Host, running: Collection[str]) -> list[str]:
     """Say no more that images are open which a record that is gone would have named."""
     lock = FileLock(host.paths.images_lock)
     try:
         # Whoever has the lock, to open images, looks at them just so.
-        if not image_holdings.any_here(host.paths) or not lock.try_acquire():
+        if not image_holdings.known_here(host.paths).difference(running) or not lock.try_acquire():
             return []
-        stale = image_holdings.remove_stale(host.paths)
+        stale = image_holdings.remove_stale(host.paths, running)
     except (Fault, OSError) as error:
         return [f"images in use: left as they are: {error}"]
     finally:

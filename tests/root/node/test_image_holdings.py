@@ -155,3 +155,31 @@ def test_an_unreadable_record_may_be_the_one(paths: Paths, other: Paths, gone: P
     paths.instance("web").record.write_text("{")
     image_holdings.publish(paths, record_of(launcher=gone))
     assert held(other) == ["web"]
+
+
+def test_what_is_a_roots_own_is_not_read_at_each_start(
+    paths: Paths, other: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_holdings.publish(other, record_of())
+    image_holdings.publish(paths, record_of(generation="b" * 16))
+    (paths.image_holdings / ("c" * 16)).write_bytes(
+        (paths.image_holdings / ("b" * 16)).read_bytes()
+    )
+    read: list[str] = []
+    original = image_holdings._read
+    monkeypatch.setattr(
+        image_holdings, "_read", lambda path: read.append(path.name) or original(path)
+    )
+
+    assert held(paths) == held(paths) == ["web"]
+    assert read == [record_of().generation, "c" * 16, record_of().generation]
+    assert image_holdings.remove_stale(paths, ["b" * 16, "c" * 16]) == []
+    assert read[3:] == [record_of().generation]
+
+
+def test_a_generation_is_forgotten_with_its_holding(paths: Paths, other: Paths) -> None:
+    image_holdings.publish(paths, record_of())
+    image_holdings.withdraw(paths, record_of())
+    assert held(paths) == []
+    image_holdings.publish(other, record_of())
+    assert held(paths) == ["web"]
