@@ -34,6 +34,7 @@ from uidpool.errors import (
 )
 from uidpool.ledger import Ledger, writing
 from uidpool.occupation import Occupation
+from uidpool.processes import Settled, nobody_settled
 from uidpool.ranges import EMPTY, UidRanges
 from uidpool.records import Lease, LeaseKey, Quarantine, Rest
 from uidpool.steps import Clean, Look, Step, Verdict, Work
@@ -99,7 +100,8 @@ class Claims:
 
     `leases` (below /run) and `state` (below /var/lib) are directories that only root may enter;
     they are made when they are needed. `root` names the kvmsec root that draws. `inspect` and
-    `clean` are `uidpool.usage`'s unless a test brings its own.
+    `clean` are `uidpool.usage`'s unless a test brings its own. `settled` is for the quick looks of
+    who runs an event loop.
     """
 
     def __init__(
@@ -110,8 +112,10 @@ class Claims:
         root: str,
         inspect: Callable[[int], usage.Usage] = usage.inspect,
         clean: Callable[[int], usage.Usage] | None = None,
+        settled: Settled = nobody_settled,
     ) -> None:
         self.root = root
+        self.settled = settled
         self._ledger = Ledger(leases, state)
         self._inspect = inspect
         self._clean = clean or self._clean_with_reaper

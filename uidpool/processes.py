@@ -1,12 +1,13 @@
 """The processes of a uid: found by any of its four ids, and ended all at once."""
 
 import contextlib
+import errno
 import os
 import re
 import select
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -44,19 +45,33 @@ class Process:
         return f"{self.pid} ({self.command[:80] or self.name[:16]!a})"
 
 
-def find_processes(uid: int) -> list[Process]:
+Settled = Callable[[], Mapping[int, int]]
+"""Asks after processes that run at the time of the answer, and have the same uid as all four of
+their ids and for good, since they lack every privilege to take another: the uid of each, by pid."""
+
+
+def nobody_settled() -> Mapping[int, int]:
+    """For who knows of no such process."""
+    return {}
+
+
+def find_processes(
+    uid: int, *, settled: Settled = nobody_settled, at_most: int | None = None
+) -> list[Process]:
     """Every process of a uid that this PID namespace can see, those of inner namespaces too.
 
     A process is a zombie when none of its threads runs any more: a leader may end first. Threads
     share their leader's uids unless a privileged program changed that, which an instance is not.
+    Those that are `settled` with another uid are not looked at, of the rest `at_most` so many.
     Raises ProcessLookupError when /proc doesn't show the caller's namespace, and when something of
-    the uid runs that no look at /proc finds (a process that forks and ends all the time).
+    the uid runs that no look at /proc finds (a process that forks and ends all the time); OSError
+    (E2BIG) when there are more to look at.
     """
     if os.readlink("/proc/self") != str(os.getpid()):
         raise ProcessLookupError("/proc is not that of this PID namespace")
-    found = _scan(uid)
+    found = _scan(uid, settled, at_most)
     if not found and _anything_runs(uid):
-        found = _scan(uid)
+        found = _scan(uid, settled, at_most)
         if not found and _anything_runs(uid):
             raise ProcessLookupError("processes of the uid run that can't be caught in /proc")
     return found
@@ -76,13 +91,15 @@ def uids_that_run() -> Mapping[int, Process]:
     return found
 
 
-def _scan(uid: int) -> list[Process]:
+def _scan(uid: int, settled: Settled, at_most: int | None) -> list[Process]:
+    listed = linux_processes.pids()
+    # In this order: whoever was listed, and runs as another uid's after that, was it all along.
+    others = {pid for pid, other in settled().items() if other != uid}
+    looked_at = [pid for pid in listed if pid not in others]
+    if at_most is not None and len(looked_at) > at_most:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG), "/proc")
     word = str(uid).encode()
-    found = []
-    for pid in linux_processes.pids():
-        if one := _read(pid, word):
-            found.append(one)
-    return found
+    return [one for pid in looked_at if (one := _read(pid, word))]
 
 
 def _status(pid: int) -> bytes | None:

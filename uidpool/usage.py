@@ -17,9 +17,15 @@ from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import NOBODY, Credentials
 from kvmsec.linux.errors import LinuxError
 from kvmsec.linux.ipc import SysvObject, remove_sysv_object, sysv_objects
-from kvmsec.linux.processes import pids
 from uidpool.files import Bounds, Found, find_files, remove_files
-from uidpool.processes import Process, described, end_processes, find_processes
+from uidpool.processes import (
+    Process,
+    Settled,
+    described,
+    end_processes,
+    find_processes,
+    nobody_settled,
+)
 
 _SHOWN: Final = 5
 # Together less than 20 ms, were all of it there to be looked at.
@@ -81,14 +87,15 @@ def _some(names: list[str], count: int | None = None) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {left_out} more" if left_out > 0 else "")
 
 
-def is_evidently_clean(uid: int) -> bool:
+def is_evidently_clean(uid: int, settled: Settled = nobody_settled) -> bool:
     """Whether a look of a few milliseconds proves that a uid has nothing; False proves nothing.
 
     For who has an event loop to keep running: a longer look belongs in a child then. No zombie
-    either: it is to be reaped, or ended anew. Raises nothing.
+    either: it is to be reaped, or ended anew. Processes that are `settled` take no time. Raises
+    nothing.
     """
     try:
-        if len(pids()) > _QUICK_PROCESSES or find_processes(uid):
+        if find_processes(uid, settled=settled, at_most=_QUICK_PROCESSES):
             return False
         if sysv_objects(uid, limit_bytes=_QUICK_TABLE_BYTES) or keyrings.key_count(uid):
             return False

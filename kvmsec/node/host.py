@@ -1,5 +1,6 @@
 """This node's own: its paths, settings and state, wired to the rooms once."""
 
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ class Host:
     def __init__(self, paths: Paths) -> None:
         self.paths = paths
         self.store = FileStore(paths.cluster)
+        self.settled: Callable[[], Mapping[int, int]] = dict
+        """Instances' processes that run, and the uid of each: see `uidpool.processes.Settled`."""
         self._is_prepared = False
 
     def prepare(self) -> None:
@@ -44,7 +47,9 @@ class Host:
     def claims(self) -> "Claims":
         from uidpool.claims import Claims
 
-        return Claims(self.paths.uid_leases, self.paths.uid_state, root=str(self.paths.root))
+        root = str(self.paths.root)
+        settled = self.settled
+        return Claims(self.paths.uid_leases, self.paths.uid_state, root=root, settled=settled)
 
     @cached_property
     def hierarchy(self) -> "Hierarchy":

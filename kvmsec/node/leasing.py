@@ -77,7 +77,7 @@ async def _take(claims: Claims, step: Step, held: list[FileLock]) -> Verdict | N
     if isinstance(step, FileLock):
         await acquire(step, LOCK_TIMEOUT_S)
         return None
-    if is_evidently_clean(step.uid):
+    if is_evidently_clean(step.uid, claims.settled):
         return Verdict(is_clean=True, reason="nothing")
     try:
         return await _take_in_child(claims, step, held)

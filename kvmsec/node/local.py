@@ -51,6 +51,7 @@ class LocalNode:
         # Each for as long as somebody has it or waits for it.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._watches = Watches(self.host, self._turn)
+        self.host.settled = self._watches.settled
 
     async def start(self, definition: InstanceDefinition) -> InstanceInfo:
         """Start an instance; returns once its guest runs.

@@ -3,15 +3,18 @@
 import asyncio
 import os
 import select
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Self
+
+from attrs import frozen
 
 from kvmsec.agent import Event, InstanceState
 from kvmsec.linux import processes
 from kvmsec.linux.errors import Fault
 from kvmsec.linux.processes import ProcessId
+from kvmsec.model.security import SecurityModel
 from kvmsec.node import records
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord
@@ -20,6 +23,19 @@ from kvmsec.node.waiting import readable
 _QUEUE: Final = 256
 
 Turn = Callable[[str], AbstractAsyncContextManager[None]]
+
+
+@frozen
+class _Watched:
+    """A process, and the uid that it has for good, where that is proved and nobody else's."""
+
+    process: ProcessId
+    uid: int | None
+
+    @classmethod
+    def of(cls, process: ProcessId, record: InstanceRecord) -> Self:
+        is_proved = record.state is InstanceState.RUNNING and record.model is SecurityModel.POOL
+        return cls(process, record.uid if is_proved else None)
 
 
 class Watches:
@@ -34,7 +50,7 @@ class Watches:
         self._turn = turn
         self._listeners: set[asyncio.Queue[Event]] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._pidfds: dict[int, ProcessId] = {}
+        self._pidfds: dict[int, _Watched] = {}
         self._poll = select.poll()
 
     def alive(self) -> frozenset[ProcessId]:
@@ -42,8 +58,21 @@ class Watches:
 
         For who would else look each of them up in /proc. A descriptor never means another process.
         """
+        return frozenset(one.process for one in self._running())
+
+    def settled(self) -> dict[int, int]:
+        """The uid of each watched process that runs now and has that for good, by pid.
+
+        That is what a start proved of a QEMU before its guest ran: all four ids are the uid that
+        was drawn for it, each set of capabilities is empty, and no program that it executes gives
+        it any (no_new_privs). So it may take no other id (setuid(2)); a user namespace of its own
+        would map no other either, but by somebody outside with that privilege or that uid.
+        """
+        return {one.process.pid: one.uid for one in self._running() if one.uid is not None}
+
+    def _running(self) -> Iterator["_Watched"]:
         ended = dict(self._poll.poll(0))
-        return frozenset(one for pidfd, one in self._pidfds.items() if pidfd not in ended)
+        return (one for pidfd, one in self._pidfds.items() if pidfd not in ended)
 
     def publish(self, name: str, state: InstanceState, reason: str | None = None) -> None:
         """Tell every listener; one that is too far behind loses its oldest event."""
@@ -74,7 +103,7 @@ class Watches:
             return
         pidfd = processes.open_pidfd(record.process)
         if pidfd is not None:
-            self._pidfds[pidfd] = record.process
+            self._pidfds[pidfd] = _Watched.of(record.process, record)
             self._poll.register(pidfd, select.POLLIN)
         task = asyncio.create_task(self._see_end(name, record.generation, pidfd))
         self._tasks[name] = task

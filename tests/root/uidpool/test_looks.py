@@ -11,6 +11,7 @@ import pytest
 
 from kvmsec.linux.children import Child, run_in_child
 from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.processes import pids
 from uidpool import usage
 from uidpool.files import Bounds, let_look_deep
 from uidpool.usage import Usage, inspect, is_evidently_clean
@@ -130,6 +131,15 @@ def test_a_short_look_sees_processes(uid: int, spawn: Spawn) -> None:
     while inspect(uid).keys:  # Its keyrings are collected a moment later.
         time.sleep(0.005)
     assert is_evidently_clean(uid)
+
+
+def test_a_short_look_passes_over_many_that_are_settled(
+    uid: int, spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = [spawn(uid + 100) for _ in range(3)]
+    monkeypatch.setattr(usage, "_QUICK_PROCESSES", len(pids()) - 1)
+    assert not is_evidently_clean(uid)
+    assert is_evidently_clean(uid, lambda: {one.pid: uid + 100 for one in children})
 
 
 def test_what_is_too_much_for_a_short_look_is_no_proof(uid: int, cleaner: Cleaner) -> None:

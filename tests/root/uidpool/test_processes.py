@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from kvmsec.linux import processes
 from kvmsec.linux.children import Child, start_child
 from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.errors import ChildFailed
 from kvmsec.linux.forking import fork_init
+from kvmsec.linux.processes import pids
 from uidpool.errors import NotSweepable
 from uidpool.processes import end_processes, find_processes, uids_that_run
 from uidpool.usage import Usage, inspect
@@ -59,6 +61,41 @@ def test_any_of_the_four_uids_counts(uid: int, spawn: Spawn, which: str) -> None
 
     child = spawn(None, take_it)
     assert [one.pid for one in find_processes(uid)] == [child.pid]
+
+
+def test_whom_another_uid_is_settled_for_is_not_looked_at(uid: int, spawn: Spawn) -> None:
+    ours, others = spawn(uid), spawn(uid + 100)
+    settled = {ours.pid: uid, others.pid: uid + 100}
+
+    assert [one.pid for one in find_processes(uid, settled=lambda: settled)] == [ours.pid]
+    assert not find_processes(uid + 200, settled=lambda: settled, at_most=len(pids()) - 2)
+    with pytest.raises(OSError, match="too long"):
+        find_processes(uid, settled=lambda: settled, at_most=len(pids()) - 2)
+
+
+def test_who_is_settled_is_asked_after_the_processes_were_listed(
+    uid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one could end in between, and its pid be another process's in the list."""
+    asked = []
+
+    def listed() -> list[int]:
+        asked.append("processes")
+        return []
+
+    def settled() -> dict[int, int]:
+        asked.append("settled")
+        return {}
+
+    monkeypatch.setattr(processes, "pids", listed)
+    find_processes(uid, settled=settled)
+    assert asked == ["processes", "settled"]
+
+
+def test_a_wrong_word_hides_no_process_that_runs_as_the_uid(uid: int, spawn: Spawn) -> None:
+    child = spawn(uid)
+    with pytest.raises(ProcessLookupError, match="can't be caught"):
+        find_processes(uid, settled=lambda: {child.pid: uid + 1})
 
 
 def test_a_root_process_that_acts_as_the_uid_is_reported_and_not_killed(
