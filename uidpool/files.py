@@ -25,7 +25,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
 
@@ -200,21 +200,21 @@ class _Scan:
     def __init__(self, uid: int, bounds: Bounds) -> None:
         self._uid = uid
         self._budget = _Budget(bounds, time.monotonic() + bounds.seconds)
-        self._mounted: dict[str, set[str]] = {}
+        self._places = dict.fromkeys(map(os.path.realpath, PLACES))
+
+    @cached_property
+    def _mounted(self) -> frozenset[str]:
+        """Looked up once there is a file that may be a mount point, and mostly there is none."""
+        return read_mount_points(self._places)
 
     def entries(self) -> Iterator[_Entry]:
         """What the uid owns, contents before the directory that holds them."""
-        places = dict.fromkeys(map(os.path.realpath, PLACES))
-        for point in read_mount_points(places):
-            above, _, name = point.rpartition("/")
-            self._mounted.setdefault(above, set()).add(name)
-        for place in places:
+        for place in self._places:
             try:
                 descriptor = os.open(place, _FLAGS)
             except FileNotFoundError:
                 continue
             yield from self._below(descriptor, place)
-        self._mounted.clear()
         with message_queues() as queues:
             if queues is not None:
                 yield from self._below(os.dup(queues), QUEUES)
@@ -243,14 +243,13 @@ class _Scan:
         """The uid's files right in the directory on top; directories in there wait."""
         directory = stack[-1]
         self._budget.enter(directory.path, len(stack))
-        mounted = self._mounted.get(directory.path, ())
         with os.scandir(directory.descriptor) as entries:
             for entry in entries:
                 self._budget.spend_entry(directory.path)
                 if entry.is_dir(follow_symlinks=False):
                     self._budget.hold(directory.path)
                     directory.waiting.append(entry.name)
-                elif entry.name not in mounted:
+                elif directory.inner(entry.name) not in self._mounted:
                     owner = _owner(entry)
                     if owner == self._uid:
                         unlink = partial(os.unlink, entry.name, dir_fd=directory.descriptor)

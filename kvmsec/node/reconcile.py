@@ -1,12 +1,14 @@
 """Putting right what killed processes, a reboot or a dying QEMU left on this node."""
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from hypervisor.cgroup_delegation import relative
 from hypervisor.cgroups import InstanceCgroup
 from kvmsec.agent import InstanceState
 from kvmsec.linux import processes
@@ -43,7 +45,7 @@ async def reconcile(host: Host, alive: Collection[ProcessId] = frozenset()) -> t
             if is_ours:
                 done += await _settle(host, name)
     done += await _release_orphaned_uids(host, {one.uid for one in running if one.uid})
-    done += await _remove_leaks(host, {one.generation for one in running if one.images})
+    done += await _remove_leaks(host, running)
     done += await _settle_rules(host)
     done += _remove_unfinished(host)
     return tuple(done)
@@ -207,11 +209,11 @@ async def _release(host: Host, lease: Lease) -> str:
     return f"uid {lease.uid}: was {lease.instance}'s, {outcome}"
 
 
-async def _remove_leaks(host: Host, with_images: Collection[str]) -> list[str]:
+async def _remove_leaks(host: Host, running: Collection[InstanceRecord]) -> list[str]:
     return [
         *await _remove_leaked_taps(host),
-        *await _remove_leaked_groups(host),
-        *_remove_stale_holdings(host, with_images),
+        *await _remove_leaked_groups(host, running),
+        *_remove_stale_holdings(host, {one.generation for one in running if one.images}),
     ]
 
 
@@ -242,10 +244,12 @@ async def _remove_leaked_taps(host: Host) -> list[str]:
     return [f"tap {tap.name}: removed" for tap in leaked]
 
 
-async def _remove_leaked_groups(host: Host) -> list[str]:
+async def _remove_leaked_groups(host: Host, running: Collection[InstanceRecord]) -> list[str]:
     done = []
     names = records.names(host.paths)
     try:
+        if not _has_other_groups(host, running):
+            return []
         leaked = host.hierarchy.leaked(host.paths.tag, names, host.config.cgroup.parent)
     except (Fault, OSError) as error:
         return [f"cgroups: left as they are: {error}"]
@@ -255,6 +259,22 @@ async def _remove_leaked_groups(host: Host) -> list[str]:
             if is_ours and not host.paths.instance(name).directory.exists():
                 done += await _remove_group(group)
     return done
+
+
+def _has_other_groups(host: Host, running: Collection[InstanceRecord]) -> bool:
+    """Whether there are groups that are not of one who runs: counted, not listed.
+
+    Whoever runs is in its groups, so these are there; are there no more, there is no other. The
+    kernel tells how many a group has below it: two links of a directory are its own.
+    """
+    below = relative(host.paths.tag, host.config.cgroup.parent)
+    tops = tuple(f"{mount.path}/{below}/" for mount in host.hierarchy.mounts)
+    known = sum(path.startswith(tops) for record in running for path in record.cgroups)
+    there = 0
+    for top in tops:
+        with contextlib.suppress(FileNotFoundError):
+            there += os.stat(top).st_nlink - 2
+    return there != known
 
 
 async def _remove_group(group: InstanceCgroup) -> list[str]:

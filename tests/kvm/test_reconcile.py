@@ -304,7 +304,7 @@ class StartsMeanwhile:
         return getattr(self._part, name)
 
 
-@pytest.mark.parametrize("question", ["claims.leases", "hierarchy.leaked"])
+@pytest.mark.parametrize("question", ["claims.leases", "hierarchy.mounts"])
 def test_what_is_started_while_leaks_are_looked_for_is_none(lab, question):
     part, name = question.split(".")
 
@@ -316,3 +316,20 @@ def test_what_is_started_while_leaks_are_looked_for_is_none(lab, question):
     with lab.line() as line:
         assert line.ask(b"ehello\n") == "ECHO hello"
     lab.stop()
+
+
+@pytest.mark.parametrize("running", [(), ("web",), ("web", "db")], ids=len)
+def test_a_group_without_an_instance_is_removed_beside_those_that_run(lab, running):
+    for name in running:
+        lab.start(name)
+    lab.start("gone")
+    groups = [path for path in lab.groups() if path.endswith("/vm-gone")]
+    lab.stop("gone")
+    assert lab.reconcile() == ()
+    before = lab.groups()
+    for path in groups:
+        os.makedirs(path)
+    assert sorted(lab.reconcile()) == sorted(f"cgroup {path}: removed" for path in groups)
+    assert lab.groups() == before
+    for name in running:
+        lab.stop(name)
