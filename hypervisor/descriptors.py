@@ -39,7 +39,7 @@ def foreign_descriptors(pid: int, granted: Collection[FileIdentity]) -> list[str
     FileNotFoundError and ProcessLookupError when it is gone.
     """
     ours = _own_identities() - set(granted)
-    mounts = _mount_ids(pid)
+    mounts = {*_mount_ids(pid), None}
     everything = [one for one in _held_by(pid) if one.identity not in granted]
     sockets = _own_sockets(pid, (one.identity[1] for one in everything if one.is_socket), granted)
     problems = []
@@ -69,20 +69,28 @@ def _held_by(pid: int) -> Iterator["_Held"]:
 class _Held:
     """One descriptor of a process: what it names, and the mount that this was opened through."""
 
+    pid: int
+    number: int
     target: str
     identity: FileIdentity
     mode: int
     links: int
-    mount_id: int
 
     @classmethod
     def read(cls, pid: int, number: int) -> "_Held":
         path = f"/proc/{pid}/fd/{number}"
         target, status = os.readlink(path), os.stat(path)
-        mount = _MOUNT_ID.search(_read(f"/proc/{pid}/fdinfo/{number}"))
         identity = status.st_dev, status.st_ino
-        mount_id = int(mount[1]) if mount else -1
-        return cls(target, identity, status.st_mode, status.st_nlink, mount_id)
+        return cls(pid, number, target, identity, status.st_mode, status.st_nlink)
+
+    @property
+    def mount_id(self) -> int | None:
+        """Read when it is asked for: most of what a QEMU holds has no path. None once closed."""
+        try:
+            mount = _MOUNT_ID.search(_read(f"/proc/{self.pid}/fdinfo/{self.number}"))
+        except FileNotFoundError:
+            return None
+        return int(mount[1]) if mount else -1
 
     @property
     def is_nameless(self) -> bool:

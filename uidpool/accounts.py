@@ -14,7 +14,7 @@ from kvmsec.linux.credentials import NOBODY
 from uidpool.errors import UnfitDomain
 from uidpool.foreign import foreign_parts, never_freed
 from uidpool.ranges import EMPTY, LAST_UID, UidRanges
-from uidpool.snapshot import Account, Snapshot, account_of, ask_for, asked_gids
+from uidpool.snapshot import Account, Snapshot, account_of, asked_gids
 
 NO_LOGIN_SHELLS: Final = frozenset(
     {"/usr/sbin/nologin", "/sbin/nologin", "/usr/bin/false", "/bin/false"}
@@ -225,12 +225,6 @@ class _Context:
 
     def _has_subordinate_ids(self, uid: int) -> bool:
         return any({user.name, str(uid)} & self._owners for user in self._users(uid))
-
-
-def find_account(uid: int) -> Account | None:
-    """The user of a uid, from the files or, where they don't have it, from NSS. Raises OSError."""
-    users = Snapshot.read(only=UidRanges.of((uid, uid))).by_uid.get(uid)
-    return users[0] if users else ask_for(uid)
 
 
 def resolve_domain(user: str, pool: UidRanges, rules: AccountRules) -> Account:

@@ -123,6 +123,12 @@ class Snapshot:
         )
 
 
+def find_account(uid: int, etc: Path = Path("/etc")) -> Account | None:
+    """The user of a uid: by passwd or, where that doesn't have it, by NSS. Raises OSError."""
+    users = _read_users(etc / "passwd", UidRanges.of((uid, uid)))
+    return next((user for user in users if user.uid == uid), None) or ask_for(uid)
+
+
 def ask_for(uid: int) -> Account | None:
     """The user of a uid as NSS knows it (getpwuid(3)), None when it knows none."""
     try:

@@ -10,11 +10,11 @@ from kvmsec.model.security import Security, SecurityModel
 from kvmsec.node import leasing
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord
-from uidpool.accounts import AccountRules, find_account, resolve_domain
+from uidpool.accounts import AccountRules, resolve_domain
 from uidpool.claims import State
 from uidpool.errors import UidHeld
 from uidpool.ranges import EMPTY
-from uidpool.snapshot import Account
+from uidpool.snapshot import Account, find_account
 
 _NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
 _DRAWS: Final = 8

@@ -10,10 +10,11 @@ from kvmsec.errors import KvmsecError
 from kvmsec.node import leasing
 from kvmsec.node.host import Host
 from uidpool import claims
-from uidpool.accounts import Problem, find_account
+from uidpool.accounts import Problem
 from uidpool.claims import Quarantined, State
 from uidpool.processes import uids_that_run
 from uidpool.ranges import EMPTY, UidRanges
+from uidpool.snapshot import find_account
 
 _MAX_FREE_SHOWN: Final = 10_000
 _MAX_USED_SHOWN: Final = 20

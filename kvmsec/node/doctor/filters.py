@@ -11,7 +11,7 @@ from firewall.backend import BACKENDS, BackendName, make_backend
 from firewall.errors import BackendUnavailable
 from kvmsec.linux import namespaces, syscalls
 from kvmsec.node.doctor.subject import Answer, Subject, error, ok, warning
-from uidpool.accounts import find_account
+from uidpool.snapshot import find_account
 
 _TUN: Final = Path("/dev/net/tun")
 _VHOST_NET: Final = Path("/dev/vhost-net")

@@ -8,7 +8,7 @@ import pytest
 
 from kvmsec.linux import command
 from uidpool import userdb
-from uidpool.accounts import AccountRules, check_pool, find_account, resolve_domain
+from uidpool.accounts import AccountRules, check_pool, resolve_domain
 from uidpool.errors import AccountsBusy, UidsInUse, UnfitDomain
 from uidpool.provision import (
     REAPER,
@@ -20,7 +20,7 @@ from uidpool.provision import (
     sysusers_text,
 )
 from uidpool.ranges import EMPTY, UidRanges
-from uidpool.snapshot import Snapshot
+from uidpool.snapshot import Snapshot, find_account
 
 pytestmark = pytest.mark.root
 RULES = AccountRules()
