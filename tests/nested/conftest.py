@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The whole hosts are for those who ask: they take half an hour where they are emulated."""
+    """The whole hosts are for those who ask: they take long where they are emulated."""
     is_whole = collection_path.name == "full" and collection_path.parent.name == "nested"
     return True if is_whole and not config.getoption("full", False) else None
 
