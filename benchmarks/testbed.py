@@ -21,9 +21,9 @@ FIRST_UID: Final = 200000
 KVMSEC: Final = Path(sys.executable).with_name("kvmsec")
 
 
-def pool_of(size: int) -> UidRanges:
+def pool_of(size: int, first: int = FIRST_UID) -> UidRanges:
     """A pool of that many uids, each of them a user of the sandbox."""
-    pool = UidRanges.parse(f"{FIRST_UID}-{FIRST_UID + size - 1}")
+    pool = UidRanges.parse(f"{first}-{first + size - 1}")
     provision.apply(provision.plan(pool, Snapshot.read()))
     return pool
 
