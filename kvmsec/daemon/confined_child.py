@@ -69,7 +69,7 @@ class ConfinedChild:
         self.start = start
         self.pid = pid
         self.pidfd = pidfd
-        self.control = control
+        self._control: socket.socket | None = control
         self._errors = errors
         self._words = bytearray()
 
@@ -78,15 +78,27 @@ class ConfinedChild:
 
         Raises ConfinementFailed, also where it does not say so within 30 seconds.
         """
+        assert self._control is not None
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
-                line = await _read_line(self.control)
+                line = await _read_line(self._control)
         except TimeoutError:
             raise ConfinementFailed("start", 0, "it did not answer in time") from None
         if line != READY:
             raise _failure(line, self.words())
         has_filter = not self.start.filter_may_be_missing
         require_confined(self.pid, self.start.credentials, has_filter=has_filter)
+
+    async def streams(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Its control socket, once it is ready: the caller's to close from now on.
+
+        Closed by anybody else, its number would be a new socket's while the event loop still
+        watches it for this one.
+        """
+        assert self._control is not None
+        streams = await asyncio.open_connection(sock=self._control)
+        self._control = None
+        return streams
 
     def words(self) -> str:
         """What it has said on stderr, as one escaped line; empty where it said nothing."""
@@ -105,7 +117,8 @@ class ConfinedChild:
             how = _reaped(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1
-        self.control.close()
+        if self._control is not None:
+            self._control.close()
         if self._errors >= 0:
             self.words()
             os.close(self._errors)

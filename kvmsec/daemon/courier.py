@@ -45,8 +45,7 @@ class Courier:
         self._child = start_confined(self._start, ())
         try:
             await self._child.ready()
-            streams = await asyncio.open_connection(sock=self._child.control)
-            self._connection = FrameConnection(*streams, name="the courier")
+            self._connection = FrameConnection(*await self._child.streams(), name="the courier")
             await self.tell(self._message)
         except BaseException:
             await self._end()

@@ -53,25 +53,21 @@ class _Front:
         cls, start: Start, listeners: Sequence[socket.socket], handler: Handler
     ) -> "_Front":
         ours, theirs = socket.socketpair()
-        with theirs:
-            refuse_descriptors(ours)
-            try:
+        async with contextlib.AsyncExitStack() as undo:
+            undo.callback(ours.close)
+            with theirs:
+                refuse_descriptors(ours)
                 child = start_confined(start, (theirs, *listeners))
-            except BaseException:
-                ours.close()
-                raise
-        try:
+            undo.callback(child.end)
             await child.ready()
             control = FrameConnection(
-                *await asyncio.open_connection(sock=child.control),
+                *await child.streams(),
                 name="the front",
                 answer_bytes=TRUST.answer_limit_bytes,
             )
+            undo.push_async_callback(control.close)
             streams = await asyncio.open_connection(sock=ours)
-        except BaseException:
-            ours.close()
-            child.end()
-            raise
+            undo.pop_all()
         return cls(child, control, asyncio.create_task(serve_frames(*streams, handler)))
 
     async def tell(self, call: Call, request: m.Message) -> None:
