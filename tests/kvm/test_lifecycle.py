@@ -187,7 +187,7 @@ def test_an_instance_without_a_cluster_runs_as_a_user_under_rules_that_go_with_i
 
 
 def test_a_deaf_guest_is_ended_after_the_timeout_and_a_forced_stop_does_not_ask(lab):
-    for timeout_s, force, reason in ((0.2, False, "did not power down"), (60.0, True, "as asked")):
+    for timeout_s, force, reason in ((2.0, False, "did not power down"), (60.0, True, "as asked")):
         lab.start()
         with lab.line() as line:
             assert line.ask(b"h") == "HANG"
