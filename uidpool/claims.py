@@ -163,10 +163,10 @@ class Claims:
     ) -> Work[Lease]:
         with (yield from self._ledger.changing()) as occupation:
             key = partial(LeaseKey, instance=instance, generation=generation)
-            with contextlib.suppress(PoolExhausted):
+            with contextlib.suppress(PoolExhausted, ValueError):
                 if lease := self._try_lease(occupation, uids, key, reuse_delay_s):
                     return lease
-            # The summary was out of date, or else the pool is exhausted indeed.
+            # The summary was out of date or nonsense, or else the pool is exhausted indeed.
             lease = self._try_lease(self._ledger.listed(), uids, key, reuse_delay_s)
             if lease is None:
                 raise ClaimsError("leases appear without their lock", hint="see who writes there")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 from array import array
 from pathlib import Path
 
@@ -134,6 +135,35 @@ def test_a_wrong_summary_costs_no_uid_and_frees_none(node: Node) -> None:
     claims.release(leases[0].key)
     wrong.store(array("I", POOL))  # in date, and says that none is
     assert draw(claims).uid == leases[0].uid
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nonsense_in_a_summary_that_is_in_date_keeps_nobody_from_drawing(
+    node: Node, seed: int
+) -> None:
+    """No checksum stands in it: it would take longer than all else that is done with it."""
+    claims = node.claims()
+    held = {draw(claims).uid for _ in range(2)}
+    some = random.Random(seed)
+    near = [*POOL, min(POOL) - 1, max(POOL) + 1, 0, 2**32 - 1]
+    body = array("I", some.choices(near, k=some.choice([1, 3, 8, 40])))
+    ledger.LeaseIndex(node.leases / ".locks/index", node.leases).store(body)
+    lease = draw(claims)
+    assert lease.uid in POOL
+    assert lease.uid not in held
+
+
+def test_a_writer_that_is_killed_leaves_no_summary(node: Node) -> None:
+    claims = node.claims()
+    leases = [draw(claims) for _ in range(4)]
+    index = node.leases / ".locks/index"
+    header = ledger.LeaseIndex(index, node.leases)._header(array("I"))
+    for content in (bytes(len(header)), bytes(len(header)) + index.read_bytes()[len(header) :]):
+        index.write_bytes(content)
+        assert ledger.LeaseIndex(index, node.leases).load() is None
+        with pytest.raises(PoolExhausted, match="4 leased"):
+            draw(claims)
+    assert {one.uid for one in leases} == set(POOL)
 
 
 def test_a_lease_that_was_removed_by_hand_is_noticed(node: Node) -> None:
