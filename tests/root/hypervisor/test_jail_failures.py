@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
+from hypervisor import jail as jails
 from hypervisor import process
 from hypervisor.jail import BootFile, JailFailed
 from kvmsec.linux import processes, syscalls
@@ -146,6 +147,32 @@ def test_a_launcher_that_is_killed_before_the_release_leaves_no_process(
         assert select.select([pidfd], [], [], DEADLINE_S)[0], "the child is still there"
         ended = process.reap(pidfd)
         assert ended in (process.Ended(125, None), process.Ended(None, signal.SIGKILL))
+        os.close(pidfd)
+
+
+def test_a_child_that_hangs_in_its_jail_ends_with_its_launcher(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads no pipe there, and would go on to take the uid later."""
+    jail = build()
+    hang = jails.Step("hang", lambda _: signal.pause(), "for the test")
+    monkeypatch.setattr(jails, "STEPS", (hang, *jails.STEPS))
+    reader, writer = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        try:
+            child = process.spawn(jail, "/bin/sleep", ["sleep", "60"])
+            os.write(writer, struct.pack("i", child.process.pid))
+            time.sleep(0.2)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with _orphans_come_here():
+        pidfd = os.pidfd_open(struct.unpack("i", os.read(reader, 4))[0])
+        os.close(reader)
+        os.waitpid(launcher, 0)
+        assert select.select([pidfd], [], [], DEADLINE_S)[0], "the child is still there"
+        process.reap(pidfd)
         os.close(pidfd)
 
 
