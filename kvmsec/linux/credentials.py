@@ -64,10 +64,10 @@ def acting_as(credentials: Credentials) -> Iterator[None]:
     blocked = syscalls.set_signal_mask(forking.ALL_SIGNALS)
     try:
         with _kept_by_a_change_of_ids():
-            os.setgroups([])
-            os.setegid(credentials.gid)
-            os.seteuid(credentials.uid)
             try:
+                os.setgroups([])
+                os.setegid(credentials.gid)
+                os.seteuid(credentials.uid)
                 yield
             finally:
                 os.seteuid(uid)
