@@ -21,6 +21,7 @@ _ANONYMOUS: Final = re.compile(
 )
 _MOUNT_ID: Final = re.compile(rb"^mnt_id:\t(\d+)$", re.MULTILINE)
 _ROW: Final = re.compile(rb"^\w+: (?:\w+ ){2}(\w+) \w+ \w+ +(\d+)(?: (.*))?$", re.MULTILINE)
+_CLOSED, _UNKNOWN = -1, -2  # In place of a mount's number.
 _LISTENS: Final = 0x10000  # __SO_ACCEPTCON, linux/include/uapi/linux/net.h
 _LIMIT_BYTES: Final = 64 << 20
 
@@ -39,7 +40,7 @@ def foreign_descriptors(pid: int, granted: Collection[FileIdentity]) -> list[str
     FileNotFoundError and ProcessLookupError when it is gone.
     """
     ours = _own_identities() - set(granted)
-    mounts = {*_mount_ids(pid), None}
+    mounts = _mount_ids(pid)
     everything = [one for one in _held_by(pid) if one.identity not in granted]
     sockets = _own_sockets(pid, (one.identity[1] for one in everything if one.is_socket), granted)
     problems = []
@@ -53,7 +54,7 @@ def foreign_descriptors(pid: int, granted: Collection[FileIdentity]) -> list[str
         elif held.is_pipe or held.is_memory:
             is_foreign = False
         else:
-            is_foreign = held.mount_id not in mounts
+            is_foreign = held.mount_id not in (*mounts, _CLOSED)
         if is_foreign:
             problems.append(f"it holds a descriptor of {held.target}")
     return problems
@@ -84,13 +85,13 @@ class _Held:
         return cls(pid, number, target, identity, status.st_mode, status.st_nlink)
 
     @property
-    def mount_id(self) -> int | None:
-        """Read when it is asked for: most of what a QEMU holds has no path. None once closed."""
+    def mount_id(self) -> int:
+        """Read when it is asked for: most of what a QEMU holds has no path. Or `_CLOSED`."""
         try:
             mount = _MOUNT_ID.search(_read(f"/proc/{self.pid}/fdinfo/{self.number}"))
         except FileNotFoundError:
-            return None
-        return int(mount[1]) if mount else -1
+            return _CLOSED
+        return int(mount[1]) if mount else _UNKNOWN
 
     @property
     def is_nameless(self) -> bool:

@@ -351,11 +351,7 @@ STEPS: Final = (
     Step("cgroup", _Start.make_cgroup, "the child is born in it, or joins it first of all"),
     Step("fork", _Start.fork, "in its group from birth; it builds its jail, then it waits"),
     Step("rules", _Start.prove_rules, "a packet as its uid is refused, while the jail is built"),
-    Step(
-        "programs",
-        _Start.check_programs,
-        "nobody else may change what QEMU is made of",
-    ),
+    Step("programs", _Start.check_programs, "nobody else may change what QEMU is made of"),
     Step("release", _Start.release, "from here on the record leads to the process"),
     Step("exec", _Start.become_qemu, "QEMU has its final uid before its first instruction"),
     Step("ready", _Start.become_ready, "the reply to qmp_capabilities, not the greeting"),

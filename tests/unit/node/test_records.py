@@ -1,18 +1,15 @@
 """A record that was read is remembered only for as long as its file is the same."""
 
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from hypervisor.machine import Machine
 from kvmsec.agent import InstanceState
-from kvmsec.linux import processes
-from kvmsec.model.security import SecurityModel
 from kvmsec.node import records
 from kvmsec.node.records import InstanceRecord, RecordUnreadable
 from kvmsec.paths import Paths
+from tests.unit.node.a_record import record_of
 
 
 @pytest.fixture
@@ -21,15 +18,7 @@ def paths(tmp_path: Path) -> Paths:
 
 
 def save(paths: Paths, name: str = "web", generation: str = "0" * 16) -> InstanceRecord:
-    record = InstanceRecord(
-        name=name,
-        generation=generation,
-        state=InstanceState.RUNNING,
-        model=SecurityModel.POOL,
-        machine=Machine(name=name, memory_mib=1),
-        launcher=processes.myself(),
-        created_at=datetime.now(UTC),
-    )
+    record = record_of(name, None, generation=generation, state=InstanceState.RUNNING)
     paths.instance(name).directory.mkdir(parents=True, exist_ok=True)
     return records.save(paths, record)
 

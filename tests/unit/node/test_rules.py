@@ -1,7 +1,6 @@
 """When the packet rules change, and when the records of all who run are looked at for it."""
 
 import asyncio
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +9,12 @@ import pytest
 from attrs import evolve
 
 from firewall.policy import Policy
-from hypervisor.machine import Machine
-from kvmsec.agent import InstanceState
 from kvmsec.config import FirewallSettings
-from kvmsec.linux import processes
-from kvmsec.model.security import SecurityModel
 from kvmsec.node import records
 from kvmsec.node.records import InstanceRecord
 from kvmsec.node.rules import Rules
 from kvmsec.paths import Paths
+from tests.unit.node.a_record import record_of
 from uidpool.ranges import UidRanges
 
 
@@ -65,18 +61,8 @@ class Place:
         return rules
 
     def record(self, name: str, uid: int) -> InstanceRecord:
-        record = InstanceRecord(
-            name=name,
-            generation="0" * 16,
-            state=InstanceState.STARTING,
-            model=SecurityModel.POOL,
-            machine=Machine(name=name, memory_mib=1),
-            launcher=processes.myself(),
-            created_at=datetime.now(UTC),
-            uid=uid,
-        )
         self.paths.instance(name).directory.mkdir(parents=True, exist_ok=True)
-        return records.save(self.paths, record)
+        return records.save(self.paths, record_of(name, uid))
 
     def end(self, name: str) -> None:
         self.paths.instance(name).record.unlink()

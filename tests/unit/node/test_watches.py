@@ -4,13 +4,11 @@ import asyncio
 import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from attrs import evolve
 
-from hypervisor.machine import Machine
 from kvmsec.agent import InstanceState
 from kvmsec.linux import processes
 from kvmsec.model.security import SecurityModel
@@ -18,6 +16,7 @@ from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord
 from kvmsec.node.watches import Watches
 from kvmsec.paths import Paths
+from tests.unit.node.a_record import record_of
 
 
 @pytest.fixture
@@ -28,18 +27,9 @@ def sleeper() -> Iterator["subprocess.Popen[bytes]"]:
         yield process
 
 
-def record_of(process: "subprocess.Popen[bytes]", name: str = "web") -> InstanceRecord:
-    return InstanceRecord(
-        name=name,
-        generation="0" * 16,
-        state=InstanceState.RUNNING,
-        model=SecurityModel.POOL,
-        machine=Machine(name=name, memory_mib=1),
-        launcher=processes.myself(),
-        created_at=datetime.now(UTC),
-        uid=2000,
-        process=processes.identify(process.pid),
-    )
+def running(process: "subprocess.Popen[bytes]") -> InstanceRecord:
+    found = processes.identify(process.pid)
+    return record_of("web", 2000, state=InstanceState.RUNNING, process=found)
 
 
 def watches(root: Path) -> Watches:
@@ -63,7 +53,7 @@ def settled(root: Path, record: InstanceRecord) -> tuple[int, dict[int, int]]:
 def test_an_instance_that_was_proved_to_have_its_uid_has_it(
     tmp_path: Path, sleeper: "subprocess.Popen[bytes]"
 ) -> None:
-    assert settled(tmp_path, record_of(sleeper)) == (1, {sleeper.pid: 2000})
+    assert settled(tmp_path, running(sleeper)) == (1, {sleeper.pid: 2000})
 
 
 @pytest.mark.parametrize(
@@ -80,13 +70,13 @@ def test_nothing_is_said_of_the_uid_of_others(
     tmp_path: Path, sleeper: "subprocess.Popen[bytes]", change: dict[str, object]
 ) -> None:
     """A user's may have other processes, which root's helpers let take more ids (newuidmap(1))."""
-    assert settled(tmp_path, evolve(record_of(sleeper), **change)) == (1, {})
+    assert settled(tmp_path, evolve(running(sleeper), **change)) == (1, {})
 
 
 def test_who_has_ended_has_no_uid(tmp_path: Path, sleeper: "subprocess.Popen[bytes]") -> None:
     async def ask() -> None:
         watching = watches(tmp_path)
-        watching.watch(record_of(sleeper))
+        watching.watch(running(sleeper))
         sleeper.kill()
         sleeper.wait()
         assert (watching.alive(), watching.settled()) == (frozenset(), {})
@@ -98,7 +88,7 @@ def test_who_has_ended_has_no_uid(tmp_path: Path, sleeper: "subprocess.Popen[byt
 def test_a_pid_that_is_another_process_by_now_is_not_watched(
     tmp_path: Path, sleeper: "subprocess.Popen[bytes]"
 ) -> None:
-    record = record_of(sleeper)
+    record = running(sleeper)
     assert record.process is not None
     other = evolve(record.process, start_ticks=record.process.start_ticks - 1)
     assert settled(tmp_path, evolve(record, process=other)) == (0, {})
