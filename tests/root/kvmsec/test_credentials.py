@@ -174,6 +174,26 @@ def test_who_acts_as_somebody_is_root_again_whatever_is_raised() -> None:
     assert run_in_child(act, what="acting", timeout_s=10)[0] == [0] * 4
 
 
+def test_who_could_change_only_some_ids_has_the_former_ones() -> None:
+    def act() -> Any:
+        os.setgroups([4])
+        real = os.seteuid
+
+        def refused(uid: int) -> None:
+            if uid:
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+            real(uid)
+
+        vars(os)["seteuid"] = refused
+        try:
+            with credentials.acting_as(SOMEBODY):
+                pass
+        except PermissionError:
+            return look()[:3]
+
+    assert run_in_child(act, what="acting", timeout_s=10) == [[0] * 4, [0] * 4, [4]]
+
+
 def test_a_parent_that_ends_meanwhile_is_not_outlived() -> None:
     """The kernel forgets the wish with each change of ids, and tells nobody afterwards."""
 
