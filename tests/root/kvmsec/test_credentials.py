@@ -203,6 +203,7 @@ def test_a_parent_that_ends_meanwhile_is_not_outlived() -> None:
         if parent == 0:
             if os.fork() == 0:
                 act_until_alone(writer)
+            os.read(reader, 1)  # It acts by now.
             os._exit(0)
         os.close(writer)
         os.waitpid(parent, 0)
@@ -212,6 +213,7 @@ def test_a_parent_that_ends_meanwhile_is_not_outlived() -> None:
         parent = os.getppid()
         syscalls.end_with_parent()
         with credentials.acting_as(SOMEBODY):
+            os.write(writer, b"a")
             while os.getppid() == parent:
                 os.sched_yield()
         os.write(writer, b"x")
