@@ -65,7 +65,8 @@ def _kill_each(path: str, deadline: float) -> bool:
     while pids := pids_below(path):
         if pids == {0} or time.monotonic() >= deadline:
             return False
-        pidfds = {pid: pidfd for pid in pids - {0} if (pidfd := _open_pidfd(pid)) is not None}
+        opened = ((pid, processes.pidfd_of(pid)) for pid in pids - {0})
+        pidfds = {pid: pidfd for pid, pidfd in opened if pidfd is not None}
         try:
             # Still listed after its descriptor was opened: the descriptor can't mean another.
             doomed = [pidfds[pid] for pid in pids_below(path) & pidfds.keys()]
@@ -78,13 +79,6 @@ def _kill_each(path: str, deadline: float) -> bool:
             for pidfd in pidfds.values():
                 os.close(pidfd)
     return True
-
-
-def _open_pidfd(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
 
 
 def wait_until_empty(path: str, deadline: float) -> bool:

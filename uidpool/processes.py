@@ -213,8 +213,7 @@ def _wait_for_end(processes: list[Process], deadline: float) -> None:
         waiting = select.poll()
         count = 0
         for one in processes[:256]:
-            with contextlib.suppress(ProcessLookupError):
-                descriptor = os.pidfd_open(one.pid)
+            if (descriptor := linux_processes.pidfd_of(one.pid)) is not None:
                 stack.callback(os.close, descriptor)
                 waiting.register(descriptor, select.POLLIN)
                 count += 1

@@ -90,7 +90,7 @@ def _report(error: BaseException, *, is_debug: bool) -> int:
             complain("interrupted" if error.number == signal.SIGINT else "terminated")
             return _SIGNALLED + error.number
         case OSError():
-            complain(_what_failed(error), _HINTS.get(error.errno or 0))
+            complain(_what_failed(error), _HINTS.get(error.errno or 0) or _where(error, is_debug))
             return FAILED
         case _:
             complain(
@@ -110,6 +110,13 @@ def _report_usage(error: click.ClickException) -> int:
         hint = f"see `{context.command_path} --help`"
     complain(error.format_message(), hint)
     return WRONG_USAGE
+
+
+def _where(error: OSError, is_debug: bool) -> str | None:
+    """How to find out what failed, should the error's own words not tell."""
+    if is_debug or error.filename is not None:
+        return None
+    return "`kvmsec --debug …` shows where it happened"
 
 
 def _what_failed(error: OSError) -> str:

@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from kvmsec.cli.output import say, shown_line
+from kvmsec.linux import processes
 
 if TYPE_CHECKING:
     from kvmsec.agent import Agent, InstanceLog
@@ -136,9 +137,8 @@ async def _open_process(node: Agent, name: str) -> int | None:
     pid = (await node.info(name)).pid
     if pid is None:
         return None
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
+    descriptor = processes.pidfd_of(pid)
+    if descriptor is None:
         return None
     if (await node.info(name)).pid == pid:
         return descriptor

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 
-from kvmsec.linux import syscalls
+from kvmsec.linux import processes, syscalls
 from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.errors import ChildFailed, ChildTimedOut
 from kvmsec.linux.forking import fork
@@ -157,9 +157,8 @@ def adopt(pid: int) -> int:
     -1 where it has ended already and nobody will ever see how, since SIGCHLD is ignored.
     """
     try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return -1
+        pidfd = processes.pidfd_of(pid)
+        return -1 if pidfd is None else pidfd
     except BaseException:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """Processes: which one is meant (never by a pid alone), and what the kernel says of it."""
 
 import contextlib
+import errno
 import os
 import signal
 from functools import cache
@@ -10,6 +11,9 @@ from typing import Final
 from attrs import frozen
 
 _STATUS_LIMIT: Final = 1 << 20  # 65,536 groups (NGROUPS_MAX) of ten digits fit.
+# Linux before 6.15 says EINVAL of a process that is just being reaped, and of a number that is a
+# thread's alone; later ones ESRCH and ENOENT (pidfd_prepare in kernel/fork.c).
+_NO_PROCESS: Final = (errno.ESRCH, errno.EINVAL, errno.ENOENT)
 CAPABILITY_SETS: Final = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
@@ -107,14 +111,27 @@ def is_alive(process: ProcessId) -> bool:
     return not _has_ended(seen.state, seen.threads)
 
 
-def open_pidfd(process: ProcessId) -> int | None:
-    """A descriptor of that very process (pidfd_open(2)), close-on-exec; None when it is gone.
+def pidfd_of(pid: int) -> int | None:
+    """A descriptor of the process with this pid (pidfd_open(2)), close-on-exec; None without one.
 
-    The start time is compared after opening: from then on the descriptor can't mean another.
+    Raises OSError when none can be had (EMFILE, ENFILE).
     """
     try:
-        descriptor = os.pidfd_open(process.pid)
-    except ProcessLookupError:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in _NO_PROCESS:
+            return None
+        raise
+
+
+def open_pidfd(process: ProcessId) -> int | None:
+    """A descriptor of that very process, close-on-exec; None when it is gone.
+
+    The start time is compared after opening: from then on the descriptor can't mean another.
+    Raises OSError when none can be had.
+    """
+    descriptor = pidfd_of(process.pid)
+    if descriptor is None:
         return None
     if identify(process.pid) == process:
         return descriptor

@@ -198,7 +198,11 @@ def test_a_noun_alone_shows_its_verbs(arguments: list[str]) -> None:
             "kvmsec: /run/x: No space left on device\n"
             "hint: make room, or inodes: see `df` and `df -i`\n",
         ),
-        (OSError(errno.EIO, "Input/output error"), "kvmsec: Input/output error\n"),
+        (OSError(errno.EIO, "Input/output error", "/x"), "kvmsec: /x: Input/output error\n"),
+        (
+            OSError(errno.EINVAL, "Invalid argument"),
+            "kvmsec: Invalid argument\nhint: `kvmsec --debug …` shows where it happened\n",
+        ),
         (
             KvmsecError("QEMU said:\nkvmsec: all is well\n\x1b[2J"),
             "kvmsec: QEMU said:\n  kvmsec: all is well\n  \\x1b[2J\n",
@@ -231,7 +235,7 @@ def noted(error: BaseException, *notes: str) -> BaseException:
     ("error", "said"),
     [
         (KvmsecError("it is broken", hint="mend it"), "kvmsec: it is broken\nhint: mend it\n"),
-        (OSError(errno.EIO, "Input/output error"), "kvmsec: Input/output error\n"),
+        (OSError(errno.EIO, "Input/output error", "/x"), "kvmsec: /x: Input/output error\n"),
         (click.UsageError("wrong"), "kvmsec: wrong\nhint: see `kvmsec instance list --help`\n"),
         (KeyboardInterrupt(), "kvmsec: interrupted\n"),
     ],

@@ -1,6 +1,7 @@
 """A process is known by more than its pid, and can't forge what is read about it."""
 
 import ctypes
+import errno
 import os
 import select
 import signal
@@ -163,6 +164,44 @@ def test_another_process_with_the_same_pid_is_not_taken_for_the_first() -> None:
             before = os.listdir("/proc/self/fd")
             assert processes.open_pidfd(other) is None
             assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_pid_that_is_a_thread_s_by_now_is_no_process() -> None:
+    """Both are taken from the same numbers."""
+    let_end = threading.Event()
+    thread = threading.Thread(target=let_end.wait)
+    thread.start()
+    try:
+        assert thread.native_id is not None
+        identity = processes.identify(thread.native_id)
+        assert identity is not None
+        assert processes.pidfd_of(thread.native_id) is None
+        assert processes.open_pidfd(identity) is None
+    finally:
+        let_end.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("number", [errno.ESRCH, errno.EINVAL, errno.ENOENT])
+def test_what_a_kernel_says_of_a_process_that_is_being_reaped_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "pidfd_open", raising(OSError(number, os.strerror(number))))
+    assert processes.pidfd_of(os.getpid()) is None
+
+
+def test_that_no_pidfd_can_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    monkeypatch.setattr(os, "pidfd_open", raising(error))
+    with pytest.raises(OSError, match="open files"):
+        processes.pidfd_of(os.getpid())
+
+
+def raising(error: BaseException) -> Callable[[int], int]:
+    def call(_: int) -> int:
+        raise error
+
+    return call
 
 
 def test_a_pidfd_ends_that_very_process_and_is_not_inherited() -> None:
