@@ -6,7 +6,8 @@ from typing import Final
 from attrs import frozen
 
 from kvmsec.agent import Agent, InstanceInfo, InstanceState
-from kvmsec.errors import BadDefinition, BadName
+from kvmsec.cluster.asking import kind_of
+from kvmsec.errors import AlreadyRunning, BadDefinition, BadName
 from kvmsec.linux.errors import Fault
 from kvmsec.model.instance import InstanceDefinition, definition_from, read_kept_definition
 from kvmsec.paths import Paths
@@ -57,4 +58,6 @@ async def _attempt(agent: Agent, definition: InstanceDefinition) -> Attempt:
     try:
         return Attempt(definition.name, started=await agent.start(definition))
     except (Fault, OSError) as error:
+        if kind_of(error) == AlreadyRunning.__name__:
+            return Attempt(definition.name)  # Somebody started it meanwhile.
         return Attempt(definition.name, failed=error)

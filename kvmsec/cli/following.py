@@ -11,7 +11,10 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from kvmsec.cli.output import say, shown_line
+from kvmsec.cluster.asking import kind_of
+from kvmsec.errors import UnknownInstance
 from kvmsec.linux import processes
+from kvmsec.linux.errors import Fault
 
 if TYPE_CHECKING:
     from kvmsec.agent import Agent, InstanceLog
@@ -134,13 +137,21 @@ async def _open_process(node: Agent, name: str) -> int | None:
 
     Asked again after opening: the pid may have become another process's in between.
     """
-    pid = (await node.info(name)).pid
-    if pid is None:
-        return None
-    descriptor = processes.pidfd_of(pid)
+    pid = await _pid_of(node, name)
+    descriptor = None if pid is None else processes.pidfd_of(pid)
     if descriptor is None:
         return None
-    if (await node.info(name)).pid == pid:
+    if await _pid_of(node, name) == pid:
         return descriptor
     os.close(descriptor)
     return None
+
+
+async def _pid_of(node: Agent, name: str) -> int | None:
+    """None too for one that was stopped and has no definition, of which there is only a log."""
+    try:
+        return (await node.info(name)).pid
+    except Fault as error:
+        if kind_of(error) == UnknownInstance.__name__:
+            return None
+        raise

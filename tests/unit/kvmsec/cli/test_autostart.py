@@ -8,7 +8,9 @@ import pytest
 
 from kvmsec.agent import InstanceInfo, InstanceState
 from kvmsec.errors import AlreadyRunning
+from kvmsec.linux.errors import LockBusy
 from kvmsec.model.instance import InstanceDefinition
+from kvmsec.rpc.errors import RemoteFault
 
 Define = Callable[..., Path]
 
@@ -91,12 +93,28 @@ def test_one_that_ended_is_started(
     assert started(node) == ["web"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [AlreadyRunning("web"), RemoteFault(None, "it runs already", kind="AlreadyRunning")],
+    ids=["by itself", "through the daemon"],
+)
+def test_one_that_somebody_starts_meanwhile_is_no_failure(
+    run: Any, node: Any, define: Define, starts: dict[str, Exception], error: Exception
+) -> None:
+    define("web")
+    starts["web"] = error
+
+    result = run("instance", "autostart")
+
+    assert (result.exit_code, result.stdout) == (0, "web runs already\n")
+
+
 def test_one_that_fails_keeps_no_other_from_its_start(
     run: Any, node: Any, define: Define, starts: dict[str, Exception]
 ) -> None:
     for name in ("db", "mail", "web"):
         define(name)
-    starts["db"] = AlreadyRunning("db")
+    starts["db"] = LockBusy(Path("/run/kvmsec/locks/db"))
     starts["mail"] = OSError(28, "No space left on device", "/run/kvmsec")
 
     result = run("instance", "autostart")

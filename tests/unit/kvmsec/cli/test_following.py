@@ -117,6 +117,14 @@ def test_following_one_that_has_ended_shows_what_was_said(run: Any, node: Any) -
     assert run("instance", "log", "web", "-f").stdout == "== kvmsec ==\ndied\n"
 
 
+def test_following_one_that_was_stopped_and_has_no_definition_shows_its_log(
+    run: Any, node: Any
+) -> None:
+    node.logs = [InstanceLog("stopped\n", "", "")]
+
+    assert run("instance", "log", "web", "-f").stdout == "== kvmsec ==\nstopped\n"
+
+
 def test_a_pid_that_changed_hands_is_not_watched(node: Any) -> None:
     with subprocess.Popen(["sleep", "10"]) as process:
         node.infos = [InstanceInfo(name="web", state=InstanceState.RUNNING, pid=process.pid)]
