@@ -5,6 +5,7 @@ mount that a file was opened through, and where a socket was made.
 """
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -162,7 +163,14 @@ def _own_identities() -> set[FileIdentity]:
 
 
 def _mount_ids(pid: int) -> set[int]:
-    lines = _read(f"/proc/{pid}/mountinfo").split(b"\n")
+    path = f"/proc/{pid}/mountinfo"
+    try:
+        lines = _read(path).split(b"\n")
+    except OSError as error:
+        # One that has ended is in no mount namespace (mounts_open_common, fs/proc_namespace.c).
+        if error.errno == errno.EINVAL:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), path) from error
+        raise
     return {int(line.split(maxsplit=1)[0]) for line in lines if line}
 
 

@@ -43,6 +43,16 @@ class NotConfined(HypervisorError):
         self.problems = tuple(problems)
 
 
+class QemuGone(HypervisorError):
+    """QEMU ended before the kernel could show how it is confined."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "QEMU ended before it was seen to be confined",
+            hint="what it said last, or the kernel's log, may say why",
+        )
+
+
 class Newborn:
     """A child that is being shut in and waits for `release` before it becomes QEMU.
 
@@ -183,11 +193,14 @@ def _report(pipe: int, step: str, number: int, detail: str) -> None:
 
 
 def confinement_problems(newborn: Newborn) -> list[str]:
-    """Hold what /proc says of a started QEMU against what its jail was to be (proc(5))."""
+    """Hold what /proc says of a started QEMU against what its jail was to be (proc(5)).
+
+    Raises QemuGone, and OSError when /proc can't be read.
+    """
     process, jail = newborn.process, newborn.jail
     status = processes.read_status(process.pid)
     if status is None or processes.identify(process.pid) != process:
-        return ["the process is gone"]
+        raise QemuGone
     uid, gid = jail.credentials.uid, jail.credentials.gid
     wanted = {
         "uids": (status.uids, (uid,) * 4),
@@ -205,8 +218,8 @@ def confinement_problems(newborn: Newborn) -> list[str]:
         problems += _shared_namespaces(process.pid, jail.without_locks)
         problems += foreign_descriptors(process.pid, newborn.granted)
         problems += jail.limits.problems_of(process.pid)
-    except (FileNotFoundError, ProcessLookupError):
-        return ["the process is gone"]
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise QemuGone from error
     return problems
 
 

@@ -8,7 +8,6 @@ once.
 import os
 import secrets
 import shlex
-import signal
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from hypervisor import cgroups, huge_pages, images, process
 from hypervisor.closure import require_trusted_parts
 from hypervisor.jail import Jail
 from hypervisor.monitor import Monitor, MonitorClosed, MonitorUnreachable
-from hypervisor.process import Newborn
+from hypervisor.process import Newborn, QemuGone
 from kvmsec.agent import InstanceState
 from kvmsec.errors import KvmsecError, StartFailed
 from kvmsec.linux import processes, unix_sockets
@@ -39,7 +38,7 @@ from kvmsec.node import (
     records,
     taps,
 )
-from kvmsec.node.dismantle import Remains, dismantle, remove_leftover
+from kvmsec.node.dismantle import dismantle, remove_leftover
 from kvmsec.node.engine import Engine
 from kvmsec.node.grants import Lent, place
 from kvmsec.node.host import Host
@@ -50,7 +49,7 @@ from kvmsec.node.waiting import acquire, readable
 OnStep = Callable[[str], None]
 IMAGES_TIMEOUT_S: Final = 60.0
 _OWN_END_TIMEOUT_S: Final = 2.0
-_HUNG_UP: Final = (MonitorClosed, MonitorUnreachable)
+_SIGNS_OF_ITS_END: Final = (MonitorClosed, MonitorUnreachable, QemuGone)
 
 
 async def launch(
@@ -78,18 +77,22 @@ async def launch(
                 await result
         await start.let_go()
     except BaseException as error:
-        if isinstance(error, _HUNG_UP) and start.newborn is not None:  # it is about to end
-            await readable(start.newborn.pidfd, _OWN_END_TIMEOUT_S)
+        has_ended = isinstance(error, _SIGNS_OF_ITS_END) and await start.ends()
         await start.let_go()
-        failure = await _take_back(start, error)
+        failure = await _take_back(start, error, has_ended=has_ended)
         if failure is None:
             raise
         raise failure from error
     return start.record
 
 
-async def _take_back(start: "_Start", error: BaseException) -> StartFailed | None:
-    """Undo a start; the error to raise instead, where there is more to say than `error` does."""
+async def _take_back(
+    start: "_Start", error: BaseException, *, has_ended: bool
+) -> StartFailed | None:
+    """Undo a start; the error to raise instead, where there is more to say than `error` does.
+
+    has_ended: `error` comes of QEMU's own end. How it ended then says more.
+    """
     name = start.record.name
     log = start.host.paths.instance_log(name)
     journal.note(log, f"start {start.record.generation} failed: {error}")
@@ -106,18 +109,12 @@ async def _take_back(start: "_Start", error: BaseException) -> StartFailed | Non
     # What happened before there was a QEMU, and an interruption, stay what they are.
     if not start.is_forked or not isinstance(error, Fault):
         return None
-    if not _ended_by_itself(error, remains):
+    if not has_ended or remains.ended is None:
         return StartFailed(name, error.message, output=remains.words, hint=error.hint)
     hint = f"`kvmsec instance log {name}` has its command line"
     if start.machine.hugepages is not None:
         hint += "; the node must have enough free huge pages: sysctl vm.nr_hugepages"
     return StartFailed(name, f"QEMU {remains.why}", output=remains.words, hint=hint)
-
-
-def _ended_by_itself(error: BaseException, remains: Remains) -> bool:
-    """Whether QEMU was gone before it was killed: then how it ended says more than its monitor."""
-    was_killed = remains.ended is None or remains.ended.signal is signal.SIGKILL
-    return isinstance(error, _HUNG_UP) and not was_killed
 
 
 class NotReady(KvmsecError):
@@ -173,6 +170,10 @@ class _Start:
     @property
     def is_forked(self) -> bool:
         return self.newborn is not None
+
+    async def ends(self) -> bool:
+        """Whether QEMU, which seems to be about to, ends by itself."""
+        return self.newborn is not None and await readable(self.newborn.pidfd, _OWN_END_TIMEOUT_S)
 
     def note(self, **changes: Any) -> None:
         # Kept before it is written: on a full disk, what wasn't written is taken back all the same.
@@ -320,8 +321,9 @@ class _Start:
 
     def verify(self) -> None:
         assert self.newborn is not None
-        problems = process.confinement_problems(self.newborn)
-        problems += self.cgroup.problems_of(self.newborn.process.pid)
+        # Its groups first: when it has left them because it ended, the second look says so.
+        problems = self.cgroup.problems_of(self.newborn.process.pid)
+        problems += process.confinement_problems(self.newborn)
         if problems:
             raise process.NotConfined(problems)
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from kvmsec.errors import StartFailed
 from kvmsec.linux import command, files, namespaces
 from kvmsec.linux.errors import Fault
 from kvmsec.linux.locks import FileLock
-from kvmsec.node import dismantle
+from kvmsec.node import dismantle, records
 from kvmsec.node.launch import STEPS
 
 pytestmark = pytest.mark.kvm
@@ -54,10 +55,10 @@ def interrupt_myself() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def end(pid: int) -> None:
+def end(pid: int, by: signal.Signals = signal.SIGKILL) -> None:
     pidfd = os.pidfd_open(pid)
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, by)
         assert select.select([pidfd], [], [], 30)[0]
     finally:
         os.close(pidfd)
@@ -124,6 +125,30 @@ def test_a_step_that_fails_undoes_all_before_it_at_once(lab, machine, error):
         await node.stop("web", force=True)
 
     lab.run(start_in_vain)
+    check_nothing_is_left(lab)
+
+
+@pytest.mark.parametrize(
+    ("step", "by", "words"),
+    [
+        ("ready", signal.SIGKILL, "QEMU killed by SIGKILL"),
+        ("verify", signal.SIGKILL, "QEMU killed by SIGKILL"),
+        ("verify", signal.SIGTERM, "QEMU exited with status 0"),
+        ("run", signal.SIGKILL, "QEMU killed by SIGKILL"),
+        ("run", signal.SIGTERM, "QEMU exited with status 0"),
+    ],
+)
+def test_how_a_qemu_ended_is_told_whichever_step_meets_it(lab, machine, step, by, words):
+    def end_it() -> None:
+        record = records.load(lab.paths, "web")
+        assert record is not None and record.process is not None
+        end(record.process.pid, by)
+
+    with pytest.raises(StartFailed) as failed:
+        lab.run(lambda node: node.start(lab.definition(**machine)), on_step=at(step, end_it))
+    assert failed.value.reason.startswith(words)
+    assert "kvmsec instance log web" in str(failed.value.hint)
+    assert ("terminating on signal 15" in failed.value.output) == (by == signal.SIGTERM)
     check_nothing_is_left(lab)
 
 

@@ -4,7 +4,7 @@ import os
 import socket
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -183,13 +183,31 @@ def test_a_connection_is_its_own_when_it_came_by_a_granted_listener_alone(tmp_pa
     assert found == [f"it holds a descriptor of socket:[{taken[1][1]}]"]
 
 
-def test_a_process_that_is_gone_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_zombie", [False, True])
+def test_a_process_that_is_gone_is_an_error(tmp_path: Path, is_zombie: bool) -> None:
     with holding(tmp_path, {}) as child:
         process.kill_and_wait(child.pidfd, DEADLINE_S)
-        process.reap(child.pidfd)
+        if not is_zombie:
+            process.reap(child.pidfd)
         with pytest.raises((FileNotFoundError, ProcessLookupError)):
             descriptors.foreign_descriptors(child.process.pid, set())
-        assert process.confinement_problems(child) == ["the process is gone"]
+        with pytest.raises(process.QemuGone):
+            process.confinement_problems(child)
+
+
+def test_one_that_ends_while_it_is_looked_at_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = process.foreign_descriptors
+    with holding(tmp_path, {}) as child:
+
+        def end_first(pid: int, granted: Collection[descriptors.FileIdentity]) -> list[str]:
+            process.kill_and_wait(child.pidfd, DEADLINE_S)
+            return look(pid, granted)
+
+        monkeypatch.setattr(process, "foreign_descriptors", end_first)
+        with pytest.raises(process.QemuGone):
+            process.confinement_problems(child)
 
 
 def test_a_plain_program_is_found_to_lack_the_filter(tmp_path: Path) -> None:
