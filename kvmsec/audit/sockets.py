@@ -4,6 +4,7 @@ By the tables that the kernel keeps for each network namespace (proc_pid_net(5))
 own and of the host's: a socket is in the one that lists its inode.
 """
 
+import contextlib
 import ipaddress
 import os
 import stat
@@ -170,8 +171,15 @@ def _describe(inode: int, row: UnixSocket, is_of_host: bool, paths: Sequence[str
         path = _file_of(inode, (os.fsdecode(row.path), *paths))
     except TooMuch:
         return UnixListener(path=shown, mode=None, is_open=None)
-    if path is None:  # Removed since, or in a tree that the host doesn't show.
-        return UnixListener(path=shown, mode=None, is_open=False)
+    if path is not None:
+        with contextlib.suppress(FileNotFoundError):
+            return _at(path)
+    # Removed since, or in a tree that the host doesn't show.
+    return UnixListener(path=shown, mode=None, is_open=False)
+
+
+def _at(path: str) -> UnixListener:
+    """A listener whose file is there. Raises OSError."""
     mode = stat.S_IMODE(os.lstat(path).st_mode)
     is_open = bool(mode & stat.S_IWOTH) and may_pass_to(path)
     return UnixListener(path=escaped(path, limit_chars=_PATH_CHARS), mode=mode, is_open=is_open)
@@ -210,7 +218,7 @@ def _search(wanted: tuple[int, int]) -> str | None:
             if seen > _ENTRIES or time.monotonic() > deadline:
                 raise TooMuch("the filesystem that holds a socket has too many entries")
             if entry.is_dir(follow_symlinks=False):
-                if entry.stat(follow_symlinks=False).st_dev == wanted[0]:
+                if _is_on(entry, wanted[0]):
                     ahead.append(entry.path)
             elif entry.inode() & _INODE_MASK == wanted[1] and _is_at(entry.path, wanted):
                 return entry.path
@@ -223,6 +231,14 @@ def _entries_of(path: str) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError:
         return []
+
+
+def _is_on(entry: os.DirEntry[str], device: int) -> bool:
+    """Whether a directory is of that filesystem, and still there."""
+    try:
+        return entry.stat(follow_symlinks=False).st_dev == device
+    except OSError:
+        return False
 
 
 def _is_at(path: str, wanted: tuple[int, int]) -> bool:

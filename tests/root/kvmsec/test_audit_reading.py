@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import pytest
 from kvmsec.audit import reading, sockets
 from kvmsec.audit.process_files import ProcessFiles, ProcessGone
 from kvmsec.audit.reading import ProcessChanges, read_facts
+from kvmsec.linux import namespaces
 
 pytestmark = pytest.mark.root
 
@@ -263,6 +264,62 @@ def test_a_listener_is_found_where_its_file_is_said_to_be(
     assert searched is not None and told is not None
     assert [one.is_open for one in searched.unix_listeners] == [None]
     assert [one.path for one in told.unix_listeners] == [str(tmp_path / "q")]
+
+
+def test_a_directory_that_goes_while_it_is_searched_is_passed_over(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries_of = sockets._entries_of
+
+    def remove_what_is_listed(path: str) -> list[os.DirEntry[str]]:
+        found = entries_of(path)
+        with contextlib.suppress(FileNotFoundError):
+            (tmp_path / "gone").rmdir()
+        return found
+
+    with listener_to_be_searched(run, tmp_path) as (pid, socket_file):
+        (tmp_path / "gone").mkdir()
+        monkeypatch.setattr(sockets, "_entries_of", remove_what_is_listed)
+        found = read_facts(pid).sockets
+
+    assert not (tmp_path / "gone").exists()
+    assert found is not None
+    assert [one.path for one in found.unix_listeners] == [str(socket_file)]
+
+
+def test_a_socket_that_goes_once_it_is_found_is_open_to_nobody(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_of = sockets._file_of
+
+    def remove_it(inode: int, paths: Sequence[str]) -> str | None:
+        found = file_of(inode, paths)
+        assert found is not None
+        os.unlink(found)
+        return found
+
+    with listener_to_be_searched(run, tmp_path) as (pid, _):
+        monkeypatch.setattr(sockets, "_file_of", remove_it)
+        facts = read_facts(pid)
+
+    assert facts.sockets is not None
+    (listener,) = facts.sockets.unix_listeners
+    assert (listener.mode, listener.is_open) == (None, False)
+
+
+@contextlib.contextmanager
+def listener_to_be_searched(run: Callable[..., int], place: Path) -> Iterator[tuple[int, Path]]:
+    """Who listens at a file that its name doesn't lead to, on a filesystem with few others."""
+    namespaces.mount("few", str(place), "tmpfs", 0, "size=1m,mode=755")
+    try:
+        (place / "below").mkdir()
+        pid = run(
+            f"s = socket.socket(socket.AF_UNIX); os.chdir({str(place / 'below')!r});"
+            "s.bind('q'); s.listen(); os.chdir('/'); ready()"
+        )
+        yield pid, place / "below" / "q"
+    finally:
+        namespaces.umount(str(place), namespaces.MNT_DETACH)
 
 
 def test_an_abstract_socket_is_open_to_its_network_namespace(run: Callable[..., int]) -> None:
