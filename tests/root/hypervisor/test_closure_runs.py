@@ -1,14 +1,15 @@
 """QEMU in a tree of nothing but its closure takes our command lines, as a uid without rights."""
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -362,3 +363,60 @@ def test_a_part_that_others_may_change_is_refused(qemu: Path) -> None:
                 require_trusted_parts(closure)
     finally:
         command.run(["umount", str(data)], timeout_s=10)
+
+
+def after_listing(
+    directory: Path, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Have something done each time that a directory was listed, before its entries are seen."""
+    scandir = os.scandir
+
+    @contextmanager
+    def listed(path: str) -> Iterator[list[os.DirEntry[str]]]:
+        with scandir(path) as entries:
+            found = list(entries)
+        if path == str(directory):
+            act()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", listed)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o646])
+def test_a_part_that_is_renamed_while_it_is_looked_at_is_looked_at_by_its_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """As dpkg does with each file of a package that it upgrades."""
+    new = tmp_path / "firmware" / "bios.bin.dpkg-new"
+    new.parent.mkdir()
+    new.touch()
+    new.chmod(mode)
+
+    def rename() -> None:
+        with suppress(FileNotFoundError):
+            new.rename(new.with_suffix(""))
+
+    after_listing(new.parent, rename, monkeypatch)
+    closure = Closure("/qemu", ((str(tmp_path), "/usr/share/qemu"),))
+    if mode == 0o644:
+        require_trusted_parts(closure)
+    else:
+        with pytest.raises(UntrustedPath, match=r"bios\.bin can be written by others"):
+            require_trusted_parts(closure)
+    assert not new.exists()
+
+
+def test_parts_that_are_never_there_any_more_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (tmp_path / str(number) for number in itertools.count())
+    present = next(names)
+    present.touch()
+
+    def rename() -> None:
+        nonlocal present
+        present = present.rename(next(names))
+
+    after_listing(tmp_path, rename, monkeypatch)
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        require_trusted_parts(Closure("/qemu", ((str(tmp_path), "/usr/share/qemu"),)))
