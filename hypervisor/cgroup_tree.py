@@ -12,6 +12,7 @@ from kvmsec.linux import processes
 from kvmsec.linux.readiness import is_readable, is_ready
 
 EMPTYING_S: Final = 1.0  # What has just ended may still be leaving its group.
+_GONE: Final = (errno.ENOENT, errno.ENODEV)  # Not there, or removed while it is opened or read.
 
 
 def subgroups(path: str) -> list[str]:
@@ -37,7 +38,7 @@ def pids_below(path: str) -> frozenset[int]:
         try:
             found.update(map(int, Path(group, "cgroup.procs").read_text().split()))
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):
+            if error.errno not in _GONE:
                 raise
     return frozenset(found)
 
@@ -49,8 +50,10 @@ def kill_all(path: str, deadline: float) -> bool:
     """
     try:
         descriptor = os.open(f"{path}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return _kill_each(path, deadline)
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return _kill_each(path, deadline)  # Version 1, before Linux 5.14, or gone.
     try:
         os.write(descriptor, b"1")
     except OSError as error:
@@ -85,7 +88,9 @@ def wait_until_empty(path: str, deadline: float) -> bool:
     """Wait for a version 2 group's `populated 0`, which the kernel tells by POLLPRI."""
     try:
         descriptor = os.open(f"{path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
         return not pids_below(path)  # Version 1, or gone.
     try:
         while b"populated 1" in os.pread(descriptor, 4096, 0):

@@ -378,6 +378,26 @@ def test_what_cannot_be_ended_in_time_is_said(
     assert 0.15 < time.monotonic() - started < 3
 
 
+def test_a_group_that_is_removed_while_its_files_are_opened_is_empty(
+    parent: str, tmp_path: Path
+) -> None:
+    """A path that led to its files before: what the kernel says to whoever was just opening one."""
+    unified = [mount for mount in mounted() if mount.version == 2]
+    if not unified:
+        pytest.skip("this kernel has version 1 alone")
+    group = Hierarchy(tuple(unified)).create("kvmsec_1", "guest", parent)
+    with contextlib.ExitStack() as stack:
+        for name in ("cgroup.kill", "cgroup.events"):
+            file = os.open(f"{group.paths[0]}/{name}", os.O_PATH)
+            stack.callback(os.close, file)
+            (tmp_path / name).symlink_to(f"/proc/self/fd/{file}")
+        group.remove()
+        with pytest.raises(OSError, match="No such device"):
+            (tmp_path / name).read_bytes()
+        assert cgroup_tree.wait_until_empty(str(tmp_path), time.monotonic())
+        assert cgroup_tree.kill_all(str(tmp_path), time.monotonic())
+
+
 def test_version_one_is_joined_without_the_lock_that_waits_for_a_grace_period(
     one: Hierarchy, parent: str
 ) -> None:
