@@ -16,7 +16,7 @@ from kvmsec.linux.errors import Fault, LockBusy
 from kvmsec.linux.files import remove_unfinished
 from kvmsec.linux.locks import FileLock
 from kvmsec.linux.processes import ProcessId
-from kvmsec.node import image_holdings, journal, leasing, records, taps
+from kvmsec.node import image_holdings, journal, leasing, records, taps, trial_groups
 from kvmsec.node.dismantle import Remains, dismantle, remove_files, remove_group
 from kvmsec.node.host import Host
 from kvmsec.node.records import InstanceRecord, LastState, RecordUnreadable, names_in
@@ -254,11 +254,21 @@ async def _remove_leaked_groups(host: Host, running: Collection[InstanceRecord])
     except (Fault, OSError) as error:
         return [f"cgroups: left as they are: {error}"]
     for name, group in leaked.items():
-        with try_turn(host.paths, name) as is_ours:
-            # Looked at again: a start may have made it since the names were listed.
-            if is_ours and not host.paths.instance(name).directory.exists():
-                done += await _remove_group(group)
+        try:
+            done += await _remove_leaked_group(host, name, group)
+        except (Fault, OSError) as error:
+            done.append(f"cgroup {group.paths[0]}: left as it is: {error}")
     return done
+
+
+async def _remove_leaked_group(host: Host, name: str, group: InstanceCgroup) -> list[str]:
+    if trial_groups.is_trial(name):
+        return [] if trial_groups.is_in_use(name) else await _remove_group(group)
+    with try_turn(host.paths, name) as is_ours:
+        # Looked at again: a start may have made it since the names were listed.
+        if is_ours and not host.paths.instance(name).directory.exists():
+            return await _remove_group(group)
+    return []
 
 
 def _has_other_groups(host: Host, running: Collection[InstanceRecord]) -> bool:
@@ -278,8 +288,5 @@ def _has_other_groups(host: Host, running: Collection[InstanceRecord]) -> bool:
 
 
 async def _remove_group(group: InstanceCgroup) -> list[str]:
-    try:
-        await remove_group(group)
-    except (Fault, OSError) as error:
-        return [f"cgroup left as it is: {error}"]
+    await remove_group(group)
     return [f"cgroup {path}: removed" for path in group.paths]

@@ -9,7 +9,10 @@ from kvmsec.paths import Paths
 
 @contextmanager
 def try_turn(paths: Paths, name: str) -> Iterator[bool]:
-    """Whether nobody else acts on an instance; if so, nobody will meanwhile."""
+    """Whether nobody else acts on an instance; if so, nobody will meanwhile.
+
+    Raises BadName and OSError.
+    """
     lock = FileLock(paths.instance_lock(name))
     try:
         yield lock.try_acquire()

@@ -16,7 +16,7 @@ from kvmsec.config import Config
 from kvmsec.linux import namespaces, processes, syscalls
 from kvmsec.linux.credentials import Credentials, become
 from kvmsec.linux.files import open_without_links
-from kvmsec.node import limits
+from kvmsec.node import limits, trial_groups
 from kvmsec.node.doctor.subject import Answer, Subject, error, ok, warning
 
 _TRIAL_BYTES: Final = 64 << 20
@@ -209,7 +209,7 @@ def check_cgroups(subject: Subject) -> Iterator[Answer]:
     """Whether instances get groups that hold them; without, none is started, unless tolerated.
 
     A trial group is made and removed, as no instance is named: what a parent hands down is known
-    from nothing else. Should this end halfway, it is a leak like another to `reconcile`.
+    from nothing else. Once this has ended, even halfway, it is a leak like another to `reconcile`.
     """
     hierarchy = Hierarchy.detect()
     config = subject.config or Config()
@@ -222,7 +222,7 @@ def check_cgroups(subject: Subject) -> Iterator[Answer]:
         io_weight=asked.io_weight,
     )
     tag, parent = subject.host.paths.tag, config.cgroup.parent
-    group = hierarchy.create(tag, f"Doctor-{os.getpid()}", parent, wanted)
+    group = hierarchy.create(tag, trial_groups.name_for(processes.myself()), parent, wanted)
     group.remove()
     tolerable = config.confinement.may_be_missing
     tolerated = [one for one in group.lacks if limits.is_tolerated(one, tolerable)]
