@@ -48,8 +48,11 @@ def read_mounts() -> list[Mount]:
 
 
 def parse_mounts(mountinfo: bytes) -> Iterator[Mount]:
-    """The mounts in the text of a mountinfo; blanks and newlines in a path are octal there."""
-    for line in mountinfo.splitlines():
+    """The mounts in the text of a mountinfo; blanks and newlines in a path are octal there.
+
+    A carriage return is not: `splitlines` would take it for the end of a line.
+    """
+    for line in filter(None, mountinfo.split(b"\n")):
         mount, _, filesystem = line.partition(b" - ")
         device, _, path, options = mount.split(b" ", 6)[2:6]
         kind, _, super_options = filesystem.split(b" ", 2)
