@@ -2,7 +2,9 @@
 
 import contextlib
 import ipaddress
+import os
 import socket
+from binascii import unhexlify
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -104,20 +106,21 @@ def _connected(family: Family) -> Iterator[Target]:
             yield from ipv6_neighbours(_read(_IPV6_ROUTES))
 
 
-def _read(path: Path) -> list[str]:
-    with path.open() as file:
+def _read(path: Path) -> list[bytes]:
+    """The lines as bytes: an interface's name may hold whatever else ends a word of text."""
+    with path.open("rb") as file:
         return file.read(_ROUTES_READ).splitlines()
 
 
-def ipv4_neighbours(lines: Iterable[str]) -> Iterator[Target]:
+def ipv4_neighbours(lines: Iterable[bytes]) -> Iterator[Target]:
     """Two addresses inside each network of /proc/net/route (one of them may be the host's)."""
     for line in list(lines)[1:]:
         fields = line.split()
         if len(fields) < 8 or not int(fields[3], 16) & _RTF_UP or int(fields[3], 16) & _RTF_REJECT:
             continue
         # Hexadecimal, in the byte order of the machine.
-        first = int.from_bytes(bytes.fromhex(fields[1])[::-1], "big")
-        mask = int.from_bytes(bytes.fromhex(fields[7])[::-1], "big")
+        first = int.from_bytes(unhexlify(fields[1])[::-1], "big")
+        mask = int.from_bytes(unhexlify(fields[7])[::-1], "big")
         size = (mask ^ 0xFFFFFFFF) + 1
         offsets = (0,) if size == 1 else (0, 1) if size == 2 else (1, 2)
         if mask:
@@ -125,19 +128,19 @@ def ipv4_neighbours(lines: Iterable[str]) -> Iterator[Target]:
                 yield Target("ipv4", str(ipaddress.IPv4Address(first + offset)))
 
 
-def ipv6_neighbours(lines: Iterable[str]) -> Iterator[Target]:
+def ipv6_neighbours(lines: Iterable[bytes]) -> Iterator[Target]:
     """Two addresses inside each unicast network of /proc/net/ipv6_route."""
     for line in lines:
         fields = line.split()
-        if len(fields) < 10 or fields[9] == "lo":
+        if len(fields) < 10 or fields[9] == b"lo":
             continue
         flags, length = int(fields[8], 16), int(fields[1], 16)
-        network = ipaddress.IPv6Address(bytes.fromhex(fields[0]))
+        network = ipaddress.IPv6Address(unhexlify(fields[0]))
         if not flags & _RTF_UP or flags & (_RTF_REJECT | _RTF_LOCAL | _RTF_ANYCAST):
             continue
         if network.is_multicast or length == 0:
             continue
-        scope = _interface_index(fields[9]) if network.is_link_local else 0
+        scope = _interface_index(os.fsdecode(fields[9])) if network.is_link_local else 0
         for offset in (0,) if length == 128 else (1, 2):
             yield Target("ipv6", str(network + offset), scope)
 

@@ -1,6 +1,7 @@
 """IPv6 of one interface: on a guest's tap the node has no business speaking it (ip-sysctl.rst)."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Final
 
@@ -51,10 +52,11 @@ def turn_off(interface: str) -> None:
 def own_addresses(interface: str) -> list[str]:
     """Addresses that somebody gave an interface: all but the link-local ones, in hexadecimal."""
     with contextlib.suppress(FileNotFoundError):
-        lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+        # As bytes: an interface's name may hold whatever else ends a word or a line of text.
+        lines = Path("/proc/net/if_inet6").read_bytes().splitlines()
         return [
-            address
-            for address, _, _, scope, _, name in lines
-            if name == interface and int(scope, 16) != _LINK_SCOPE
+            address.decode()
+            for address, _, _, scope, _, name in map(bytes.split, lines)
+            if name == os.fsencode(interface) and int(scope, 16) != _LINK_SCOPE
         ]
     return []

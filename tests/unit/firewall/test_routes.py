@@ -6,7 +6,7 @@ HEADER = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT
 
 
 def ipv4(*rows: str) -> list[str]:
-    return [target.address for target in ipv4_neighbours([HEADER, *rows])]
+    return [target.address for target in ipv4_neighbours(map(str.encode, (HEADER, *rows)))]
 
 
 def test_a_connected_network_gives_two_addresses_inside_it():
@@ -31,7 +31,7 @@ def test_default_reject_and_downed_routes_give_none():
 def ipv6(network: str, length: int, flags: int, interface: str = "eth0") -> list[Target]:
     zero = "0" * 32
     row = f"{network} {length:02x} {zero} 00 {zero} 00000100 00000001 00000000 {flags:08x}"
-    return list(ipv6_neighbours([f"{row} {interface}"]))
+    return list(ipv6_neighbours([f"{row} {interface}".encode()]))
 
 
 GLOBAL = "fd000000000000000000000000000000"
