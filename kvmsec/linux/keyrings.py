@@ -5,11 +5,14 @@ A key in a uid's user keyring or persistent keyring is found by whoever has that
 
 import contextlib
 import os
+import re
 from typing import Final
 
 from kvmsec.linux.syscalls import keyctl
 
 _PROC_LIMIT_BYTES: Final = 16 << 20
+# Serial number, flags, usage, timeout, permissions, owner (keyrings(7)).
+_KEY_ROW: Final = re.compile(rb"^([0-9a-f]{8}) (?:[^ \n]+ +){4}(\d+) ", re.MULTILINE)
 
 # linux/include/uapi/linux/keyctl.h
 _GET_KEYRING_ID: Final = 0
@@ -87,8 +90,11 @@ def _well_known_keyrings() -> list[int]:
 
 
 def _visible_keys(uid: int) -> list[int]:
-    """The serial numbers of the keys of a uid that the caller may view (/proc/keys)."""
+    """The serial numbers of the keys of a uid that the caller may view (/proc/keys).
+
+    A key's name, its last field, is shown as its owner chose it, newlines included: what then looks
+    like no row is none, and what looks like one names a key that the caller has no more rights on.
+    """
     with open("/proc/keys", "rb") as file:
-        lines = file.read(_PROC_LIMIT_BYTES).splitlines()
-    owner = str(uid).encode()
-    return [int(words[0], 16) for line in lines if (words := line.split())[5] == owner]
+        table = file.read(_PROC_LIMIT_BYTES)
+    return [int(row[1], 16) for row in _KEY_ROW.finditer(table) if int(row[2]) == uid]

@@ -156,6 +156,24 @@ def test_keys_that_expired_or_were_revoked_hold_nothing_up(uid: int, cleaner: Cl
     assert left.is_clean, left.reason()
 
 
+@pytest.mark.parametrize("name", [b"a\nb", b"a\rb", b"\n\r\n", b"a\nzz I--Q 1 perm 3f %d 0 x"])
+def test_a_keys_name_is_no_line_of_its_own(uid: int, cleaner: Cleaner, name: bytes) -> None:
+    """The kernel shows it as it is, and a key that everybody may view to everybody."""
+
+    chosen = name.replace(b"%d", b"%d" % uid)
+
+    def plant_for_all() -> None:
+        key = add_key(chosen, PROCESS_KEYRING)
+        assert keyctl(5, key, 0x3F3F3F3F) == keyctl(8, key, USER_KEYRING) == 0
+
+    act_as(uid + 100, plant_for_all)
+    act_as(uid, plant_keys)
+    assert act_as(uid, lambda: chosen in Path("/proc/keys").read_bytes())
+    for one in (uid, uid + 100):
+        left = cleaner(one)
+        assert left.is_clean, left.reason()
+
+
 @contextlib.contextmanager
 def acting_in_a_user_namespace(uid: int, function: Callable[[], object]) -> Iterator[None]:
     """Run a function as the uid in a user namespace; its keyrings stay until the block ends."""
