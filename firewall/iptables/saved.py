@@ -43,7 +43,8 @@ def parse_save(text: str) -> Tables:
     """The tables in the output of `iptables-save -c`. Raises ValueError for a line unknown."""
     tables: dict[str, dict[str, list[Line]]] = {}
     chains: dict[str, list[Line]] = {}
-    for line in text.splitlines():
+    # Only that ends a line: a rule's comment may hold what `splitlines` takes for the end of one.
+    for line in text.split("\n"):
         if not line or line.startswith("#") or line == "COMMIT":
             continue
         if line.startswith("*"):

@@ -135,6 +135,13 @@ def test_what_gone_rules_had_dropped_is_inherited_by_the_first():
     assert inherited == [(0, 7), (1,), (2,), (), (4,), (5,), (), ()]
 
 
+def test_what_somebody_says_of_a_rule_ends_no_line():
+    comment = '-m comment --comment "a\r\x0b\x0c\x1c\x85\u2028b" -j ACCEPT'
+    text = save(POLICY, before_jump=comment)
+    first = saved.parse_save(text)["filter"]["OUTPUT"][0]
+    assert first.text == comment
+
+
 @pytest.mark.parametrize("text", ["nonsense", "*filter\n-A OUTPUT -j X", "*filter\n[0:0] OUTPUT"])
 def test_output_of_something_else_is_an_error(text):
     with pytest.raises(ValueError, match="iptables-save said"):
