@@ -76,7 +76,8 @@ class ConfinedChild:
     async def ready(self) -> None:
         """Wait until it is shut in, and see in /proc that it is.
 
-        Raises ConfinementFailed, also where it does not say so within 30 seconds.
+        Raises ConfinementFailed, also where it does not say so within 30 seconds or ends after it
+        did; and OSError.
         """
         assert self._control is not None
         try:
@@ -87,7 +88,13 @@ class ConfinedChild:
         if line != READY:
             raise _failure(line, self.words())
         has_filter = not self.start.filter_may_be_missing
-        require_confined(self.pid, self.start.credentials, has_filter=has_filter)
+        try:
+            require_confined(self.pid, self.start.credentials, has_filter=has_filter)
+        except ConfinementFailed as error:
+            if not (words := self.words()):
+                raise
+            detail = f"{error.detail}; it said: {words}"
+            raise ConfinementFailed(error.step, error.errno, detail) from error
 
     async def streams(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Its control socket, once it is ready: the caller's to close from now on.

@@ -206,9 +206,14 @@ class FrontKeeper:
             self._say(f"hint: {error.hint}")
 
     async def _begin(self) -> None:
-        if self._listeners is None:
-            self._listeners = self._listen()
-        self._front = await _Front.begin(self._start(), self._listeners, self._handler)
+        try:
+            if self._listeners is None:
+                self._listeners = self._listen()
+            self._front = await _Front.begin(self._start(), self._listeners, self._handler)
+        except OSError as error:
+            # Out of processes or descriptors, which may last for a moment only: it counts as a
+            # front that has failed.
+            raise ConfinementFailed("start", error.errno or 0, str(error)) from error
 
     async def _dismiss_front(self) -> None:
         """Have it take no more calls, and end it once those under way are answered."""

@@ -21,10 +21,10 @@ def require_confined(pid: int, credentials: Credentials, *, has_filter: bool) ->
 def find_gaps(pid: int, credentials: Credentials, *, has_filter: bool) -> Iterator[str]:
     """What a process has that a confined one has not; read as root of the node.
 
-    Raises OSError where /proc can't be read.
+    One that ends meanwhile has ended, which is a gap too. Raises OSError where /proc can't be read.
     """
     status = processes.read_status(pid)
-    if status is None:
+    if status is None or status.is_zombie:
         yield "it has ended"
         return
     if set(status.uids) != {credentials.uid} or set(status.gids) != {credentials.gid}:
@@ -37,8 +37,11 @@ def find_gaps(pid: int, credentials: Credentials, *, has_filter: bool) -> Iterat
         yield "it may gain privileges by an exec"
     if has_filter and status.seccomp != _FILTERED:
         yield "no filter of system calls is in force"
-    yield from _shared_namespaces(pid)
-    yield from _left_in_tree(pid)
+    try:
+        yield from _shared_namespaces(pid)
+        yield from _left_in_tree(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        yield "it has ended"  # A zombie has a status, and neither namespaces nor a tree.
 
 
 def _shared_namespaces(pid: int) -> Iterator[str]:

@@ -20,8 +20,9 @@ from kvmsec.daemon import confinement
 from kvmsec.daemon.confinement import Confinement, ConfinementFailed, enter
 from kvmsec.daemon.inspection import find_gaps
 from kvmsec.daemon.system_calls import courier_rules, front_rules
-from kvmsec.linux import children, forking, namespaces, syscalls
+from kvmsec.linux import children, forking, namespaces, processes, syscalls
 from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.processes import ProcessStatus
 from tests.root.daemon.attacks import ATTACKS, COURIER_MAY, execute_itself
 
 pytestmark = pytest.mark.root
@@ -50,6 +51,11 @@ class Inside:
     def tries(self, attack: str) -> Any:
         self._ours.sendall(attack.encode() + b"\n")
         return self.hears()
+
+    def dies(self) -> None:
+        """And stays a zombie."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
     def end(self) -> int:
         os.kill(self.pid, signal.SIGKILL)
@@ -197,6 +203,29 @@ def test_proc_shows_that_all_is_gone(rules: Sequence[Rule], shut_in: Callable[..
     found = "; ".join(find_gaps(outside.pid, WHO, has_filter=True))
     for gap in ("uids", "capabilities", "exec", "filter", "pid", "ipc", "uts", "tree"):
         assert gap in found
+
+
+def test_one_that_is_a_zombie_has_ended(shut_in: Callable[..., Inside]) -> None:
+    inside = shut_in(front_rules())
+    assert inside.hears() == "ready"
+    inside.dies()
+    assert list(find_gaps(inside.pid, WHO, has_filter=True)) == ["it has ended"]
+
+
+def test_one_that_dies_while_it_is_looked_at_has_ended(
+    shut_in: Callable[..., Inside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = shut_in(front_rules())
+    assert inside.hears() == "ready"
+    read = processes.read_status
+
+    def read_before_it_dies(pid: int) -> ProcessStatus | None:
+        status = read(pid)
+        inside.dies()
+        return status
+
+    monkeypatch.setattr(processes, "read_status", read_before_it_dies)
+    assert list(find_gaps(inside.pid, WHO, has_filter=True)) == ["it has ended"]
 
 
 def test_it_keeps_the_network_that_it_serves(shut_in: Callable[..., Inside]) -> None:

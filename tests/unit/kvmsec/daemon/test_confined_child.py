@@ -2,13 +2,16 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from kvmsec.daemon.confined_child import ConfinedChild, Start
+from kvmsec.daemon.confined_child import READY, ConfinedChild, Start
+from kvmsec.daemon.confinement import ConfinementFailed
 from kvmsec.linux.credentials import Credentials
 
 START = Start(
@@ -21,18 +24,27 @@ START = Start(
 )
 
 
-@pytest.fixture
-def child() -> Iterator[ConfinedChild]:
+@contextmanager
+def held(*, said: bytes = b"", words: bytes = b"") -> Iterator[ConfinedChild]:
+    """A child that has said something on its control socket, and words on stderr."""
     process = subprocess.Popen(["sleep", "60"])
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    os.write(writer, words)
     os.close(writer)
     found = ConfinedChild(START, process.pid, os.pidfd_open(process.pid), ours, reader)
     with theirs:
+        theirs.sendall(said)
         yield found
     found.end()
     process.wait()
+
+
+@pytest.fixture
+def child() -> Iterator[ConfinedChild]:
+    with held() as found:
+        yield found
 
 
 def test_a_number_that_the_loop_still_watches_is_nobody_elses(child: ConfinedChild) -> None:
@@ -56,3 +68,12 @@ def test_a_control_socket_that_nobody_took_goes_with_its_process(child: Confined
     before = set(os.listdir("/proc/self/fd"))
     child.end()
     assert len(before - set(os.listdir("/proc/self/fd"))) == 3  # With its pidfd and its words.
+
+
+def test_one_that_ends_once_it_is_ready_fails_with_its_words() -> None:
+    with held(said=READY, words=b"out of memory\n") as child:
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ConfinementFailed) as raised:
+            asyncio.run(child.ready())
+    assert raised.value.detail == "it has ended; it said: out of memory"
