@@ -25,6 +25,7 @@ ANSWER_WITHIN_S: Final = 5.0
 """An idle daemon answers within a millisecond, one that starts instances within a few."""
 _UNDONE_WITHIN_S: Final = 120.0
 _LOOK_S: Final = 0.005
+_AGAIN_S: Final = 0.1
 
 
 class DaemonSilent(KvmsecError):
@@ -102,11 +103,23 @@ async def have_taken_up(here: object) -> None:
 async def reach(path: Path) -> DaemonNode | None:
     """The node's daemon; None where nobody listens (a killed daemon leaves its socket behind).
 
-    Raises ForeignSocket, DaemonSilent where no answer comes within 5 seconds, and OSError.
+    One that is about to end still listens, and ends the connection before it has answered: then
+    another is made, to its successor if there is one. Raises ForeignSocket, DaemonSilent where no
+    answer comes within 5 seconds, and OSError.
     """
-    connected = _connect(path)
-    if connected is None:
-        return None
+    deadline = asyncio.get_running_loop().time() + ANSWER_WITHIN_S
+    while (connected := _connect(path)) is not None:
+        try:
+            return await _greeted(path, connected, deadline)
+        except Unreachable as error:
+            if asyncio.get_running_loop().time() + _AGAIN_S >= deadline:
+                raise DaemonSilent(path, "it has ended the connection") from error
+        await asyncio.sleep(_AGAIN_S)
+    return None
+
+
+async def _greeted(path: Path, connected: socket.socket, deadline: float) -> DaemonNode:
+    """The daemon behind a connection. Raises DaemonSilent; Unreachable where it is ended."""
     try:
         reader, writer = await asyncio.open_connection(sock=connected)
     except BaseException:
@@ -114,7 +127,7 @@ async def reach(path: Path) -> DaemonNode | None:
         raise
     connection = FrameConnection(reader, writer)
     try:
-        await _require_answer(path, connection)
+        await _require_answer(path, connection, deadline)
     except BaseException:
         await connection.close()
         raise
@@ -140,15 +153,16 @@ def _connect(path: Path) -> socket.socket | None:
     return connected
 
 
-async def _require_answer(path: Path, connection: FrameConnection) -> None:
+async def _require_answer(path: Path, connection: FrameConnection, deadline: float) -> None:
     """Ask for something that costs nothing: an order must not be sent to a daemon that hangs."""
     call = CALLS["instance.events"]
     body = wire.encode_request(m.EventsRequest(timeout_s=0.0), PROTOCOL)
     try:
-        await connection.ask(call, PROTOCOL, body, ANSWER_WITHIN_S)
+        left_s = deadline - asyncio.get_running_loop().time()
+        await connection.ask(call, PROTOCOL, body, left_s)
     except CallTimedOut as error:
         raise DaemonSilent(path, f"nothing came within {ANSWER_WITHIN_S:g} s") from error
-    except Unreachable as error:
-        raise DaemonSilent(path, "it has ended the connection") from error
+    except Unreachable:
+        raise
     except Fault as error:
         raise DaemonSilent(path, error.message) from error
