@@ -69,15 +69,19 @@ async def launch(
     StartFailed with QEMU's own words once there was a QEMU; nothing is left then.
     """
     start = _Start(host, definition, security, engine, without_locks)
+    has_ended = False
     try:
-        for step in STEPS:
-            on_step(step.name)
-            result = step.act(start)
-            if isawaitable(result):
-                await result
-        await start.let_go()
+        try:
+            for step in STEPS:
+                on_step(step.name)
+                result = step.act(start)
+                if isawaitable(result):
+                    await result
+            await start.let_go()
+        except _SIGNS_OF_ITS_END:
+            has_ended = await start.ends()  # Should this be interrupted, all is taken back as well.
+            raise
     except BaseException as error:
-        has_ended = isinstance(error, _SIGNS_OF_ITS_END) and await start.ends()
         await start.let_go()
         failure = await _take_back(start, error, has_ended=has_ended)
         if failure is None:

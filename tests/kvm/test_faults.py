@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from hypervisor import process
+from hypervisor.process import Newborn, QemuGone
 from kvmsec.errors import StartFailed
 from kvmsec.linux import command, files, namespaces
 from kvmsec.linux.errors import Fault
@@ -165,6 +167,27 @@ def test_a_start_that_is_cancelled_at_any_step_is_undone_or_done(lab, machine):
             assert not lab.leftovers(), f"cancelled at {step!r}"
 
     lab.run(start_in_vain)
+    check_nothing_is_left(lab)
+
+
+def test_a_start_that_is_cancelled_while_qemus_end_is_waited_for_is_undone(
+    lab, machine, monkeypatch
+):
+    def seem_gone(_: Newborn) -> list[str]:
+        raise QemuGone
+
+    monkeypatch.setattr(process, "confinement_problems", seem_gone)
+
+    async def start_in_vain(node: Any) -> None:
+        loop = asyncio.get_running_loop()
+        start = asyncio.create_task(node.start(lab.definition(**machine)))
+        # Called no sooner than the start waits for something: for the end of a QEMU that lives.
+        node._on_step = at("verify", lambda: loop.call_soon(start.cancel))
+        with pytest.raises(asyncio.CancelledError):
+            await start
+
+    lab.run(start_in_vain)
+    assert not lab.leftovers()
     check_nothing_is_left(lab)
 
 
