@@ -206,13 +206,13 @@ class FrontKeeper:
             self._say(f"hint: {error.hint}")
 
     async def _begin(self) -> None:
+        if self._listeners is None:
+            self._listeners = self._listen()
+        start = self._start()
         try:
-            if self._listeners is None:
-                self._listeners = self._listen()
-            self._front = await _Front.begin(self._start(), self._listeners, self._handler)
+            self._front = await _Front.begin(start, self._listeners, self._handler)
         except OSError as error:
-            # Out of processes or descriptors, which may last for a moment only: it counts as a
-            # front that has failed.
+            # Out of processes, which may last for a moment only: it counts as a front that failed.
             raise ConfinementFailed("start", error.errno or 0, str(error)) from error
 
     async def _dismiss_front(self) -> None:

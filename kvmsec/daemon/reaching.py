@@ -25,7 +25,7 @@ ANSWER_WITHIN_S: Final = 5.0
 """An idle daemon answers within a millisecond, one that starts instances within a few."""
 _UNDONE_WITHIN_S: Final = 120.0
 _LOOK_S: Final = 0.005
-_AGAIN_S: Final = 0.1
+_PAUSES_S: Final = (0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 class DaemonSilent(KvmsecError):
@@ -108,13 +108,15 @@ async def reach(path: Path) -> DaemonNode | None:
     answer comes within 5 seconds, and OSError.
     """
     deadline = asyncio.get_running_loop().time() + ANSWER_WITHIN_S
+    pauses = iter(_PAUSES_S)
     while (connected := _connect(path)) is not None:
         try:
             return await _greeted(path, connected, deadline)
         except Unreachable as error:
-            if asyncio.get_running_loop().time() + _AGAIN_S >= deadline:
+            pause_s = next(pauses, None)
+            if pause_s is None or asyncio.get_running_loop().time() + pause_s >= deadline:
                 raise DaemonSilent(path, "it has ended the connection") from error
-        await asyncio.sleep(_AGAIN_S)
+        await asyncio.sleep(pause_s)
     return None
 
 
