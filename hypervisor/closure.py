@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Literal
@@ -29,7 +30,8 @@ _LIBRARY: Final = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$", re.MULT
 _MISSING: Final = re.compile(r"^\s*(\S+) => not found$", re.MULTILINE)
 _LOADED: Final = re.compile(r"calling init: (/\S+)$", re.MULTILINE)
 _PT_INTERP: Final = 3
-_LOOKS: Final = 10  # One takes well under a millisecond.
+_LOOKS: Final = 10  # One takes well under a millisecond, and all of them with their pauses 50.
+_LOOK_AGAIN_S: Final = 0.005
 
 
 @frozen
@@ -218,6 +220,7 @@ def _require_trusted_inside(folder: str) -> None:
     for _ in range(_LOOKS - 1):
         with contextlib.suppress(FileNotFoundError):
             return _require_trusted_entries(folder)
+        time.sleep(_LOOK_AGAIN_S)  # There are others in the package, each renamed for itself.
     return _require_trusted_entries(folder)
 
 

@@ -156,7 +156,15 @@ def test_keys_that_expired_or_were_revoked_hold_nothing_up(uid: int, cleaner: Cl
     assert left.is_clean, left.reason()
 
 
-@pytest.mark.parametrize("name", [b"a\nb", b"a\rb", b"\n\r\n", b"a\nzz I--Q 1 perm 3f %d 0 x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(b"a\nb", b"a\rb", b"\n\r\n"),
+        b"a\nzz I--Q 1 perm 3f %d 0 x",
+        # That of the process's own keyring (-2), for who takes it for a row.
+        b"a\nfffffffe I--Q--- 1 perm 3f3f0000 %d 0 user x",
+    ],
+)
 def test_a_keys_name_is_no_line_of_its_own(uid: int, cleaner: Cleaner, name: bytes) -> None:
     """The kernel shows it as it is, and a key that everybody may view to everybody."""
 
