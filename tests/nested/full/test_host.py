@@ -139,6 +139,18 @@ def test_an_instance_runs_in_the_group_that_systemd_delegated(node: Host) -> Non
     node.kvmsec("instance", "stop", "web")
 
 
+def test_logs_are_rotated_and_an_instance_that_runs_goes_on_with_a_new_one(node: Host) -> None:
+    define(node, "web")
+    node.kvmsec("instance", "start", "web")
+    node.run("logrotate", "--force", "/etc/logrotate.d/kvmsec")
+    logs = "/var/log/kvmsec/instances/web.log"
+    assert "start " in node.shell(f"zcat {logs}-*.gz").text
+    node.kvmsec("instance", "stop", "web")
+    assert "stopped" in node.run("cat", logs).text
+    assert "start " not in node.run("cat", logs).text
+    node.shell(f"rm {logs}-*.gz")
+
+
 def test_the_daemon_starts_instances_from_its_unit_and_they_outlive_it(node: Host) -> None:
     define(node, "web")
     node.run("systemctl", "start", "kvmsec-node.service", timeout_s=180)

@@ -1,22 +1,21 @@
 """QEMU in a tree of nothing but its closure takes our command lines, as a uid without rights."""
 
 import fcntl
-import itertools
 import json
 import os
 import shutil
 import socket
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import pytest
 from attrs import frozen
 
-from hypervisor.closure import Closure, find_closure, require_trusted_parts
+from hypervisor.closure import Closure, find_closure
 from hypervisor.cmdline import Grants, ImageGrant, NicGrant, build
 from hypervisor.errors import ClosureError
 from hypervisor.features import Features, find_qemu, probe
@@ -347,76 +346,3 @@ def test_a_closure_is_found_anew_when_a_part_of_it_changed(tmp_path: Path) -> No
 def static_program() -> Path:
     """The dynamic loader is itself a program that needs no other."""
     return Path(os.path.realpath("/lib64/ld-linux-x86-64.so.2"))
-
-
-def test_a_part_that_others_may_change_is_refused(qemu: Path) -> None:
-    closure = find_closure(qemu, accelerator="tcg", credentials=NOBODY)
-    data = next(Path(source) for source, _ in closure.binds if Path(source).is_dir())
-    # In a mount of its own over the directory, so that the host's files stay as they are.
-    command.run(["mount", "-t", "tmpfs", "-o", "mode=755", "data", str(data)], timeout_s=10)
-    try:
-        (data / "bios.bin").touch(mode=0o644)
-        require_trusted_parts(closure)
-        for mode in (0o646, 0o664):  # Which changes nothing about the directory.
-            (data / "bios.bin").chmod(mode)
-            with pytest.raises(UntrustedPath, match=r"bios\.bin"):
-                require_trusted_parts(closure)
-    finally:
-        command.run(["umount", str(data)], timeout_s=10)
-
-
-def after_listing(
-    directory: Path, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Have something done each time that a directory was listed, before its entries are seen."""
-    scandir = os.scandir
-
-    @contextmanager
-    def listed(path: str) -> Iterator[list[os.DirEntry[str]]]:
-        with scandir(path) as entries:
-            found = list(entries)
-        if path == str(directory):
-            act()
-        yield found
-
-    monkeypatch.setattr(os, "scandir", listed)
-
-
-@pytest.mark.parametrize("mode", [0o644, 0o646])
-def test_a_part_that_is_renamed_while_it_is_looked_at_is_looked_at_by_its_new_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
-) -> None:
-    """As dpkg does with each file of a package that it upgrades."""
-    new = tmp_path / "firmware" / "bios.bin.dpkg-new"
-    new.parent.mkdir()
-    new.touch()
-    new.chmod(mode)
-
-    def rename() -> None:
-        with suppress(FileNotFoundError):
-            new.rename(new.with_suffix(""))
-
-    after_listing(new.parent, rename, monkeypatch)
-    closure = Closure("/qemu", ((str(tmp_path), "/usr/share/qemu"),))
-    if mode == 0o644:
-        require_trusted_parts(closure)
-    else:
-        with pytest.raises(UntrustedPath, match=r"bios\.bin can be written by others"):
-            require_trusted_parts(closure)
-    assert not new.exists()
-
-
-def test_parts_that_are_never_there_any_more_are_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = (tmp_path / str(number) for number in itertools.count())
-    present = next(names)
-    present.touch()
-
-    def rename() -> None:
-        nonlocal present
-        present = present.rename(next(names))
-
-    after_listing(tmp_path, rename, monkeypatch)
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        require_trusted_parts(Closure("/qemu", ((str(tmp_path), "/usr/share/qemu"),)))

@@ -163,7 +163,7 @@ def test_a_child_that_hangs_in_its_jail_ends_with_its_launcher(
         try:
             child = process.spawn(jail, "/bin/sleep", ["sleep", "60"])
             os.write(writer, struct.pack("i", child.process.pid))
-            time.sleep(0.2)
+            _wait_until_it_pauses(child.process.pid)
         finally:
             os._exit(1)
     os.close(writer)
@@ -174,6 +174,15 @@ def test_a_child_that_hangs_in_its_jail_ends_with_its_launcher(
         assert select.select([pidfd], [], [], DEADLINE_S)[0], "the child is still there"
         process.reap(pidfd)
         os.close(pidfd)
+
+
+def _wait_until_it_pauses(pid: int) -> None:
+    pause = "34"  # linux/arch/x86/entry/syscalls/syscall_64.tbl
+    deadline = time.monotonic() + DEADLINE_S
+    while Path(f"/proc/{pid}/syscall").read_text().split()[0] != pause:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"process {pid} does not pause")
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -10,18 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from kvmsec.daemon.confined_child import READY, ConfinedChild, Start
+from kvmsec.daemon.confined_child import READY, ConfinedChild
 from kvmsec.daemon.confinement import ConfinementFailed
-from kvmsec.linux.credentials import Credentials
-
-START = Start(
-    name="trial",
-    program="nothing",
-    credentials=Credentials(65534, 65534),
-    mount_point="/nowhere",
-    cache=None,
-    filter_may_be_missing=False,
-)
+from tests.unit.kvmsec.daemon.a_start import START
 
 
 @contextmanager

@@ -12,17 +12,8 @@ from kvmsec.daemon import front_keeper
 from kvmsec.daemon.confined_child import Start
 from kvmsec.daemon.front_keeper import FrontFailed, FrontKeeper
 from kvmsec.daemon.front_messages import TrustMessage
-from kvmsec.linux.credentials import Credentials
 from kvmsec.rpc.frames import Request
-
-START = Start(
-    name="trial",
-    program="nothing",
-    credentials=Credentials(65534, 65534),
-    mount_point="/nowhere",
-    cache=None,
-    filter_may_be_missing=False,
-)
+from tests.unit.kvmsec.daemon.a_start import START
 
 
 class Source:
