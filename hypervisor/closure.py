@@ -11,7 +11,7 @@ import re
 import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Literal
 
@@ -22,7 +22,7 @@ from hypervisor.identity import FileIdentity, Memory
 from hypervisor.inquiry import Answer, inquire
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.errors import ChildFailed
-from kvmsec.linux.files import require_trusted, require_trusted_entry
+from kvmsec.linux.files import OTHERS_MAY_WRITE, require_trusted, require_trusted_entry
 
 LOADER_CACHE: Final = Path("/etc/ld.so.cache")
 DEADLINE_S: Final = 10.0
@@ -51,7 +51,7 @@ def find_closure(
     *,
     accelerator: Literal["kvm", "tcg"],
     credentials: Credentials | None,
-    cache: Path | None = None,
+    memory: Memory | None = None,
 ) -> Closure:
     """Work out what `binary` needs for our command lines, or recall it while no file changed.
 
@@ -63,7 +63,6 @@ def find_closure(
     """
     if credentials is not None:
         require_trusted(binary)  # before it is run, even as somebody else
-    memory = Memory(cache) if cache is not None else None
     key = f"closure 1 {accelerator} {binary}"
     known = memory.recall(key, Closure) if memory is not None else None
     found = known or _Search(binary, credentials).closure(accelerator)
@@ -199,16 +198,36 @@ def require_trusted_parts(closure: Closure) -> None:
 
     Raises OSError when a part is missing.
 
-    Looked at for each start, since this shows in no file's identity: about 0.7 ms for fifty
+    Looked at for each start, since this shows in no file's identity: about 0.4 ms for fifty
     libraries and a hundred files of data.
     """
-    for folder in sorted({os.path.dirname(source) for source, _ in closure.binds}):
-        require_trusted(Path(folder))
+    _require_trusted_folders({os.path.dirname(source) for source, _ in closure.binds})
     for source, _ in closure.binds:
         status = os.lstat(source)
-        require_trusted_entry(source, status)
+        if status.st_uid or status.st_mode & OTHERS_MAY_WRITE:
+            require_trusted_entry(source, status)
         if stat.S_ISDIR(status.st_mode):
             _require_trusted_inside(source)
+
+
+def _require_trusted_folders(folders: Collection[str]) -> None:
+    """What the folders have above them they have in common, so each is looked at once.
+
+    Where one isn't plainly root's alone (a link, a sticky directory) the whole rule decides.
+    """
+    looked_at = {"/"}
+    for folder in folders:
+        while folder not in looked_at:
+            looked_at.add(folder)
+            folder = os.path.dirname(folder)
+    for folder in looked_at:
+        status = os.lstat(folder)
+        if status.st_uid or status.st_mode & OTHERS_MAY_WRITE or not stat.S_ISDIR(status.st_mode):
+            break
+    else:
+        return
+    for folder in sorted(folders):
+        require_trusted(Path(folder))
 
 
 def _require_trusted_inside(folder: str) -> None:
@@ -228,6 +247,8 @@ def _require_trusted_entries(folder: str) -> None:
     """Where a link in a data directory leads to is a part of its own."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            require_trusted_entry(entry.path, entry.stat(follow_symlinks=False))
+            status = entry.stat(follow_symlinks=False)
+            if status.st_uid or status.st_mode & OTHERS_MAY_WRITE:
+                require_trusted_entry(entry.path, status)
             if entry.is_dir(follow_symlinks=False):
                 _require_trusted_entries(entry.path)

@@ -1,7 +1,6 @@
 """What the QEMU in use can do: found, asked once over QMP, and remembered until it is replaced."""
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -34,9 +33,16 @@ DEVICES: Final = (
 )
 """Every device model that a machine's definition can lead to."""
 _SANDBOX_CONTROLS: Final = {"enable", "obsolete", "elevateprivileges", "spawn", "resourcecontrol"}
-_FIXED_PATH: Final = Path("/usr/libexec/qemu-kvm")
+_FIXED_PATH: Final = "/usr/libexec/qemu-kvm"
 _NAMES: Final = ("qemu-kvm", "kvm", "qemu-system-x86_64")
-_DIRECTORIES: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_DIRECTORIES: Final = (
+    "/usr/local/sbin",
+    "/usr/local/bin",
+    "/usr/sbin",
+    "/usr/bin",
+    "/sbin",
+    "/bin",
+)
 
 
 @frozen
@@ -77,22 +83,23 @@ def find_qemu(option: Path | None, configured: Path | None) -> Path:
             raise QemuNotFound([str(given)])
         return given
     for candidate in _candidates():
-        if os.access(candidate, os.X_OK) and _is_elf(candidate):
-            return candidate
-    raise QemuNotFound([str(_FIXED_PATH), *_NAMES])
+        if _is_elf(candidate):
+            return Path(candidate)
+    raise QemuNotFound([_FIXED_PATH, *_NAMES])
 
 
-def _candidates() -> Iterator[Path]:
-    yield _FIXED_PATH
-    for name in _NAMES:
-        found = shutil.which(name, path=_DIRECTORIES)
-        if found is not None:
-            yield Path(found)
+def _candidates() -> Iterator[str]:
+    """The first program of each name, whatever kind of program it is."""
+    for places in ([_FIXED_PATH], *([f"{one}/{name}" for one in _DIRECTORIES] for name in _NAMES)):
+        for path in places:
+            if os.access(path, os.X_OK) and not os.path.isdir(path):
+                yield path
+                break
 
 
-def _is_elf(path: Path) -> bool:
+def _is_elf(path: str) -> bool:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", buffering=0) as file:
             return file.read(4) == b"\x7fELF"
     except OSError:
         return False
@@ -102,13 +109,13 @@ def probe(
     binary: Path,
     *,
     credentials: Credentials | None,
-    cache: Path | None = None,
+    memory: Memory | None = None,
     timeout_s: float = DEADLINE_S,
 ) -> Features:
     """Ask a QEMU what it can do, or recall it when the same file was asked before.
 
     It runs as `credentials` (None: as the caller, who isn't root then) with no network, and is
-    given `timeout_s` seconds. `cache` is a directory for root's answers.
+    given `timeout_s` seconds. `memory` is for root's answers.
 
     Raises UntrustedPath when root is asked to use a program that others may change, NotQemu (with
     what the program said) and QemuTooOld.
@@ -116,7 +123,6 @@ def probe(
     if credentials is not None:
         require_trusted(binary)
     identity = _identify(binary)
-    memory = Memory(cache) if cache is not None else None
     key = f"features 1 {binary}"
     if memory is not None and (known := memory.recall(key, Features)) is not None:
         return known

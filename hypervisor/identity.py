@@ -6,11 +6,12 @@ import os
 import stat
 import time
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
-from attrs import frozen
+from attrs import field, frozen
 
 from kvmsec.linux.files import make_private_directory, write_atomically
 
@@ -44,7 +45,7 @@ class FileIdentity:
         )
 
 
-def _still_hold(files: Iterable[FileIdentity]) -> bool:
+def still_hold(files: Iterable[FileIdentity]) -> bool:
     """Whether each path leads to the same file, unchanged. Raises OSError."""
     stat_of = os.stat  # A start looks at some sixty: in one loop, with nothing called but this.
     for file in files:
@@ -58,6 +59,11 @@ def _still_hold(files: Iterable[FileIdentity]) -> bool:
         ):
             return False
     return True
+
+
+def _is_settled(file: FileIdentity) -> bool:
+    """Within one tick of the file system's clock a file could change and look the same."""
+    return time.time_ns() - file.changed_ns > _SETTLED_NS
 
 
 @frozen
@@ -79,30 +85,45 @@ class Memory:
     """
 
     directory: Path
+    _recalled: dict[str, tuple[FileIdentity, ...]] = field(factory=dict, init=False, eq=False)
+    """What each answer stands on that was recalled; for one that was not, nothing."""
 
     def recall(self, key: str, kind: type[T]) -> T | None:
         """The answer that was kept for `key`, if it still holds."""
+        self._recalled[key] = ()
         try:
-            entry, answer = self._kept(key, kind)
-            if entry.key == key and _still_hold(entry.files):
+            file, entry, answer = self._kept(key, kind)
+            if entry.key == key and still_hold(entry.files):
+                self._recalled[key] = (file, *entry.files)
                 return answer
         except (OSError, msgspec.MsgspecError):
             pass
         return None
 
-    def _kept(self, key: str, kind: type[T]) -> tuple[_Entry, T]:
+    def basis(self) -> tuple[FileIdentity, ...]:
+        """What everything stands on that this object was asked for, its own files among it.
+
+        For who keeps all the answers together: as long as these hold, each would be recalled as
+        it was. Nothing when one was not recalled, or when a file changed so late that it could
+        change again and look the same.
+        """
+        files = tuple(dict.fromkeys(chain.from_iterable(self._recalled.values())))
+        if all(self._recalled.values()) and all(map(_is_settled, files)):
+            return files
+        return ()
+
+    def _kept(self, key: str, kind: type[T]) -> tuple[FileIdentity, _Entry, T]:
         """What is on disk; what this process has read of that very file is not read again."""
         path = self._path(key)
         file = FileIdentity.of(path)
         known = _read.get(file.path)
         if known is not None and known[0] == file and isinstance(known[2], kind):
-            return known[1], known[2]
+            return known
         entry = msgspec.json.decode(self._read(key), type=_Entry)
         answer = msgspec.json.decode(entry.answer, type=kind)
-        # Within one tick of the file system's clock it could change and look the same.
-        if time.time_ns() - file.changed_ns > _SETTLED_NS:
+        if _is_settled(file):
             _read[file.path] = file, entry, answer
-        return entry, answer
+        return file, entry, answer
 
     def keep(self, key: str, files: tuple[FileIdentity, ...], answer: Any) -> None:
         """Write an answer down; a full disk costs the next caller a question, no more."""

@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Final
 
 from attrs import field, frozen
@@ -97,7 +96,7 @@ class _Kept:
             return None
 
 
-def find_filter(cache: Path | None = None, rules: Sequence[Rule] = RULES) -> Filter:
+def find_filter(memory: Memory | None = None, rules: Sequence[Rule] = RULES) -> Filter:
     """Compile a table, or recall what was compiled while it, libseccomp and the machine stay.
 
     About a millisecond to compile, a tenth to recall. Raises NoFilter.
@@ -105,7 +104,6 @@ def find_filter(cache: Path | None = None, rules: Sequence[Rule] = RULES) -> Fil
     machine = os.uname().machine
     if machine != _MACHINE:
         raise NoFilter(f"it is for {_MACHINE}, and this machine is {machine}")
-    memory = Memory(cache) if cache is not None else None
     digest = _digest_of_ours() if rules is RULES else _digest_of(rules)
     key = f"seccomp 1 {machine} {digest}"
     known = memory.recall(key, _Kept) if memory is not None else None

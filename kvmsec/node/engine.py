@@ -8,10 +8,12 @@ from attrs import frozen
 
 from hypervisor.closure import Closure, find_closure
 from hypervisor.features import Features, find_qemu, probe
+from hypervisor.identity import FileIdentity, Memory, still_hold
 from hypervisor.machine import Machine
 from hypervisor.seccomp import Filter, NoFilter, find_filter
 from kvmsec.errors import KvmsecError
 from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.files import require_trusted
 from kvmsec.node.host import Host
 
 _KVM: Final = Path("/dev/kvm")
@@ -43,26 +45,54 @@ class Engine:
     system_calls: Filter | None
 
 
+@frozen
+class _Known:
+    """An engine, and the files that all that is known of it stands on."""
+
+    engine: Engine
+    files: tuple[FileIdentity, ...]
+
+
+_known: Final[dict[tuple[Path, str, Path], _Known]] = {}
+"""By program, accelerator, and where the answers lie. A node starts many instances with one."""
+
+
 def engine_for(host: Host, machine: Machine) -> Engine:
     """Find the QEMU for a machine, and ask it what it can do and what it needs.
 
-    Raises NoKvm, NoFilter, and what `hypervisor.features` and `hypervisor.closure` raise.
+    What this process knows already is told as long as no file changes that it stands on. Raises
+    NoKvm, NoFilter, and what `hypervisor.features` and `hypervisor.closure` raise.
     """
     binary = find_qemu(machine.qemu, host.config.qemu.path)
-    cache = host.paths.features
     accelerator = _accelerator(machine)
-    return Engine(
+    question = binary, accelerator, host.paths.features
+    known = _known.get(question)
+    if known is not None and _holds(known):
+        require_trusted(binary)  # That others may replace it by now shows in no file.
+        return known.engine
+    memory = Memory(host.paths.features)
+    engine = Engine(
         binary,
-        probe(binary, credentials=_NOBODY, cache=cache),
-        find_closure(binary, accelerator=accelerator, credentials=_NOBODY, cache=cache),
+        probe(binary, credentials=_NOBODY, memory=memory),
+        find_closure(binary, accelerator=accelerator, credentials=_NOBODY, memory=memory),
         accelerator,
-        _filter_for(host),
+        _filter_for(host, memory),
     )
+    if engine.system_calls is not None and (files := memory.basis()):
+        _known[question] = _Known(engine, files)
+    return engine
 
 
-def _filter_for(host: Host) -> Filter | None:
+def _holds(known: _Known) -> bool:
     try:
-        return find_filter(host.paths.features)
+        return still_hold(known.files)
+    except OSError:
+        return False
+
+
+def _filter_for(host: Host, memory: Memory) -> Filter | None:
+    try:
+        return find_filter(memory)
     except NoFilter:
         if "seccomp" in host.config.confinement.may_be_missing:
             return None

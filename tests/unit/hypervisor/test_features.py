@@ -11,6 +11,7 @@ import pytest
 from hypervisor import features
 from hypervisor.errors import NotQemu, QemuNotFound, QemuTooOld
 from hypervisor.features import DEVICES, Features, find_qemu, probe
+from hypervisor.identity import Memory
 
 MakeProgram = Callable[[str], Path]
 
@@ -136,8 +137,8 @@ def counted(program: MakeProgram, tmp_path: Path, script: str) -> tuple[Path, Ca
 def test_a_qemu_is_asked_once(program: MakeProgram, tmp_path: Path) -> None:
     path, calls = counted(program, tmp_path, answers())
     cache = tmp_path / "cache"
-    first = probe(path, credentials=None, cache=cache)
-    assert probe(path, credentials=None, cache=cache) == first
+    first = probe(path, credentials=None, memory=Memory(cache))
+    assert probe(path, credentials=None, memory=Memory(cache)) == first
     assert calls() == 1
     assert cache.stat().st_mode & 0o777 == 0o700
     assert [file.stat().st_mode & 0o777 for file in cache.iterdir()] == [0o600]
@@ -148,12 +149,12 @@ def test_a_replaced_qemu_is_asked_again_even_with_the_same_size_and_time(
 ) -> None:
     path, calls = counted(program, tmp_path, answers())
     cache = tmp_path / "cache"
-    probe(path, credentials=None, cache=cache)
+    probe(path, credentials=None, memory=Memory(cache))
     status = path.stat()
     shutil.copy(path, tmp_path / "new")
     (tmp_path / "new").rename(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    probe(path, credentials=None, cache=cache)
+    probe(path, credentials=None, memory=Memory(cache))
     assert calls() == 2
 
 
@@ -163,20 +164,20 @@ def test_a_cache_that_can_not_be_read_is_passed_over(
 ) -> None:
     path, calls = counted(program, tmp_path, answers())
     cache = tmp_path / "cache"
-    probe(path, credentials=None, cache=cache)
+    probe(path, credentials=None, memory=Memory(cache))
     (file,) = cache.iterdir()
     file.write_bytes(content)
-    probe(path, credentials=None, cache=cache)
+    probe(path, credentials=None, memory=Memory(cache))
     assert calls() == 2
 
 
 def test_a_cache_that_others_may_write_is_passed_over(program: MakeProgram, tmp_path: Path) -> None:
     path, calls = counted(program, tmp_path, answers())
     cache = tmp_path / "cache"
-    probe(path, credentials=None, cache=cache)
+    probe(path, credentials=None, memory=Memory(cache))
     (file,) = cache.iterdir()
     file.chmod(0o666)
-    probe(path, credentials=None, cache=cache)
+    probe(path, credentials=None, memory=Memory(cache))
     assert calls() == 2
 
 
@@ -193,8 +194,8 @@ def test_a_given_qemu_is_the_one_that_is_used(program: MakeProgram, tmp_path: Pa
 def test_the_known_names_are_tried_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_FIXED_PATH", tmp_path / "libexec/qemu-kvm")
-    monkeypatch.setattr(features, "_DIRECTORIES", str(tmp_path / "bin"))
+    monkeypatch.setattr(features, "_FIXED_PATH", str(tmp_path / "libexec/qemu-kvm"))
+    monkeypatch.setattr(features, "_DIRECTORIES", (str(tmp_path / "bin"),))
     with pytest.raises(QemuNotFound, match="qemu-kvm, kvm, qemu-system-x86_64"):
         find_qemu(None, None)
     for name in ("bin/qemu-system-x86_64", "bin/kvm", "bin/qemu-kvm", "libexec/qemu-kvm"):

@@ -66,3 +66,22 @@ def test_what_changed_just_now_is_read_again(tmp_path: Path, asked: Path) -> Non
     (kept,) = memory.directory.iterdir()
     assert time.time_ns() - kept.stat().st_ctime_ns < identity._SETTLED_NS
     assert str(kept) not in identity._read
+
+
+def test_all_answers_stand_on_the_files_that_they_are_about_and_on_their_own(
+    memory: Memory, asked: Path
+) -> None:
+    (kept,) = memory.directory.iterdir()
+    assert {file.path for file in memory.basis()} == {str(asked), str(kept)}
+
+
+def test_they_stand_on_nothing_once_one_of_them_was_not_recalled(memory: Memory) -> None:
+    assert memory.recall("another question", list) is None
+    assert memory.basis() == ()
+
+
+def test_they_stand_on_nothing_that_changed_just_now(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "_SETTLED_NS", 1 << 62)
+    assert memory.basis() == ()
