@@ -37,8 +37,11 @@ def _has_pages(pool: str) -> bool:
 
 
 def _number_in(path: str) -> int:
-    with open(path, "rb", buffering=0) as file:
-        return int(file.readall())
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return int(os.read(descriptor, 32))
+    finally:
+        os.close(descriptor)
 
 
 def limits_for(machine: Machine, pools: Collection[int]) -> tuple[HugePageLimit, ...]:
