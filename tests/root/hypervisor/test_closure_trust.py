@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -91,3 +92,53 @@ def test_parts_that_are_never_there_any_more_are_an_error(
     after_listing(tmp_path, rename, monkeypatch)
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         require_trusted_parts(Closure("/qemu", ((str(tmp_path), "/usr/share/qemu"),)))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A directory that is root's with all above it."""
+    path = Path("/run/kvmsec-folder")
+    (path / "inner").mkdir(mode=0o755, parents=True)
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def parts_in(*folders: Path) -> Closure:
+    """A program of two parts, one of which nobody could replace."""
+    for one in folders:
+        (one / "part").touch(mode=0o644)
+    own = [(str(one / "part"), f"/{number}") for number, one in enumerate(folders)]
+    return Closure("/0", (*own, ("/usr/bin/env", "/env")))
+
+
+@pytest.mark.parametrize("where", ["", "inner"])
+def test_a_part_whose_directory_others_may_write_is_refused(folder: Path, where: str) -> None:
+    closure = parts_in(folder / "inner")
+    require_trusted_parts(closure)
+    (folder / where).chmod(0o757)
+    with pytest.raises(UntrustedPath, match="can be written by others"):
+        require_trusted_parts(closure)
+    (folder / where).chmod(0o755)
+    os.chown(folder / where, NOBODY.uid, 0)
+    with pytest.raises(UntrustedPath, match=f"belongs to uid {NOBODY.uid}"):
+        require_trusted_parts(closure)
+
+
+def test_a_sticky_directory_may_stand_above_a_part_and_hold_none(folder: Path) -> None:
+    closure = parts_in(folder / "inner")
+    folder.chmod(0o1777)
+    require_trusted_parts(closure)
+    with pytest.raises(UntrustedPath, match=rf"{folder} can be written by others"):
+        require_trusted_parts(parts_in(folder, folder / "inner"))
+
+
+def test_a_directory_that_is_a_link_by_now_is_followed_to_where_it_leads(folder: Path) -> None:
+    (folder / "open/target").mkdir(parents=True)
+    closure = parts_in(folder / "inner", folder / "open/target")
+    shutil.rmtree(folder / "inner")
+    (folder / "inner").symlink_to("open/target")
+    require_trusted_parts(closure)
+    (folder / "open").chmod(0o757)
+    with pytest.raises(UntrustedPath, match="open can be written by others"):
+        require_trusted_parts(parts_in(folder / "inner"))
