@@ -30,8 +30,9 @@ from hypervisor import huge_pages, jail, process
 from hypervisor.jail import BootFile, Jail
 from hypervisor.machine import Machine
 from hypervisor.tiny import rom_path
+from hypervisor.tree import BOOT
 from kvmsec import Node
-from kvmsec.linux import namespaces, processes
+from kvmsec.linux import namespaces, processes, syscalls
 from kvmsec.linux.credentials import Credentials
 from kvmsec.model.security import SecurityModel
 from kvmsec.node import launch, output
@@ -75,8 +76,11 @@ def _prefixes() -> Iterator[tuple[str, tuple[jail.Step, ...]]]:
     """The jail's steps, one more each time, by the name of the last."""
     descriptors = next(step for step in jail.STEPS if step.name == "descriptors")
     yield PID_NAMESPACE, (descriptors,)
+    names = [step.name for step in jail.STEPS]
     for count, step in enumerate(jail.STEPS, 1):
-        if step is descriptors:
+        # In the tree there is no /dev/null to run with before its devices are made.
+        is_between = names.index("namespaces") <= count - 1 < names.index("devices")
+        if step is descriptors or is_between:
             continue
         begun = jail.STEPS[:count]
         yield step.name, begun if descriptors in begun else (*begun, descriptors)
@@ -108,8 +112,7 @@ def _bench_of(node: Node, place: Path) -> Bench:
     engine = engine_for(node.host, machine)
     config, pages = node.host.config, huge_pages.pools_mib()
     uid = FIRST_UID + 19
-    for directory in ("root", "output"):
-        (place / directory).mkdir()
+    (place / "output").mkdir()
     return Bench(
         node,
         place,
@@ -130,7 +133,7 @@ async def _jailed(bench: Bench, steps: Sequence[jail.Step]) -> Sample:
         opened.callback(path.unlink)
         listener.listen(1)
         one = _jail(bench, listener, "cgroups" in names, opened)
-        argv = _argv(bench, is_inside="change root" in names)
+        argv = _argv(bench, is_inside="namespaces" in names)
         with _only(steps):
             newborn = process.spawn(one, argv[0], argv)
         opened.callback(newborn.close)
@@ -151,6 +154,8 @@ def _jail(
     log = output.mount(bench.place / "output", bench.credentials, 64)
     opened.callback(namespaces.umount, str(bench.place / "output"), namespaces.MNT_DETACH)
     opened.callback(os.close, log)
+    room = syscalls.detached_copy(str(bench.place / "output"))
+    opened.callback(os.close, room)
     host = bench.node.host
     born_in: str | None = None
     tasks_files: tuple[str, ...] = ()
@@ -163,10 +168,9 @@ def _jail(
     return Jail(
         name=INSTANCE,
         credentials=bench.credentials,
-        mount_point=str(bench.place / "root"),
-        output=str(bench.place / "output"),
+        tree=bench.node.host.trees.of(bench.engine.closure.binds),
+        output=room,
         log=log,
-        binds=bench.engine.closure.binds,
         system_calls=bench.engine.system_calls,
         boot_files=(BootFile(rom, rom_path().stat().st_size, rom_path().name),),
         has_kvm=bench.engine.accelerator == "kvm",
@@ -178,7 +182,7 @@ def _jail(
 
 
 def _argv(bench: Bench, *, is_inside: bool) -> list[str]:
-    firmware = f"{jail.BOOT}/{rom_path().name}" if is_inside else str(rom_path())
+    firmware = f"{BOOT}/{rom_path().name}" if is_inside else str(rom_path())
     machine = raw.machine_arguments(firmware)
     return [bench.engine.closure.program, *machine, *raw.monitor_arguments(MONITOR), *raw.SANDBOX]
 

@@ -13,19 +13,18 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from attrs import field, frozen
 
-from hypervisor.errors import HypervisorError
 from hypervisor.limits import ProcessLimits
 from hypervisor.seccomp import IO_SETUP, TICKET_BYTES, Filter
+from hypervisor.steps import Step, take
+from hypervisor.tree import BOOT, DEVICES, OUTPUT
 from kvmsec.linux import children, credentials, namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
 
-OUTPUT: Final = "/output"
-BOOT: Final = "/boot"
 _NODES: Final = (
     ("null", 1, 3),
     ("zero", 1, 5),
@@ -38,6 +37,8 @@ SECCOMP: Final = "seccomp"
 LOCKS: Final = frozenset({NETWORK_NAMESPACE, SECCOMP})
 """What a jail can be built without, for tests alone: so it is shown that another lock holds too."""
 _KVM_NODE: Final = ("kvm", 10, 232)  # Linux Documentation/admin-guide/devices.txt, misc minor 232
+_FLAGS: Final = namespaces.MS_NOSUID | namespaces.MS_NOEXEC
+_PAGE: Final = 4096
 
 
 @frozen
@@ -58,11 +59,11 @@ class BootFile:
 class Jail:
     """Everything that a jail is made of, decided before the fork.
 
-    binds: pairs of (path on the host, the same thing's path inside), read-only inside.
-    boot_files: copied to /boot, read-only.
-    mount_point: an empty directory of the host's on which the new root is built.
-    output: a directory on the host, a sized tmpfs that belongs to the instance; /output inside.
+    tree: a descriptor of the mount namespace whose root it gets a copy of (`hypervisor.tree`).
+    output: a detached mount (`syscalls.detached_copy`) of a sized tmpfs that belongs to the
+        instance; /output inside. It can be attached once: a jail is for one child.
     log: a descriptor for stdout and stderr.
+    boot_files: copied to /boot, read-only.
     has_native_aio: whether a disk is read by the kernel's own queues (io_setup(2)); all of a node
         share one number of them (fs.aio-max-nr), which an instance without need must not use up.
     born_in: the version 2 control group of the child from its birth; None where there is none.
@@ -75,10 +76,9 @@ class Jail:
 
     name: str
     credentials: Credentials
-    mount_point: str
-    output: str
+    tree: int
+    output: int
     log: int
-    binds: tuple[tuple[str, str], ...]
     system_calls: Filter | None
     boot_files: tuple[BootFile, ...] = ()
     has_kvm: bool = False
@@ -99,17 +99,6 @@ class Jail:
     def filter_in_force(self) -> Filter | None:
         """The filter that the child is to be under."""
         return None if SECCOMP in self.without_locks else self.system_calls
-
-
-class JailFailed(HypervisorError):
-    """A step of the jail failed; QEMU was not started."""
-
-    def __init__(self, step: str, number: int, detail: str) -> None:
-        hint = "run kvmsec as root, outside a container" if number == errno.EPERM else None
-        super().__init__(f"the jail's step {step!r} failed: {detail}", hint=hint)
-        self.step = step
-        self.errno = number
-        self.detail = detail
 
 
 def _leave_session(jail: Jail) -> None:
@@ -134,6 +123,8 @@ def _limit_resources(jail: Jail) -> None:
 
 
 def _leave_namespaces(jail: Jail) -> None:
+    # Root and working directory are the tree's from here on; it is copied, and never changed.
+    syscalls.setns(jail.tree, namespaces.CLONE_NEWNS)
     network = 0 if NETWORK_NAMESPACE in jail.without_locks else namespaces.CLONE_NEWNET
     syscalls.unshare(
         namespaces.CLONE_NEWNS
@@ -148,103 +139,56 @@ def _name_host(jail: Jail) -> None:
     socket.sethostname(jail.name)
 
 
-def _stop_propagation(jail: Jail) -> None:
-    namespaces.mount(None, "/", None, namespaces.MS_REC | namespaces.MS_PRIVATE)
-
-
-def _mount_root(jail: Jail) -> None:
-    # Room for the boot files and a page a directory: nothing writes here afterwards.
-    entries = 2 * len(jail.binds) + len(jail.boot_files) + 64
-    size = sum(-(-file.size_bytes // 4096) * 4096 for file in jail.boot_files) + 4096 * entries
-    flags = namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC
-    data = f"size={size},nr_inodes={entries * 4},mode=0755"
-    namespaces.mount("kvmsec", jail.mount_point, "tmpfs", flags, data)
-    os.chdir(jail.mount_point)
-    os.umask(0)  # The modes that follow are meant, whatever the launcher's umask is.
-    for directory in ("dev", _inside(OUTPUT), _inside(BOOT)):
-        os.mkdir(directory, 0o755)
-
-
-def _inside(path: str) -> str:
-    """A path inside, as seen from the new root while that is the working directory only."""
-    return path.lstrip("/")
-
-
-def _bind_programs(jail: Jail) -> None:
-    # All places first: once something of the node is mounted, making one could change the node.
-    made = {""}
-    binds = [(source, _inside(target)) for source, target in jail.binds]
-    for source, target in binds:
-        _make_parents(target, made)
-        if stat.S_ISDIR(os.stat(source).st_mode):
-            os.mkdir(target, 0o755)
-            made.add(target)
-        else:
-            os.mknod(target, stat.S_IFREG | 0o444)
-    for source, target in binds:
-        namespaces.mount(source, target, None, namespaces.MS_BIND)
-
-
-def _make_parents(path: str, made: set[str]) -> None:
-    parent = path.rpartition("/")[0]
-    if parent not in made:
-        _make_parents(parent, made)
-        os.mkdir(parent, 0o755)
-        made.add(parent)
-
-
 def _copy_boot_files(jail: Jail) -> None:
+    if not jail.boot_files:
+        return
+    size = sum(-(-file.size_bytes // _PAGE) * _PAGE for file in jail.boot_files) + _PAGE
+    data = f"size={size},nr_inodes={len(jail.boot_files) + 1},mode=0755"
+    namespaces.mount("kvmsec-boot", BOOT, "tmpfs", _FLAGS | namespaces.MS_NODEV, data)
+    os.umask(0)  # The modes that follow are meant, whatever the launcher's umask is.
     for file in jail.boot_files:
-        target = f"{_inside(BOOT)}/{file.name}"
-        copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
-        copied = 0
-        while copied < file.size_bytes:
-            count = os.sendfile(copy, file.descriptor, copied, file.size_bytes - copied)
-            if count == 0:
-                raise OSError(errno.ENODATA, f"{file.name} became shorter while it was copied")
-            copied += count
-        os.close(copy)
+        _copy(file)
+    _make_read_only(BOOT, namespaces.MS_NODEV)
 
 
-def _make_read_only(jail: Jail) -> None:
-    # One call for the tree and all that is mounted in it, before what may be written joins.
-    syscalls.set_mount_attributes(
-        ".",
-        syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV,
-    )
+def _copy(file: BootFile) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    copy = os.open(f"{BOOT}/{file.name}", flags, 0o444)
+    copied = 0
+    while copied < file.size_bytes:
+        count = os.sendfile(copy, file.descriptor, copied, file.size_bytes - copied)
+        if count == 0:
+            raise OSError(errno.ENODATA, f"{file.name} became shorter while it was copied")
+        copied += count
+    os.close(copy)
+
+
+def _make_read_only(place: str, flags: int = 0) -> None:
+    remount = namespaces.MS_REMOUNT | namespaces.MS_BIND | namespaces.MS_RDONLY
+    namespaces.mount(None, place, None, remount | _FLAGS | flags)
 
 
 def _make_devices(jail: Jail) -> None:
-    flags = namespaces.MS_NOSUID | namespaces.MS_NOEXEC
-    namespaces.mount("kvmsec-dev", "dev", "tmpfs", flags, "size=4k,nr_inodes=16,mode=0755")
+    namespaces.mount("kvmsec-dev", DEVICES, "tmpfs", _FLAGS, "size=4k,nr_inodes=16,mode=0755")
+    os.umask(0)
     for name, major, minor in _NODES:
         _make_node(name, major, minor, 0o666)
     if jail.has_kvm:
         _make_node(*_KVM_NODE, 0o600)
-        os.chown("dev/kvm", jail.credentials.uid, jail.credentials.gid)
-    namespaces.mount(
-        None, "dev", None, namespaces.MS_REMOUNT | namespaces.MS_BIND | namespaces.MS_RDONLY | flags
-    )
+        os.chown(f"{DEVICES}/kvm", jail.credentials.uid, jail.credentials.gid)
+    _make_read_only(DEVICES)
 
 
 def _make_node(name: str, major: int, minor: int, mode: int) -> None:
-    os.mknod(f"dev/{name}", stat.S_IFCHR | mode, os.makedev(major, minor))
+    os.mknod(f"{DEVICES}/{name}", stat.S_IFCHR | mode, os.makedev(major, minor))
 
 
-def _bind_output(jail: Jail) -> None:
-    output = _inside(OUTPUT)
-    namespaces.mount(jail.output, output, None, namespaces.MS_BIND)
+def _attach_output(jail: Jail) -> None:
+    syscalls.attach(jail.output, OUTPUT)
     syscalls.set_mount_attributes(
-        output,
+        OUTPUT,
         syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC,
     )
-
-
-def _change_root(jail: Jail) -> None:
-    # The old root comes to lie on the new one and is taken off there: see pivot_root(2).
-    namespaces.pivot_root(".", ".")
-    namespaces.umount(".", namespaces.MNT_DETACH)
-    os.chdir("/")
 
 
 def _place_descriptors(jail: Jail) -> None:
@@ -280,29 +224,15 @@ def _filter_system_calls(jail: Jail) -> None:
     jail.filter_in_force.put_in_force(jail.ticket, absent)
 
 
-@frozen
-class Step:
-    """One thing that is done to the child, and why."""
-
-    name: str
-    act: Callable[[Jail], None]
-    reason: str
-
-
 STEPS: Final = (
     Step("session", _leave_session, "no controlling terminal to type into"),
     Step("cgroups", _join_cgroups, "counted and ended as one, before anything can be forked"),
     Step("limits", _limit_resources, "nothing without a bound, no core with a guest's memory"),
-    Step("namespaces", _leave_namespaces, "no mount, network, IPC, name or cgroup of the node"),
+    Step("namespaces", _leave_namespaces, "no path, network, IPC, name or cgroup of the node"),
     Step("host name", _name_host, "the node's own is nobody's business"),
-    Step("propagation", _stop_propagation, "no mount made here may reach the node, nor back"),
-    Step("root", _mount_root, "an empty tree: what isn't put in it can't be opened"),
-    Step("programs", _bind_programs, "QEMU, its libraries and data; binds, so nothing is copied"),
     Step("boot files", _copy_boot_files, "firmware and kernels take no descriptor in QEMU"),
-    Step("read-only", _make_read_only, "nothing that QEMU runs from can be changed"),
     Step("devices", _make_devices, "/dev/kvm for this uid alone, whatever the node's mode is"),
-    Step("output", _bind_output, "the only writable place, of a fixed size"),
-    Step("change root", _change_root, "the node's tree is detached: no path leads to it"),
+    Step("output", _attach_output, "the only writable place, of a fixed size"),
     Step("descriptors", _place_descriptors, "what was granted, on the numbers that were named"),
     Step("umask", _narrow_umask, "what QEMU creates is nobody else's to read"),
     Step("privileges", _drop_privileges, "uid, groups, capabilities, for good"),
@@ -313,7 +243,8 @@ STEPS: Final = (
 def close_foreign(jail: Jail, keep: Collection[int]) -> None:
     """Close every descriptor of the calling process but what the jail needs, and `keep`."""
     files = [file.descriptor for file in jail.boot_files]
-    children.close_all_but({0, 1, 2, jail.log, *jail.descriptors.values(), *files, *keep})
+    needed = {jail.tree, jail.output, jail.log, *jail.descriptors.values(), *files}
+    children.close_all_but({0, 1, 2, *needed, *keep})
 
 
 def execute(jail: Jail, program: str, argv: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -327,8 +258,4 @@ def enter(jail: Jail) -> None:
     Descriptors that have to stay until the exec are close-on-exec, and above every number in
     `jail.descriptors`. Raises JailFailed with the step that failed.
     """
-    for step in STEPS:
-        try:
-            step.act(jail)
-        except OSError as error:
-            raise JailFailed(step.name, error.errno or 0, str(error)) from error
+    take(STEPS, jail)

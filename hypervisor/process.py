@@ -14,12 +14,12 @@ from hypervisor.errors import HypervisorError
 from hypervisor.jail import (
     NETWORK_NAMESPACE,
     Jail,
-    JailFailed,
     close_foreign,
     duplicate_above,
     enter,
     execute,
 )
+from hypervisor.steps import JailFailed
 from kvmsec.linux import forking, processes, syscalls
 from kvmsec.linux.processes import ProcessId, ProcessStatus
 from kvmsec.linux.readiness import is_hung_up, is_readable

@@ -47,14 +47,9 @@ class InstancePaths:
         """Where the instance's sized filesystem is mounted: its own output, and nothing else."""
         return self.directory / "output"
 
-    @cached_property
-    def mount_point(self) -> Path:
-        """An empty directory: in the instance's own mount namespace its root is built on it."""
-        return self.directory / "root"
-
     def make(self) -> None:
         """Make the instance's directories (0700). Raises UntrustedPath and OSError."""
-        for directory in (self.directory, self.output, self.mount_point):
+        for directory in (self.directory, self.output):
             make_private_directory(directory)
 
 

@@ -17,6 +17,8 @@ _libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
 _libc.signal.restype = ctypes.c_void_p
 
 _NR_EXECVE: Final = {"x86_64": 59, "aarch64": 221, "riscv64": 221, "s390x": 11, "ppc64le": 11}
+_NR_OPEN_TREE: Final = 428
+_NR_MOVE_MOUNT: Final = 429
 _NR_FSOPEN: Final = 430
 _NR_FSCONFIG: Final = 431
 _NR_FSMOUNT: Final = 432
@@ -27,6 +29,8 @@ _NR_MOUNT_SETATTR: Final = 442
 _NR_KEYCTL: Final = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "s390x": 280, "ppc64le": 271}
 
 _IPC_RMID: Final = 0
+_OPEN_TREE_CLONE: Final = 1
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _FSOPEN_CLOEXEC: Final = 1
 _FSCONFIG_CMD_CREATE: Final = 6
 _FSMOUNT_CLOEXEC: Final = 1
@@ -161,6 +165,22 @@ def mount_detached(kind: str) -> int:
         return _syscall(_NR_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0)
     finally:
         os.close(context)
+
+
+def detached_copy(path: str) -> int:
+    """A mount of what `path` leads to, mounted nowhere: its descriptor, close-on-exec.
+
+    It ends with its last descriptor, unless it is attached (`open_tree(2)`, Linux 5.2).
+    """
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    return _syscall(_NR_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags, path=path)
+
+
+def attach(mount: int, target: str) -> None:
+    """Mount a detached mount on `target` (`move_mount(2)`, Linux 5.2)."""
+    place = os.fsencode(target)
+    flags = _MOVE_MOUNT_F_EMPTY_PATH
+    _syscall(_NR_MOVE_MOUNT, mount, b"", AT_FDCWD, place, flags, path=target)
 
 
 class _MountAttributes(ctypes.Structure):

@@ -219,7 +219,6 @@ def remove_files(host: Host, name: str) -> None:
     output.unmount(place.output)
     for path in (place.qmp_socket, place.serial_socket):
         path.unlink(missing_ok=True)
-    for directory in (place.output, place.mount_point):
-        shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(place.output, ignore_errors=True)
     place.record.unlink(missing_ok=True)
     shutil.rmtree(place.directory, ignore_errors=True)

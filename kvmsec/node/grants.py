@@ -10,8 +10,9 @@ from attrs import frozen
 
 from hypervisor.cmdline import Grants, ImageGrant, NicGrant, build
 from hypervisor.images import OpenImage
-from hypervisor.jail import BOOT, OUTPUT, BootFile
+from hypervisor.jail import BootFile
 from hypervisor.machine import Machine
+from hypervisor.tree import BOOT, OUTPUT
 from kvmsec.node.engine import Engine
 from kvmsec.node.output import SERIAL_LOG
 from kvmsec.node.taps import OpenTap

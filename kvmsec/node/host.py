@@ -10,6 +10,7 @@ from kvmsec.store.file import FileStore
 
 if TYPE_CHECKING:
     from hypervisor.cgroups import Hierarchy
+    from hypervisor.tree import Trees
     from kvmsec.node.rules import Rules
     from uidpool.claims import Claims
 
@@ -62,3 +63,15 @@ class Host:
         from kvmsec.node.rules import Rules
 
         return Rules(self.paths, self.config.firewall, self.store)
+
+    @cached_property
+    def trees(self) -> "Trees":
+        """What instances of this host run in: see `hypervisor.tree`."""
+        from hypervisor.tree import Trees
+
+        return Trees(str(self.paths.run))
+
+    def close(self) -> None:
+        """Let go of what is kept for the next start; instances live on."""
+        if "trees" in self.__dict__:
+            self.trees.close()

@@ -23,7 +23,7 @@ from hypervisor.monitor import Monitor, MonitorClosed, MonitorUnreachable
 from hypervisor.process import Newborn, QemuGone
 from kvmsec.agent import InstanceState
 from kvmsec.errors import KvmsecError, StartFailed
-from kvmsec.linux import processes, unix_sockets
+from kvmsec.linux import processes, syscalls, unix_sockets
 from kvmsec.linux.errors import Fault
 from kvmsec.linux.locks import FileLock
 from kvmsec.model.instance import InstanceDefinition
@@ -154,6 +154,8 @@ class _Start:
         self.allotment: limits.Allotment
         self.monitor: Monitor | None = None
         self.log = -1
+        self.output = -1
+        self.tree = -1
         self.newborn: Newborn | None = None
         self.files = host.paths.instance(self.machine.name)
         self.record = InstanceRecord(
@@ -250,6 +252,11 @@ class _Start:
         size_kib = self.host.config.limits.log_kib
         self.log = output.mount(self.files.output, self.identity.credentials, size_kib)
         self.opened.callback(os.close, self.log)
+        self.output = syscalls.detached_copy(str(self.files.output))
+        self.opened.callback(os.close, self.output)
+
+    def find_tree(self) -> None:
+        self.tree = self.host.trees.of(self.engine.closure.binds)
 
     async def make_cgroup(self) -> None:
         config = self.host.config
@@ -276,10 +283,9 @@ class _Start:
         jail = Jail(
             name=self.record.name,
             credentials=self.identity.credentials,
-            mount_point=str(self.files.mount_point),
-            output=str(self.files.output),
+            tree=self.tree,
+            output=self.output,
             log=self.log,
-            binds=self.engine.closure.binds,
             system_calls=self.engine.system_calls,
             boot_files=self.lent.boot_files,
             has_kvm=self.engine.accelerator == "kvm",
@@ -354,6 +360,7 @@ STEPS: Final = (
     Step("taps", _Start.open_taps, "up and without IPv6 before a guest is behind them"),
     Step("sockets", _Start.bind_sockets, "root's alone; QEMU gets them listening"),
     Step("output", _Start.mount_output, "the only place that the instance may fill"),
+    Step("tree", _Start.find_tree, "what QEMU runs from, built for the first start and kept"),
     Step("cgroup", _Start.make_cgroup, "the child is born in it, or joins it first of all"),
     Step("fork", _Start.fork, "in its group from birth; it builds its jail, then it waits"),
     Step("rules", _Start.prove_rules, "a packet as its uid is refused, while the jail is built"),

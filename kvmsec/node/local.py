@@ -230,8 +230,9 @@ class LocalNode:
                 yield event
 
     async def close(self) -> None:
-        """Stop watching; instances live on."""
+        """Stop watching, and let go of what is kept for the next start; instances live on."""
         await self._watches.close()
+        self.host.close()
 
     def _require_root(self) -> None:
         if os.geteuid() != 0:

@@ -25,6 +25,7 @@ from hypervisor.jail import BootFile, Jail
 from hypervisor.machine import Machine
 from hypervisor.monitor import Monitor
 from hypervisor.seccomp import Filter, NoFilter, find_filter
+from hypervisor.tree import build_tree
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import namespaces, syscalls, unix_sockets
 from kvmsec.linux.children import Child, close_all_but
@@ -122,11 +123,11 @@ async def _boot(
     grants = cmdline.Grants(qmp=_QMP, serial=_SERIAL, firmware=_FIRMWARE)
     argv = cmdline.build(machine, features, grants, accelerator=accelerator)
     with ExitStack() as opened:
-        jail, listeners = _make_jail(closure, accelerator, opened)
-        newborn = process.spawn(jail, closure.program, (closure.program, *argv))
-        opened.callback(process.kill_and_wait, newborn.pidfd, _GRACE_S)
         problem = None
         try:
+            jail, listeners = _make_jail(closure, accelerator, opened)
+            newborn = process.spawn(jail, closure.program, (closure.program, *argv))
+            opened.callback(process.kill_and_wait, newborn.pidfd, _GRACE_S)
             async with asyncio.timeout(timeout_s):
                 newborn.release()
                 await readable(newborn.fileno(), None)
@@ -139,7 +140,7 @@ async def _boot(
         except HypervisorError as failure:
             problem = failure.message
         took_s = time.monotonic() - started
-        if problem is not None and (words := _last_words(jail)):
+        if problem is not None and (words := _last_words()):
             problem = f"{problem}; QEMU said: {words}"
     return {"took_s": took_s, "problem": problem}
 
@@ -149,19 +150,21 @@ def _make_jail(
 ) -> tuple[Jail, tuple[socket.socket, ...]]:
     rom = os.open(tiny.rom_path(), os.O_RDONLY | os.O_CLOEXEC)
     opened.callback(os.close, rom)
-    for name in ("root", "output"):
-        (_PLACE / name).mkdir(mode=0o700)
+    (_PLACE / "output").mkdir(mode=0o700)
     log = output.mount(_PLACE / "output", NOBODY, size_kib=64)
     opened.callback(os.close, log)
+    room = syscalls.detached_copy(str(_PLACE / "output"))
+    opened.callback(os.close, room)
+    tree = build_tree(closure.binds, str(_PLACE))
+    opened.callback(os.close, tree)
     qmp = opened.enter_context(unix_sockets.listen(_PLACE / "qmp"))
     serial = opened.enter_context(unix_sockets.listen(_PLACE / "serial"))
     jail = Jail(
         name="doctor",
         credentials=NOBODY,
-        mount_point=str(_PLACE / "root"),
-        output=str(_PLACE / "output"),
+        tree=tree,
+        output=room,
         log=log,
-        binds=closure.binds,
         system_calls=_filter(),
         boot_files=(BootFile(rom, os.fstat(rom).st_size, _FIRMWARE.name),),
         has_kvm=accelerator == "kvm",
@@ -200,6 +203,6 @@ async def _read_banner(line: socket.socket) -> str | None:
     return None
 
 
-def _last_words(jail: Jail) -> str:
-    words = output.read(Path(jail.output), output.QEMU_LOG, 1 << 16)
+def _last_words() -> str:
+    words = output.read(_PLACE / "output", output.QEMU_LOG, 1 << 16)
     return escaped(words.strip(), limit_chars=_WORDS_CHARS)

@@ -94,7 +94,7 @@ class Setting:
             "paths_of_record": f"{files.record} {files.directory}",
             "paths_of_sockets": f"{files.qmp_socket} {files.serial_socket}",
             "paths_of_logs": f"{paths.instance_log(name)} {paths.instance_output(name)}",
-            "paths_of_jail": f"{files.mount_point} {files.output}",
+            "paths_of_jail": str(files.output),
             "paths_of_locks": f"{paths.instance_lock(name)} {paths.images_lock} {paths.run}/rules",
             "paths_of_leases": f"{lease} {lease.parent}/.locks/{lease.name} {paths.uid_state}",
             "paths_of_state": f"{paths.cluster} {paths.features} {paths.last_state(name)}",

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from attrs import define
 
-from hypervisor import process, tiny
+from hypervisor import process, tiny, tree
 from hypervisor.jail import BootFile, Jail
 from hypervisor.seccomp import find_filter
-from kvmsec.linux import namespaces, processes, unix_sockets
+from kvmsec.linux import namespaces, processes, syscalls, unix_sockets
 from kvmsec.linux.credentials import Credentials
 
 pytestmark = pytest.mark.kvm
@@ -102,6 +102,10 @@ def qemu(accelerator: str, who: Credentials, tmp_path: Path) -> Iterator[Running
         flags = namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC
         namespaces.mount("output", str(tmp_path / "output"), "tmpfs", flags, owned)
         stack.callback(namespaces.umount, str(tmp_path / "output"), namespaces.MNT_DETACH)
+        room = syscalls.detached_copy(str(tmp_path / "output"))
+        stack.callback(os.close, room)
+        built = tree.build_tree(binds(accelerator), str(tmp_path / "root"))
+        stack.callback(os.close, built)
         disk = tmp_path / "disk"
         disk.write_bytes(b"D" * 65536)
         disk.chmod(0o600)
@@ -125,10 +129,9 @@ def qemu(accelerator: str, who: Credentials, tmp_path: Path) -> Iterator[Running
         jail = Jail(
             name="guest",
             credentials=who,
-            mount_point=str(tmp_path / "root"),
-            output=str(tmp_path / "output"),
+            tree=built,
+            output=room,
             log=opened(tmp_path / "output" / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND),
-            binds=binds(accelerator),
             system_calls=find_filter(),
             boot_files=(BootFile(firmware, os.fstat(firmware).st_size, "firmware"),),
             has_kvm=accelerator == "kvm",

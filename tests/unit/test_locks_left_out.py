@@ -20,7 +20,7 @@ ON_THE_WAY = {
 
 
 def jail(**options: frozenset[str]) -> Jail:
-    return Jail("web", Credentials(1, 1), "/mnt", "/output", 1, (), None, **options)  # type: ignore[arg-type]
+    return Jail("web", Credentials(1, 1), -1, -1, 1, None, **options)  # type: ignore[arg-type]
 
 
 def test_nothing_is_left_out_unless_a_caller_of_the_library_says_so() -> None:

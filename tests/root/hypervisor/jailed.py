@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from hypervisor import process
-from hypervisor.jail import Jail, JailFailed
-from kvmsec.linux import namespaces
+from hypervisor.jail import Jail
+from hypervisor.steps import JailFailed
+from hypervisor.tree import Binds, Trees
+from kvmsec.linux import namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
 
 SOMEBODY = Credentials(239001, 239002)
@@ -40,27 +42,43 @@ def build(tmp_path: Path) -> Iterator[Build]:
     for name in ("root", "output"):
         (tmp_path / name).mkdir()
     opened: list[int] = []
+    trees = Trees(str(tmp_path / "root"))
 
-    def build_jail(who: Credentials = SOMEBODY, **more: Any) -> Jail:
+    def build_jail(
+        who: Credentials = SOMEBODY,
+        binds: Binds | None = None,
+        tree: int | None = None,
+        **more: Any,
+    ) -> Jail:
+        if tree is None:
+            tree = trees.of(binds_of(*PROGRAMS) if binds is None else binds)
         owned = f"size=64k,mode=0700,uid={who.uid},gid={who.gid}"
         namespaces.mount("output", str(tmp_path / "output"), "tmpfs", 0, owned)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        opened.append(os.open(tmp_path / "output" / "log", flags, 0o600))
+        log = os.open(tmp_path / "output" / "log", flags, 0o600)
+        opened.extend([log, syscalls.detached_copy(str(tmp_path / "output"))])
         # Scripts start programs, which the filter lets nobody do.
-        wanted: dict[str, Any] = {"binds": binds_of(*PROGRAMS), "system_calls": None, **more}
+        wanted: dict[str, Any] = {"system_calls": None, **more}
         return Jail(
             name="inside",
             credentials=who,
-            mount_point=str(tmp_path / "root"),
-            output=str(tmp_path / "output"),
-            log=opened[-1],
+            tree=tree,
+            output=opened[-1],
+            log=log,
             **wanted,
         )
 
     yield build_jail
+    trees.close()
     for descriptor in opened:
         os.close(descriptor)
+    while os.path.ismount(tmp_path / "output"):
         namespaces.umount(str(tmp_path / "output"), namespaces.MNT_DETACH)
+
+
+def held_by(jail: Jail) -> list[int]:
+    """What a process needs to start a program in it."""
+    return [jail.tree, jail.output, jail.log]
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import descriptors, process
+from hypervisor import descriptors, process, tree
 from hypervisor.jail import Jail
-from kvmsec.linux import namespaces
+from kvmsec.linux import namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
 
 pytestmark = pytest.mark.root
@@ -108,13 +108,16 @@ def holding(place: Path, grants: dict[int, int]) -> Iterator[process.Newborn]:
     files = ["/bin/sleep", *(word for word in told.stdout.split() if word.startswith("/"))]
     namespaces.mount("output", str(place / "output"), "tmpfs", 0, "size=16k")
     log = os.open(place / "output" / "log", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    room = syscalls.detached_copy(str(place / "output"))
+    built = tree.build_tree(
+        tuple((os.path.realpath(file), file) for file in files), str(place / "root")
+    )
     jail = Jail(
         name="inside",
         credentials=WHO,
-        mount_point=str(place / "root"),
-        output=str(place / "output"),
+        tree=built,
+        output=room,
         log=log,
-        binds=tuple((os.path.realpath(file), file) for file in files),
         system_calls=None,
         descriptors=grants,
     )
@@ -128,7 +131,8 @@ def holding(place: Path, grants: dict[int, int]) -> Iterator[process.Newborn]:
         process.kill_and_wait(child.pidfd, DEADLINE_S)
         process.reap(child.pidfd)
         os.close(child.pidfd)
-        os.close(log)
+        for descriptor in (log, room, built):
+            os.close(descriptor)
         namespaces.umount(str(place / "output"), namespaces.MNT_DETACH)
 
 

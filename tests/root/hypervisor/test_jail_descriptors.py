@@ -80,10 +80,9 @@ def test_descriptors_come_to_their_numbers_however_these_overlap(
         jail = Jail(
             name="x",
             credentials=SOMEBODY,
-            mount_point="",
-            output="",
+            tree=-1,
+            output=-1,
             log=log,
-            binds=(),
             system_calls=None,
             descriptors=wanted,
         )

@@ -22,6 +22,7 @@ from tests.root.hypervisor.jailed import (
     Build,
     build,
     failure_of,
+    held_by,
     newborn,
     running,
     said,
@@ -70,12 +71,12 @@ def test_what_is_not_named_stays_as_the_launcher_has_it(build: Build) -> None:
         assert shown[name] == own[name]
 
 
-def test_a_file_can_become_no_larger(build: Build) -> None:
+def test_a_file_can_become_no_larger(build: Build, tmp_path: Path) -> None:
     jail = build(limits=ProcessLimits(file_bytes=4096))
     line = "0123456789012345678901234567890123456789"
     # The first process of a PID namespace isn't ended by SIGXFSZ: it sees the error.
     said(jail, "/bin/sh", "-c", f"while echo {line}; do :; done >/output/file; echo went on")
-    assert Path(jail.output, "file").stat().st_size == 4096
+    assert (tmp_path / "output" / "file").stat().st_size == 4096
     words = os.pread(jail.log, 4096, 0)
     assert b"went on" in words
 
@@ -131,7 +132,7 @@ def test_a_launcher_that_may_write_no_core_changes_nothing(build: Build) -> None
         with running(jail, "/bin/sleep", "60") as pid:
             return jail.limits.problems_of(pid)
 
-    assert run_in_child(start_it, what="starting", timeout_s=20, keep=[jail.log]) == []
+    assert run_in_child(start_it, what="starting", timeout_s=20, keep=held_by(jail)) == []
 
 
 def test_one_that_ended_while_it_was_looked_at_is_no_failure_of_the_look(build: Build) -> None:

@@ -18,6 +18,7 @@ from tests.root.hypervisor.jailed import (
     build,
     failure_of,
     field,
+    held_by,
     newborn,
     running,
     said,
@@ -97,7 +98,7 @@ def test_filters_that_the_launcher_is_under_do_not_count(build: Build) -> None:
             child.executed()
             return process.confinement_problems(child)
 
-    told = children.run_in_child(verify_one, what="starting", timeout_s=20, keep=[jail.log])
+    told = children.run_in_child(verify_one, what="starting", timeout_s=20, keep=held_by(jail))
     if told == []:
         pytest.skip("this kernel does not count filters")
     assert told == ["seccomp filters 2, wanted at least 3"]

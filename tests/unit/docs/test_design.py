@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hypervisor import jail
+from hypervisor import jail, tree
 from kvmsec.node import launch
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -15,7 +15,11 @@ _STEP = re.compile(r"^\| `(?P<name>[a-z -]+)` \|", re.MULTILINE)
 
 @pytest.mark.parametrize(
     ("page", "heading", "steps"),
-    [("design.md", "A start", launch.STEPS), ("design/jail.md", "In the child", jail.STEPS)],
+    [
+        ("design.md", "A start", launch.STEPS),
+        ("design/jail.md", "The tree", tree.STEPS),
+        ("design/jail.md", "In the child", jail.STEPS),
+    ],
 )
 def test_the_steps_are_those_of_the_code_in_their_order(
     page: str, heading: str, steps: Any

@@ -1,0 +1,181 @@
+"""The tree that QEMU runs in: built once, read-only, and copied for each jail.
+
+It is the root of a mount namespace in which there is nothing else, and no process. A jail enters
+it and takes a copy of the namespace, so that what is mounted for one instance no other sees; to
+copy some fifty mounts takes the kernel less than to mount one of them by a path.
+
+The namespace is there as long as its descriptor is: it ends with the launcher, whatever becomes of
+that. What is mounted in it is the files themselves, so that one that is written to is what it is
+on the host. One that is replaced is not: `Trees` builds a new tree then.
+"""
+
+import os
+import socket
+import stat
+from typing import Any, Final
+
+from attrs import frozen
+
+from hypervisor.steps import JailFailed, Step, take
+from kvmsec.linux import namespaces, syscalls
+from kvmsec.linux.children import run_in_child
+
+OUTPUT: Final = "/output"
+BOOT: Final = "/boot"
+DEVICES: Final = "/dev"
+DEADLINE_S: Final = 10.0
+_KEPT: Final = 4
+
+Binds = tuple[tuple[str, str], ...]
+
+
+@frozen
+class _Plan:
+    binds: Binds
+    mount_point: str
+
+
+def _leave_mount_namespace(plan: _Plan) -> None:
+    syscalls.unshare(namespaces.CLONE_NEWNS)
+
+
+def _stop_propagation(plan: _Plan) -> None:
+    namespaces.mount(None, "/", None, namespaces.MS_REC | namespaces.MS_PRIVATE)
+
+
+def _mount_root(plan: _Plan) -> None:
+    # A page for each directory: nothing writes here afterwards.
+    entries = 2 * len(plan.binds) + 64
+    flags = namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC
+    data = f"size={4096 * entries},nr_inodes={entries * 4},mode=0755"
+    namespaces.mount("kvmsec", plan.mount_point, "tmpfs", flags, data)
+    os.chdir(plan.mount_point)
+    os.umask(0)  # The modes that follow are meant, whatever the launcher's umask is.
+    for directory in (DEVICES, OUTPUT, BOOT):
+        os.mkdir(_inside(directory), 0o755)
+
+
+def _inside(path: str) -> str:
+    """A path inside, as seen from the new root while that is the working directory only."""
+    return path.lstrip("/")
+
+
+def _bind_programs(plan: _Plan) -> None:
+    # All places first: once something of the node is mounted, making one could change the node.
+    made = {""}
+    binds = [(source, _inside(target)) for source, target in plan.binds]
+    for source, target in binds:
+        _make_parents(target, made)
+        if stat.S_ISDIR(os.stat(source).st_mode):
+            os.mkdir(target, 0o755)
+            made.add(target)
+        else:
+            os.mknod(target, stat.S_IFREG | 0o444)
+    for source, target in binds:
+        namespaces.mount(source, target, None, namespaces.MS_BIND)
+
+
+def _make_parents(path: str, made: set[str]) -> None:
+    parent = path.rpartition("/")[0]
+    if parent not in made:
+        _make_parents(parent, made)
+        os.mkdir(parent, 0o755)
+        made.add(parent)
+
+
+def _make_read_only(plan: _Plan) -> None:
+    # One call for the tree and all that is mounted in it.
+    syscalls.set_mount_attributes(
+        ".",
+        syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV,
+    )
+
+
+def _change_root(plan: _Plan) -> None:
+    # The old root comes to lie on the new one and is taken off there: see pivot_root(2).
+    namespaces.pivot_root(".", ".")
+    namespaces.umount(".", namespaces.MNT_DETACH)
+
+
+STEPS: Final = (
+    Step("mount namespace", _leave_mount_namespace, "nothing of it is to be seen on the node"),
+    Step("propagation", _stop_propagation, "no mount made here may reach the node, nor back"),
+    Step("root", _mount_root, "an empty tree: what isn't put in it can't be opened"),
+    Step("programs", _bind_programs, "QEMU, its libraries and data; binds, so nothing is copied"),
+    Step("read-only", _make_read_only, "nothing that QEMU runs from can be changed"),
+    Step("change root", _change_root, "the node's tree is detached: no path leads to it"),
+)
+
+
+def build_tree(binds: Binds, mount_point: str) -> int:
+    """Build a tree; returns a descriptor of its mount namespace, close-on-exec.
+
+    binds: pairs of (path on the host, the same thing's path inside). mount_point: a directory of
+    the node's, on which the tree is built where nobody else sees it.
+
+    Raises JailFailed with the step that failed, ManyThreads, and ChildFailed and ChildTimedOut for
+    the process that builds it.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        failure = run_in_child(
+            lambda: _build(_Plan(binds, mount_point), theirs),
+            what="building the tree that QEMU runs in",
+            timeout_s=DEADLINE_S,
+            keep=[theirs.fileno()],
+        )
+        if failure is not None:
+            raise JailFailed(*failure)
+        _, (built,), _, _ = socket.recv_fds(ours, 1, 1)
+    os.set_inheritable(built, False)  # Python's recv_fds takes a flag for that, and drops it.
+    return built
+
+
+def _build(plan: _Plan, launcher: socket.socket) -> tuple[str, int, str] | None:
+    node = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        take(STEPS, plan)
+    except JailFailed as error:
+        return error.step, error.errno, error.detail
+    built = os.open("self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=node)
+    socket.send_fds(launcher, [b"t"], [built])
+    return None
+
+
+class Trees:
+    """The trees of one launcher: each is built by the first start that wants it.
+
+    mount_point: see `build_tree`.
+    """
+
+    def __init__(self, mount_point: str) -> None:
+        self._mount_point = mount_point
+        self._built: dict[tuple[Binds, Any], int] = {}
+
+    def of(self, binds: Binds) -> int:
+        """The descriptor of a tree that holds what the paths lead to now; it stays this object's.
+
+        Raises what `build_tree` raises.
+        """
+        try:
+            key = binds, _identities(binds)
+        except OSError as error:
+            raise JailFailed("programs", error.errno or 0, str(error)) from error
+        if (known := self._built.pop(key, None)) is None:
+            known = build_tree(binds, self._mount_point)
+            while len(self._built) >= _KEPT:
+                os.close(self._built.pop(next(iter(self._built))))
+        self._built[key] = known  # The one that was asked for last goes last.
+        return known
+
+    def close(self) -> None:
+        """Let all of them go; a jail that is built keeps its copy."""
+        while self._built:
+            os.close(self._built.popitem()[1])
+
+
+def _identities(binds: Binds) -> tuple[tuple[int, int], ...]:
+    """A number that is in a tree is not given to another file, for the file is still there."""
+    stat_of = os.stat  # One start looks at some fifty.
+    found = [stat_of(source) for source, _ in binds]
+    return tuple([(one.st_dev, one.st_ino) for one in found])
