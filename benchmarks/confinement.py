@@ -168,7 +168,7 @@ def _jail(
     return Jail(
         name=INSTANCE,
         credentials=bench.credentials,
-        tree=bench.node.host.trees.of(bench.engine.closure.binds),
+        tree=bench.node.host.trees.of(bench.engine.closure),
         output=room,
         log=log,
         system_calls=bench.engine.system_calls,

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from hypervisor.errors import ClosureError
 from hypervisor.identity import FileIdentity, Memory
@@ -34,16 +34,22 @@ _LOOKS: Final = 10  # One takes well under a millisecond, and all of them with t
 _LOOK_AGAIN_S: Final = 0.005
 
 
+Binds = tuple[tuple[str, str], ...]
+"""Pairs of (path on the host, the same thing's path inside)."""
+
+
 @frozen
 class Closure:
-    """A program and what it opens: pairs of (real path on the host, path inside).
+    """A program and what it opens, by real paths on the host.
 
     program: where it is inside. A path inside is the one that the loader or QEMU asks for, so no
     symbolic links are needed; none lies below another.
+    files: what they were when this was worked out: with another file it is another closure.
     """
 
     program: str
-    binds: tuple[tuple[str, str], ...]
+    binds: Binds
+    files: tuple[FileIdentity, ...] = ()
 
 
 def find_closure(
@@ -63,13 +69,15 @@ def find_closure(
     """
     if credentials is not None:
         require_trusted(binary)  # before it is run, even as somebody else
-    key = f"closure 1 {accelerator} {binary}"
-    known = memory.recall(key, Closure) if memory is not None else None
-    found = known or _Search(binary, credentials).closure(accelerator)
-    if memory is not None and known is None:
-        # The paths inside lead to the sources on the host too, through whatever links there are.
-        paths = {str(binary), *(inside for _, inside in found.binds)}
-        memory.keep(key, tuple(FileIdentity.of(path) for path in sorted(paths)), found)
+    key = f"closure 2 {accelerator} {binary}"
+    if memory is not None and (known := memory.recall(key, Closure)) is not None:
+        return known
+    found = _Search(binary, credentials).closure(accelerator)
+    # The paths inside lead to the sources on the host too, through whatever links there are.
+    paths = {str(binary), *(inside for _, inside in found.binds)}
+    found = evolve(found, files=tuple(FileIdentity.of(path) for path in sorted(paths)))
+    if memory is not None:
+        memory.keep(key, found.files, found)
     return found
 
 

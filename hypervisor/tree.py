@@ -2,20 +2,21 @@
 
 It is the root of a mount namespace in which there is nothing else, and no process. A jail enters
 it and takes a copy of the namespace, so that what is mounted for one instance no other sees; to
-copy some fifty mounts takes the kernel less than to mount one of them by a path.
+copy some fifty mounts takes the kernel no longer than to mount a few by their paths.
 
 The namespace is there as long as its descriptor is: it ends with the launcher, whatever becomes of
 that. What is mounted in it is the files themselves, so that one that is written to is what it is
-on the host. One that is replaced is not: `Trees` builds a new tree then.
+on the host. One that is replaced is not: it makes another closure, and so another tree.
 """
 
 import os
 import socket
 import stat
-from typing import Any, Final
+from typing import Final
 
 from attrs import frozen
 
+from hypervisor.closure import Binds, Closure
 from hypervisor.steps import JailFailed, Step, take
 from kvmsec.linux import namespaces, syscalls
 from kvmsec.linux.children import run_in_child
@@ -25,8 +26,6 @@ BOOT: Final = "/boot"
 DEVICES: Final = "/dev"
 DEADLINE_S: Final = 10.0
 _KEPT: Final = 4
-
-Binds = tuple[tuple[str, str], ...]
 
 
 @frozen
@@ -110,8 +109,7 @@ STEPS: Final = (
 def build_tree(binds: Binds, mount_point: str) -> int:
     """Build a tree; returns a descriptor of its mount namespace, close-on-exec.
 
-    binds: pairs of (path on the host, the same thing's path inside). mount_point: a directory of
-    the node's, on which the tree is built where nobody else sees it.
+    mount_point: a directory of the node's, on which the tree is built where nobody else sees it.
 
     Raises JailFailed with the step that failed, ManyThreads, and ChildFailed and ChildTimedOut for
     the process that builds it.
@@ -142,6 +140,12 @@ def _build(plan: _Plan, launcher: socket.socket) -> tuple[str, int, str] | None:
     return None
 
 
+@frozen
+class _Built:
+    closure: Closure
+    descriptor: int
+
+
 class Trees:
     """The trees of one launcher: each is built by the first start that wants it.
 
@@ -150,32 +154,24 @@ class Trees:
 
     def __init__(self, mount_point: str) -> None:
         self._mount_point = mount_point
-        self._built: dict[tuple[Binds, Any], int] = {}
+        self._built: list[_Built] = []
 
-    def of(self, binds: Binds) -> int:
-        """The descriptor of a tree that holds what the paths lead to now; it stays this object's.
+    def of(self, closure: Closure) -> int:
+        """The descriptor of a closure's tree; it stays this object's.
 
-        Raises what `build_tree` raises.
+        Four are kept, those that were asked for last. Raises what `build_tree` raises.
         """
-        try:
-            key = binds, _identities(binds)
-        except OSError as error:
-            raise JailFailed("programs", error.errno or 0, str(error)) from error
-        if (known := self._built.pop(key, None)) is None:
-            known = build_tree(binds, self._mount_point)
-            while len(self._built) >= _KEPT:
-                os.close(self._built.pop(next(iter(self._built))))
-        self._built[key] = known  # The one that was asked for last goes last.
-        return known
+        found = next((one for one in self._built if one.closure == closure), None)
+        if found is None:
+            found = _Built(closure, build_tree(closure.binds, self._mount_point))
+        else:
+            self._built.remove(found)
+        self._built.append(found)
+        if len(self._built) > _KEPT:
+            os.close(self._built.pop(0).descriptor)
+        return found.descriptor
 
     def close(self) -> None:
         """Let all of them go; a jail that is built keeps its copy."""
         while self._built:
-            os.close(self._built.popitem()[1])
-
-
-def _identities(binds: Binds) -> tuple[tuple[int, int], ...]:
-    """A number that is in a tree is not given to another file, for the file is still there."""
-    stat_of = os.stat  # One start looks at some fifty.
-    found = [stat_of(source) for source, _ in binds]
-    return tuple([(one.st_dev, one.st_ino) for one in found])
+            os.close(self._built.pop().descriptor)

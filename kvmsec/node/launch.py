@@ -256,7 +256,7 @@ class _Start:
         self.opened.callback(os.close, self.output)
 
     def find_tree(self) -> None:
-        self.tree = self.host.trees.of(self.engine.closure.binds)
+        self.tree = self.host.trees.of(self.engine.closure)
 
     async def make_cgroup(self) -> None:
         config = self.host.config

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from hypervisor import process
+from hypervisor.closure import Binds, Closure
+from hypervisor.identity import FileIdentity
 from hypervisor.jail import Jail
 from hypervisor.steps import JailFailed
-from hypervisor.tree import Binds, Trees
+from hypervisor.tree import Trees
 from kvmsec.linux import namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
 
@@ -28,13 +30,19 @@ Build = Callable[..., Jail]
 
 
 @cache
-def binds_of(*programs: str) -> tuple[tuple[str, str], ...]:
+def binds_of(*programs: str) -> Binds:
     """The programs and their libraries, under the names that they are asked for by."""
     files = dict.fromkeys(programs)
     for program in programs:
         told = subprocess.run(["ldd", program], capture_output=True, text=True, check=True)
         files |= dict.fromkeys(word for word in told.stdout.split() if word.startswith("/"))
     return tuple((os.path.realpath(file), file) for file in files)
+
+
+def closure_of(binds: Binds) -> Closure:
+    """As `find_closure` has it: of these files, as they are now."""
+    there = [source for source, _ in binds if os.path.exists(source)]
+    return Closure("", binds, tuple(map(FileIdentity.of, there)))
 
 
 @pytest.fixture
@@ -51,7 +59,7 @@ def build(tmp_path: Path) -> Iterator[Build]:
         **more: Any,
     ) -> Jail:
         if tree is None:
-            tree = trees.of(binds_of(*PROGRAMS) if binds is None else binds)
+            tree = trees.of(closure_of(binds_of(*PROGRAMS) if binds is None else binds))
         owned = f"size=64k,mode=0700,uid={who.uid},gid={who.gid}"
         namespaces.mount("output", str(tmp_path / "output"), "tmpfs", 0, owned)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
