@@ -44,7 +44,7 @@ READY: Final = "to the reply"
 RAW, SANDBOX = "raw QEMU", "its own -sandbox"
 PID_NAMESPACE: Final = "a fork from Python, PID namespace"
 WHOLE: Final = "all else: draw, records, proof, monitor"
-MONITOR: Final = 3  # The descriptor that QEMU gets its monitor's socket as.
+MONITOR, LINE = 3, 4  # The descriptors that QEMU gets its sockets as.
 INSTANCE: Final = "bench"
 
 
@@ -127,12 +127,11 @@ async def _jailed(bench: Bench, steps: Sequence[jail.Step]) -> Sample:
     names = {step.name for step in steps}
     watch = Stopwatch()
     with contextlib.ExitStack() as opened:
-        path = bench.place / "jailed.sock"
-        listener = opened.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(str(path))
-        opened.callback(path.unlink)
-        listener.listen(1)
-        one = _jail(bench, listener, "cgroups" in names, opened)
+        paths = [bench.place / f"jailed.{what}" for what in ("sock", "line")]
+        listeners = [opened.enter_context(raw.listening(path)) for path in paths]
+        for path in paths:
+            opened.callback(path.unlink)
+        one = _jail(bench, listeners, "cgroups" in names, opened)
         argv = _argv(bench, is_inside="namespaces" in names)
         with _only(steps):
             newborn = process.spawn(one, argv[0], argv)
@@ -140,14 +139,15 @@ async def _jailed(bench: Bench, steps: Sequence[jail.Step]) -> Sample:
         opened.callback(_end, newborn.pidfd)
         newborn.release()
         newborn.executed()
-        listener.close()
-        raw.greet(path)
+        for listener in listeners:
+            listener.close()
+        raw.greet(paths[0])
         ready_s = watch.lap()
     return {READY: ready_s}
 
 
 def _jail(
-    bench: Bench, listener: socket.socket, is_grouped: bool, opened: contextlib.ExitStack
+    bench: Bench, listeners: Sequence[socket.socket], is_grouped: bool, opened: contextlib.ExitStack
 ) -> Jail:
     rom = os.open(rom_path(), os.O_RDONLY | os.O_CLOEXEC)
     opened.callback(os.close, rom)
@@ -177,14 +177,14 @@ def _jail(
         born_in=born_in,
         cgroups=tasks_files,
         limits=bench.allotment.process,
-        descriptors={MONITOR: listener.fileno()},
+        descriptors={MONITOR: listeners[0].fileno(), LINE: listeners[1].fileno()},
     )
 
 
 def _argv(bench: Bench, *, is_inside: bool) -> list[str]:
     firmware = f"{BOOT}/{rom_path().name}" if is_inside else str(rom_path())
-    machine = raw.machine_arguments(firmware)
-    return [bench.engine.closure.program, *machine, *raw.monitor_arguments(MONITOR), *raw.SANDBOX]
+    machine = [*raw.machine_arguments(firmware), *raw.socket_arguments(MONITOR, LINE)]
+    return [bench.engine.closure.program, *machine, *raw.SANDBOX]
 
 
 @contextlib.contextmanager

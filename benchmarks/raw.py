@@ -37,17 +37,23 @@ class Raw:
         self.process.kill()
         self.process.wait()
         self.path.unlink()
+        _line_of(self.path).unlink()
         return watch.lap()
+
+
+def _line_of(monitor: Path) -> Path:
+    """Where the serial line listens whose machine's monitor listens there."""
+    return monitor.with_suffix(".line")
 
 
 @frozen
 class _Prepared:
-    listener: socket.socket
+    listeners: tuple[socket.socket, ...]
     argv: tuple[str, ...]
 
     def begin(self) -> subprocess.Popen[bytes]:
-        fd = self.listener.fileno()
-        return subprocess.Popen(self.argv, pass_fds=(fd,), stderr=subprocess.DEVNULL)
+        given = [one.fileno() for one in self.listeners]
+        return subprocess.Popen(self.argv, pass_fds=given, stderr=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager
@@ -55,10 +61,17 @@ def _prepared(path: Path, disk: Path | None, extra: Sequence[str]) -> Iterator[_
     argv = [str(find_qemu(None, None)), *machine_arguments(str(rom_path())), *extra]
     if disk is not None:
         argv += ["-drive", f"file={disk},format=raw,if=virtio"]
+    with listening(path) as monitor, listening(_line_of(path)) as line:
+        sockets = socket_arguments(monitor.fileno(), line.fileno())
+        yield _Prepared((monitor, line), (*argv, *sockets))
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(1)
-        yield _Prepared(listener, (*argv, *monitor_arguments(listener.fileno())))
+        yield listener
 
 
 def machine_arguments(firmware: str) -> list[str]:
@@ -68,9 +81,12 @@ def machine_arguments(firmware: str) -> list[str]:
     return [*machine, "-accel", accelerator, "-bios", firmware]
 
 
-def monitor_arguments(descriptor: int) -> list[str]:
-    monitor = f"socket,id=q,fd={descriptor},server=on,wait=off"
-    return ["-chardev", monitor, "-mon", "chardev=q,mode=control"]
+def socket_arguments(monitor: int, line: int) -> list[str]:
+    """The instances' monitor and serial line, by the descriptors of sockets that listen."""
+    chardevs = {"q": monitor, "l": line}
+    listening = [f"socket,id={name},fd={fd},server=on,wait=off" for name, fd in chardevs.items()]
+    made = [word for one in listening for word in ("-chardev", one)]
+    return [*made, "-mon", "chardev=q,mode=control", "-serial", "chardev:l"]
 
 
 def start(path: Path, disk: Path | None = None, extra: Sequence[str] = ()) -> tuple[Raw, float]:
