@@ -311,19 +311,22 @@ class _Start:
 
     def release(self) -> None:
         assert self.newborn is not None
-        log = self.host.paths.instance_log(self.record.name)
-        journal.note(log, f"start {self.record.generation}: {shlex.join(self.record.argv)}")
-        if self.engine.system_calls is None:
-            journal.note(log, "warning: it runs without kvmsec's filter of system calls")
         self.newborn.release()
 
     async def become_qemu(self) -> None:
         assert self.newborn is not None
+        self._tell_what_runs()
         if not await readable(self.newborn.fileno(), self.host.config.qemu.ready_timeout_s):
             raise NotReady("its jail did not stand", self.host.config.qemu.ready_timeout_s)
         self.newborn.executed()
         # QEMU has its own: with ours closed, a QEMU that dies hangs up on who waits for it.
         self.lent.close_sockets()
+
+    def _tell_what_runs(self) -> None:
+        log = self.host.paths.instance_log(self.record.name)
+        journal.note(log, f"start {self.record.generation}: {shlex.join(self.record.argv)}")
+        if self.engine.system_calls is None:
+            journal.note(log, "warning: it runs without kvmsec's filter of system calls")
 
     async def become_ready(self) -> None:
         timeout_s = self.host.config.qemu.ready_timeout_s
