@@ -81,16 +81,12 @@ class Rules:
 
     async def settle(self) -> None:
         """After an instance's end: change the rules if that changed what they must hold."""
-        if not self._may_let_go(self._noted()):
-            return  # As nearly always: nobody who has the lock is waited for.
         async with self._turn():
             noted = self._noted()
-            if self._may_let_go(noted) and noted != _note_of(self.policy()):
+            if noted in (None, _note_of(self._policy_for(self._pool()))):
+                return  # There is nothing in it to let go.
+            if noted != _note_of(self.policy()):
                 self._sync()
-
-    def _may_let_go(self, noted: str | None) -> bool:
-        """Whether what is noted holds more, or anything else, than the pool alone asks for."""
-        return noted not in (None, _note_of(self._policy_for(self._pool())))
 
     def verify(self) -> tuple[Finding, ...]:
         """Hold the rules against what they must be, by structure and by packet; reads only."""

@@ -75,17 +75,9 @@ def _prove(rules: Rules) -> Awaitable[None]:
 def test_the_loop_runs_on_while_another_process_has_the_rules(
     host: Host, work: Callable[[Rules], Awaitable[None]]
 ) -> None:
-    (host.paths.run / "rules").write_text(f"{UID}\nbeing applied")
     waited_for(host.paths.run / "rules.lock", lambda: work(host.rules))
     is_there = host.rules.firewall.show()["backend"] is not None
-    assert is_there == (work is not Rules.remove)
-
-
-def test_nobody_waits_for_the_rules_where_there_is_nothing_to_let_go(host: Host) -> None:
-    for prepare in (Rules.remove, Rules.apply):
-        asyncio.run(prepare(host.rules))
-        with held(host.paths.run / "rules.lock"):
-            asyncio.run(asyncio.wait_for(host.rules.settle(), HELD_S))
+    assert is_there == (work not in (Rules.settle, Rules.remove))
 
 
 # --- the records of uids
