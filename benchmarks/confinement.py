@@ -1,8 +1,9 @@
 """The price of confinement: the same QEMU with each lock added in turn, and a start step by step.
 
 What is added stays: each line has all the locks above it. The order is the jail's own, in which
-later steps rely on earlier ones, so a line says what its lock adds there, and not alone. One thing
-is moved: descriptors are put on their numbers from the first line on, for QEMU needs its monitor's.
+later steps rely on earlier ones, so a line says what its lock adds there, and not alone. Two things
+differ: descriptors are put on their numbers from the first line on, for QEMU needs its monitor's,
+and from `namespaces` to `devices` is one line, since in the tree nothing runs before that.
 """
 
 import asyncio
@@ -78,12 +79,12 @@ def _prefixes() -> Iterator[tuple[str, tuple[jail.Step, ...]]]:
     yield PID_NAMESPACE, (descriptors,)
     names = [step.name for step in jail.STEPS]
     for count, step in enumerate(jail.STEPS, 1):
-        # In the tree there is no /dev/null to run with before its devices are made.
         is_between = names.index("namespaces") <= count - 1 < names.index("devices")
         if step is descriptors or is_between:
             continue
         begun = jail.STEPS[:count]
-        yield step.name, begun if descriptors in begun else (*begun, descriptors)
+        name = "namespaces to devices" if step.name == "devices" else step.name
+        yield name, begun if descriptors in begun else (*begun, descriptors)
 
 
 # The ways ------------------------------------------------------------------------------------
@@ -157,6 +158,8 @@ def _jail(
     room = syscalls.detached_copy(str(bench.place / "output"))
     opened.callback(os.close, room)
     host = bench.node.host
+    tree = host.trees.take(bench.engine.closure)
+    opened.callback(os.close, tree)
     born_in: str | None = None
     tasks_files: tuple[str, ...] = ()
     if is_grouped:
@@ -168,7 +171,7 @@ def _jail(
     return Jail(
         name=INSTANCE,
         credentials=bench.credentials,
-        tree=bench.node.host.trees.of(bench.engine.closure),
+        tree=tree,
         output=room,
         log=log,
         system_calls=bench.engine.system_calls,

@@ -1,11 +1,18 @@
 """What goes wrong between a machine's definition and a running QEMU: one root, and its children."""
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
 from attrs import frozen
 
 from kvmsec.linux.errors import Fault
+
+_JAIL_HINTS: Final = {
+    errno.EPERM: "run kvmsec as root, outside a container",
+    errno.ESTALE: "QEMU is being upgraded: try again",
+}
 
 
 class HypervisorError(Fault):
@@ -102,3 +109,14 @@ class ClosureError(HypervisorError):
         super().__init__(f"{binary}: {problem}", hint=hint or mend)
         self.binary = binary
         self.problem = problem
+
+
+class JailFailed(HypervisorError):
+    """A step of the jail, or of the tree in it, failed; QEMU was not started."""
+
+    def __init__(self, step: str, number: int, detail: str) -> None:
+        hint = _JAIL_HINTS.get(number)
+        super().__init__(f"the jail's step {step!r} failed: {detail}", hint=hint)
+        self.step = step
+        self.errno = number
+        self.detail = detail

@@ -21,7 +21,7 @@ from attrs import field, frozen
 from hypervisor.limits import ProcessLimits
 from hypervisor.seccomp import IO_SETUP, TICKET_BYTES, Filter
 from hypervisor.steps import Step, take
-from hypervisor.tree import BOOT, DEVICES, OUTPUT
+from hypervisor.tree import BOOT, DEV, OUTPUT
 from kvmsec.linux import children, credentials, namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
 
@@ -37,7 +37,7 @@ SECCOMP: Final = "seccomp"
 LOCKS: Final = frozenset({NETWORK_NAMESPACE, SECCOMP})
 """What a jail can be built without, for tests alone: so it is shown that another lock holds too."""
 _KVM_NODE: Final = ("kvm", 10, 232)  # Linux Documentation/admin-guide/devices.txt, misc minor 232
-_FLAGS: Final = namespaces.MS_NOSUID | namespaces.MS_NOEXEC
+_NO_PROGRAMS: Final = namespaces.MS_NOSUID | namespaces.MS_NOEXEC
 _PAGE: Final = 4096
 
 
@@ -59,7 +59,7 @@ class BootFile:
 class Jail:
     """Everything that a jail is made of, decided before the fork.
 
-    tree: a descriptor of the mount namespace whose root it gets a copy of (`hypervisor.tree`).
+    tree: a descriptor of the mount namespace that it gets a copy of (`hypervisor.tree`).
     output: a detached mount (`syscalls.detached_copy`) of a sized tmpfs that belongs to the
         instance; /output inside. It can be attached once: a jail is for one child.
     log: a descriptor for stdout and stderr.
@@ -133,6 +133,7 @@ def _leave_namespaces(jail: Jail) -> None:
         | namespaces.CLONE_NEWUTS
         | namespaces.CLONE_NEWCGROUP
     )
+    os.umask(0)  # The modes that follow are meant, whatever the launcher's umask is.
 
 
 def _name_host(jail: Jail) -> None:
@@ -144,11 +145,10 @@ def _copy_boot_files(jail: Jail) -> None:
         return
     size = sum(-(-file.size_bytes // _PAGE) * _PAGE for file in jail.boot_files) + _PAGE
     data = f"size={size},nr_inodes={len(jail.boot_files) + 1},mode=0755"
-    namespaces.mount("kvmsec-boot", BOOT, "tmpfs", _FLAGS | namespaces.MS_NODEV, data)
-    os.umask(0)  # The modes that follow are meant, whatever the launcher's umask is.
+    namespaces.mount("kvmsec-boot", BOOT, "tmpfs", _NO_PROGRAMS | namespaces.MS_NODEV, data)
     for file in jail.boot_files:
         _copy(file)
-    _make_read_only(BOOT, namespaces.MS_NODEV)
+    _seal(BOOT, namespaces.MS_NODEV)
 
 
 def _copy(file: BootFile) -> None:
@@ -163,31 +163,32 @@ def _copy(file: BootFile) -> None:
     os.close(copy)
 
 
-def _make_read_only(place: str, flags: int = 0) -> None:
+def _seal(place: str, flags: int = 0) -> None:
     remount = namespaces.MS_REMOUNT | namespaces.MS_BIND | namespaces.MS_RDONLY
-    namespaces.mount(None, place, None, remount | _FLAGS | flags)
+    namespaces.mount(None, place, None, remount | _NO_PROGRAMS | flags)
 
 
 def _make_devices(jail: Jail) -> None:
-    namespaces.mount("kvmsec-dev", DEVICES, "tmpfs", _FLAGS, "size=4k,nr_inodes=16,mode=0755")
-    os.umask(0)
+    namespaces.mount("kvmsec-dev", DEV, "tmpfs", _NO_PROGRAMS, "size=4k,nr_inodes=16,mode=0755")
     for name, major, minor in _NODES:
         _make_node(name, major, minor, 0o666)
     if jail.has_kvm:
         _make_node(*_KVM_NODE, 0o600)
-        os.chown(f"{DEVICES}/kvm", jail.credentials.uid, jail.credentials.gid)
-    _make_read_only(DEVICES)
+        os.chown(f"{DEV}/kvm", jail.credentials.uid, jail.credentials.gid)
+    _seal(DEV)
 
 
 def _make_node(name: str, major: int, minor: int, mode: int) -> None:
-    os.mknod(f"{DEVICES}/{name}", stat.S_IFCHR | mode, os.makedev(major, minor))
+    os.mknod(f"{DEV}/{name}", stat.S_IFCHR | mode, os.makedev(major, minor))
 
 
 def _attach_output(jail: Jail) -> None:
     syscalls.attach(jail.output, OUTPUT)
+    # Private, as the tree is: it comes of the node's, which shares its mounts where systemd runs.
     syscalls.set_mount_attributes(
         OUTPUT,
         syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC,
+        namespaces.MS_PRIVATE,
     )
 
 

@@ -10,7 +10,7 @@ import msgspec
 from attrs import frozen
 
 from hypervisor.descriptors import foreign_descriptors, identity_of
-from hypervisor.errors import HypervisorError
+from hypervisor.errors import HypervisorError, JailFailed
 from hypervisor.jail import (
     NETWORK_NAMESPACE,
     Jail,
@@ -19,7 +19,6 @@ from hypervisor.jail import (
     enter,
     execute,
 )
-from hypervisor.steps import JailFailed
 from kvmsec.linux import forking, processes, syscalls
 from kvmsec.linux.processes import ProcessId, ProcessStatus
 from kvmsec.linux.readiness import is_hung_up, is_readable

@@ -1,12 +1,11 @@
 """An ordered list of things that a process does to itself, and which of them failed."""
 
-import errno
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from attrs import frozen
 
-from hypervisor.errors import HypervisorError
+from hypervisor.errors import JailFailed
 
 T = TypeVar("T")
 
@@ -18,17 +17,6 @@ class Step(Generic[T]):
     name: str
     act: Callable[[T], None]
     reason: str
-
-
-class JailFailed(HypervisorError):
-    """A step of the jail failed; QEMU was not started."""
-
-    def __init__(self, step: str, number: int, detail: str) -> None:
-        hint = "run kvmsec as root, outside a container" if number == errno.EPERM else None
-        super().__init__(f"the jail's step {step!r} failed: {detail}", hint=hint)
-        self.step = step
-        self.errno = number
-        self.detail = detail
 
 
 def take(steps: Iterable[Step[T]], subject: T) -> None:

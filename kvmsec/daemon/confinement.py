@@ -10,13 +10,13 @@ import errno
 import os
 import resource
 import socket
-from collections.abc import Callable
 from typing import Final
 
 from attrs import field, frozen
 
 from hypervisor.limits import ProcessLimits
 from hypervisor.seccomp import EXECVE, IO_SETUP, TICKET_BYTES, Filter
+from hypervisor.steps import Step
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import credentials, namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
@@ -153,15 +153,6 @@ def _filter_system_calls(wanted: Confinement) -> None:
         return
     # Whoever has the ticket may execute a program, so nobody may: the call is absent before that.
     wanted.system_calls.put_in_force(os.urandom(TICKET_BYTES), (EXECVE, IO_SETUP))
-
-
-@frozen
-class Step:
-    """One thing that is done to the process, and why."""
-
-    name: str
-    act: Callable[[Confinement], None]
-    reason: str
 
 
 STEPS: Final = (

@@ -170,7 +170,8 @@ def mount_detached(kind: str) -> int:
 def detached_copy(path: str) -> int:
     """A mount of what `path` leads to, mounted nowhere: its descriptor, close-on-exec.
 
-    It ends with its last descriptor, unless it is attached (`open_tree(2)`, Linux 5.2).
+    It ends with its last descriptor, unless it is attached, and shares mounts with the place that
+    it is a copy of, where that does (`open_tree(2)`, Linux 5.2).
     """
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
     return _syscall(_NR_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags, path=path)
@@ -192,9 +193,12 @@ class _MountAttributes(ctypes.Structure):
     )
 
 
-def set_mount_attributes(target: str, attributes: int) -> None:
-    """Add attributes to a mount and every mount below it (`mount_setattr(2)`, Linux 5.12)."""
-    wanted = _MountAttributes(attributes, 0, 0, 0)
+def set_mount_attributes(target: str, attributes: int, propagation: int = 0) -> None:
+    """Add attributes to a mount and every mount below it (`mount_setattr(2)`, Linux 5.12).
+
+    propagation: MS_PRIVATE and its like (mount_namespaces(7)); 0 leaves it as it is.
+    """
+    wanted = _MountAttributes(attributes, 0, propagation, 0)
     size = ctypes.sizeof(wanted)
     path = os.fsencode(target)
     _syscall(

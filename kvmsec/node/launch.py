@@ -255,8 +255,9 @@ class _Start:
         self.output = syscalls.detached_copy(str(self.files.output))
         self.opened.callback(os.close, self.output)
 
-    def find_tree(self) -> None:
-        self.tree = self.host.trees.of(self.engine.closure)
+    def take_tree(self) -> None:
+        self.tree = self.host.trees.take(self.engine.closure)
+        self.opened.callback(os.close, self.tree)
 
     async def make_cgroup(self) -> None:
         config = self.host.config
@@ -363,7 +364,7 @@ STEPS: Final = (
     Step("taps", _Start.open_taps, "up and without IPv6 before a guest is behind them"),
     Step("sockets", _Start.bind_sockets, "root's alone; QEMU gets them listening"),
     Step("output", _Start.mount_output, "the only place that the instance may fill"),
-    Step("tree", _Start.find_tree, "what QEMU runs from, built for the first start and kept"),
+    Step("tree", _Start.take_tree, "what QEMU runs from, built for the first start and kept"),
     Step("cgroup", _Start.make_cgroup, "the child is born in it, or joins it first of all"),
     Step("fork", _Start.fork, "in its group from birth; it builds its jail, then it waits"),
     Step("rules", _Start.prove_rules, "a packet as its uid is refused, while the jail is built"),

@@ -231,8 +231,10 @@ class LocalNode:
 
     async def close(self) -> None:
         """Stop watching, and let go of what is kept for the next start; instances live on."""
-        await self._watches.close()
-        self.host.close()
+        try:
+            await self._watches.close()
+        finally:
+            self.host.close()
 
     def _require_root(self) -> None:
         if os.geteuid() != 0:

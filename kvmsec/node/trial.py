@@ -18,14 +18,13 @@ from typing import Any, Final, Literal, NoReturn
 
 from hypervisor import cmdline, process, tiny
 from hypervisor.closure import Closure
-from hypervisor.errors import HypervisorError
 from hypervisor.features import Features
 from hypervisor.foreign_text import escaped
 from hypervisor.jail import BootFile, Jail
 from hypervisor.machine import Machine
 from hypervisor.monitor import Monitor
 from hypervisor.seccomp import Filter, NoFilter, find_filter
-from hypervisor.tree import build_tree
+from hypervisor.tree import BOOT, build_tree
 from kvmsec.errors import KvmsecError
 from kvmsec.linux import namespaces, syscalls, unix_sockets
 from kvmsec.linux.children import Child, close_all_but
@@ -37,7 +36,7 @@ from kvmsec.node.waiting import readable
 
 NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
 _PLACE: Final = Path("/run")  # a directory that is everywhere, and that QEMU is not started from
-_FIRMWARE: Final = PurePosixPath("/boot/firmware")
+_FIRMWARE: Final = PurePosixPath(BOOT) / "firmware"
 _QMP, _SERIAL = 3, 4
 _GRACE_S: Final = 1.0
 _WORDS_CHARS: Final = 300
@@ -137,7 +136,7 @@ async def _boot(
                 problem = await _hear(newborn)
         except TimeoutError:
             problem = f"it did not speak within {timeout_s:g} s"
-        except HypervisorError as failure:
+        except Fault as failure:
             problem = failure.message
         took_s = time.monotonic() - started
         if problem is not None and (words := _last_words()):
@@ -155,7 +154,7 @@ def _make_jail(
     opened.callback(os.close, log)
     room = syscalls.detached_copy(str(_PLACE / "output"))
     opened.callback(os.close, room)
-    tree = build_tree(closure.binds, str(_PLACE))
+    tree = build_tree(closure, str(_PLACE))
     opened.callback(os.close, tree)
     qmp = opened.enter_context(unix_sockets.listen(_PLACE / "qmp"))
     serial = opened.enter_context(unix_sockets.listen(_PLACE / "serial"))

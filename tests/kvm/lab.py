@@ -150,10 +150,11 @@ class Lab:
         ours = (f"{mount.path}/kvmsec/{self.paths.tag}" for mount in mounted())
         return [directory for top in ours for directory, _, _ in os.walk(top)]
 
-    def leftovers(self) -> dict[str, object]:
+    def leftovers(self, *, is_node_open: bool = False) -> dict[str, object]:
         """What is still there of this root's instances: nothing, once they have all ended.
 
-        Processes that are ending get ENDING_S for it, all together.
+        is_node_open: a node of this process has started some, and isn't closed yet. Processes that
+        are ending get ENDING_S for it, all together.
         """
         paths = self.paths
         relay.collect_ended(ENDING_S)
@@ -171,8 +172,8 @@ class Lab:
             "descriptors": [
                 one
                 for one in descriptors()
-                # A node keeps its trees for the next start (tests/root/hypervisor/test_tree.py).
-                if one not in self._descriptors and " mnt:[" not in one
+                # A node keeps its trees until it is closed (tests/kvm/test_upgrades.py).
+                if one not in self._descriptors and not (is_node_open and " mnt:[" in one)
             ],
             "processes": self._processes_left(),
         }  # fmt: skip

@@ -120,7 +120,7 @@ def test_a_step_that_fails_undoes_all_before_it_at_once(lab, machine, error):
             node._on_step = at(step, fail)
             with pytest.raises(Exception, match=r"injected|bug"):
                 await node.start(definition)
-            assert not lab.leftovers(), f"failed at {step!r}"
+            assert not lab.leftovers(is_node_open=True), f"failed at {step!r}"
             assert not await node.list()
         node._on_step = at("", fail)
         await node.start(definition)
@@ -164,7 +164,7 @@ def test_a_start_that_is_cancelled_at_any_step_is_undone_or_done(lab, machine):
             node._on_step = at(step, start.cancel)
             with pytest.raises(asyncio.CancelledError):
                 await start
-            assert not lab.leftovers(), f"cancelled at {step!r}"
+            assert not lab.leftovers(is_node_open=True), f"cancelled at {step!r}"
 
     lab.run(start_in_vain)
     check_nothing_is_left(lab)
@@ -218,7 +218,7 @@ def test_a_full_disk_at_any_step_fails_the_start_and_leaves_nothing(lab, machine
                 )
             assert not lab.leases(), f"full at {step!r}"
             ballast.unlink()
-            assert not lab.leftovers(), f"full at {step!r}"
+            assert not lab.leftovers(is_node_open=True), f"full at {step!r}"
         lab.start()
         fill(ballast)
         lab.stop()
@@ -302,7 +302,7 @@ def test_a_kill_in_the_middle_of_any_write_leaves_no_half_of_it(lab, machine, mo
             lab.reconcile()
             if lab.instances():
                 lab.stop()
-            assert not lab.leftovers(), f"{act}, write {number}"
+            assert not lab.leftovers(is_node_open=True), f"{act}, write {number}"
             if not killed:
                 break
         assert number > 1, act

@@ -15,6 +15,7 @@ import pytest
 from attrs import define
 
 from hypervisor import process, tiny, tree
+from hypervisor.closure import Closure
 from hypervisor.jail import BootFile, Jail
 from hypervisor.seccomp import find_filter
 from kvmsec.linux import namespaces, processes, syscalls, unix_sockets
@@ -96,7 +97,7 @@ def who(request: pytest.FixtureRequest) -> Credentials:
 @pytest.fixture
 def qemu(accelerator: str, who: Credentials, tmp_path: Path) -> Iterator[Running]:
     with ExitStack() as stack:
-        for name in ("root", "output"):
+        for name in ("place", "output"):
             (tmp_path / name).mkdir()
         owned = f"size=256k,mode=0700,uid={who.uid},gid={who.gid}"
         flags = namespaces.MS_NOSUID | namespaces.MS_NODEV | namespaces.MS_NOEXEC
@@ -104,7 +105,7 @@ def qemu(accelerator: str, who: Credentials, tmp_path: Path) -> Iterator[Running
         stack.callback(namespaces.umount, str(tmp_path / "output"), namespaces.MNT_DETACH)
         room = syscalls.detached_copy(str(tmp_path / "output"))
         stack.callback(os.close, room)
-        built = tree.build_tree(binds(accelerator), str(tmp_path / "root"))
+        built = tree.build_tree(Closure(QEMU, binds(accelerator)), str(tmp_path / "place"))
         stack.callback(os.close, built)
         disk = tmp_path / "disk"
         disk.write_bytes(b"D" * 65536)

@@ -13,9 +13,9 @@ import pytest
 
 from hypervisor import process
 from hypervisor.closure import Binds, Closure
+from hypervisor.errors import JailFailed
 from hypervisor.identity import FileIdentity
 from hypervisor.jail import Jail
-from hypervisor.steps import JailFailed
 from hypervisor.tree import Trees
 from kvmsec.linux import namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
@@ -47,10 +47,10 @@ def closure_of(binds: Binds) -> Closure:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Iterator[Build]:
-    for name in ("root", "output"):
-        (tmp_path / name).mkdir()
+    for name in ("place", "output"):
+        (tmp_path / name).mkdir(exist_ok=True)
     opened: list[int] = []
-    trees = Trees(str(tmp_path / "root"))
+    trees = Trees(str(tmp_path / "place"))
 
     def build_jail(
         who: Credentials = SOMEBODY,
@@ -59,7 +59,8 @@ def build(tmp_path: Path) -> Iterator[Build]:
         **more: Any,
     ) -> Jail:
         if tree is None:
-            tree = trees.of(closure_of(binds_of(*PROGRAMS) if binds is None else binds))
+            tree = trees.take(closure_of(binds_of(*PROGRAMS) if binds is None else binds))
+            opened.append(tree)
         owned = f"size=64k,mode=0700,uid={who.uid},gid={who.gid}"
         namespaces.mount("output", str(tmp_path / "output"), "tmpfs", 0, owned)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC

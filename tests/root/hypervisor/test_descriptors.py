@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hypervisor import descriptors, process, tree
+from hypervisor.closure import Closure
 from hypervisor.jail import Jail
 from kvmsec.linux import namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
@@ -102,16 +103,15 @@ LEAKS: dict[str, Opener] = {
 @contextmanager
 def holding(place: Path, grants: dict[int, int]) -> Iterator[process.Newborn]:
     """A program in its jail that got these."""
-    for name in ("root", "output"):
+    for name in ("place", "output"):
         (place / name).mkdir()
     told = subprocess.run(["ldd", "/bin/sleep"], capture_output=True, text=True, check=True)
     files = ["/bin/sleep", *(word for word in told.stdout.split() if word.startswith("/"))]
     namespaces.mount("output", str(place / "output"), "tmpfs", 0, "size=16k")
     log = os.open(place / "output" / "log", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     room = syscalls.detached_copy(str(place / "output"))
-    built = tree.build_tree(
-        tuple((os.path.realpath(file), file) for file in files), str(place / "root")
-    )
+    binds = tuple((os.path.realpath(file), file) for file in files)
+    built = tree.build_tree(Closure("", binds), str(place / "place"))
     jail = Jail(
         name="inside",
         credentials=WHO,

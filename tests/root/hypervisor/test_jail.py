@@ -14,9 +14,9 @@ import pytest
 from attrs import evolve
 
 from hypervisor import process
+from hypervisor.errors import JailFailed
 from hypervisor.jail import BootFile
 from hypervisor.limits import ProcessLimits
-from hypervisor.steps import JailFailed
 from kvmsec.linux import keyrings, processes, syscalls
 from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import Credentials
@@ -171,7 +171,7 @@ def test_a_bind_below_another_changes_nothing_on_the_node(build: Build, tmp_path
         before[0].st_mtime_ns,
         before[1].st_mtime_ns,
     )
-    with pytest.raises(JailFailed, match=r"'programs' failed: .*File exists"):
+    with pytest.raises(JailFailed, match=r"'files' failed: .*File exists"):
         build(binds=(*binds, (str(data), "/data")))
 
 

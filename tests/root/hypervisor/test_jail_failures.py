@@ -18,8 +18,9 @@ from attrs import evolve
 
 from hypervisor import jail as jails
 from hypervisor import process
+from hypervisor.errors import JailFailed
 from hypervisor.jail import BootFile
-from hypervisor.steps import JailFailed, Step
+from hypervisor.steps import Step
 from kvmsec.linux import processes, syscalls
 from kvmsec.linux.errors import ManyThreads
 from tests.root.hypervisor.jailed import (
@@ -44,7 +45,7 @@ def test_a_missing_file_is_told_with_its_step_and_number(build: Build) -> None:
     binds = (*binds_of(*PROGRAMS), ("/nowhere/library.so", "/lib/library.so"))
     with pytest.raises(JailFailed, match="/nowhere/library") as raised:
         build(binds=binds)
-    assert (raised.value.step, raised.value.errno) == ("programs", errno.ENOENT)
+    assert (raised.value.step, raised.value.errno) == ("files", errno.ENOENT)
 
 
 def test_a_boot_file_that_shrinks_is_told(build: Build) -> None:
@@ -70,6 +71,13 @@ def test_a_tree_or_an_output_that_is_none_is_told(build: Build) -> None:
     error = failure_of(evolve(jail, tree=jail.log), "/bin/true")
     assert (error.step, error.errno) == ("namespaces", errno.EINVAL)
     error = failure_of(evolve(jail, output=jail.log), "/bin/true")
+    assert (error.step, error.errno) == ("output", errno.EINVAL)
+
+
+def test_an_output_is_attached_for_one_child(build: Build) -> None:
+    jail = build()
+    assert said(jail, "/bin/true")[0] == 0
+    error = failure_of(jail, "/bin/true")
     assert (error.step, error.errno) == ("output", errno.EINVAL)
 
 
