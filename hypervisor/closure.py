@@ -22,7 +22,7 @@ from hypervisor.identity import FileIdentity, Memory
 from hypervisor.inquiry import Answer, inquire
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.errors import ChildFailed
-from kvmsec.linux.files import OTHERS_MAY_WRITE, require_trusted, require_trusted_entry
+from kvmsec.linux.files import is_plainly_roots, require_trusted, require_trusted_entry
 
 LOADER_CACHE: Final = Path("/etc/ld.so.cache")
 DEADLINE_S: Final = 10.0
@@ -212,8 +212,7 @@ def require_trusted_parts(closure: Closure) -> None:
     _require_trusted_folders({os.path.dirname(source) for source, _ in closure.binds})
     for source, _ in closure.binds:
         status = os.lstat(source)
-        if status.st_uid or status.st_mode & OTHERS_MAY_WRITE:
-            require_trusted_entry(source, status)
+        require_trusted_entry(source, status)
         if stat.S_ISDIR(status.st_mode):
             _require_trusted_inside(source)
 
@@ -228,11 +227,8 @@ def _require_trusted_folders(folders: Collection[str]) -> None:
         while folder not in looked_at:
             looked_at.add(folder)
             folder = os.path.dirname(folder)
-    for folder in looked_at:
-        status = os.lstat(folder)
-        if status.st_uid or status.st_mode & OTHERS_MAY_WRITE or not stat.S_ISDIR(status.st_mode):
-            break
-    else:
+    found = map(os.lstat, looked_at)
+    if all(stat.S_ISDIR(status.st_mode) and is_plainly_roots(status) for status in found):
         return
     for folder in sorted(folders):
         require_trusted(Path(folder))
@@ -255,8 +251,6 @@ def _require_trusted_entries(folder: str) -> None:
     """Where a link in a data directory leads to is a part of its own."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            status = entry.stat(follow_symlinks=False)
-            if status.st_uid or status.st_mode & OTHERS_MAY_WRITE:
-                require_trusted_entry(entry.path, status)
+            require_trusted_entry(entry.path, entry.stat(follow_symlinks=False))
             if entry.is_dir(follow_symlinks=False):
                 _require_trusted_entries(entry.path)

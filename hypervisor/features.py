@@ -90,11 +90,18 @@ def find_qemu(option: Path | None, configured: Path | None) -> Path:
 
 def _candidates() -> Iterator[str]:
     """The first program of each name, whatever kind of program it is."""
-    for places in ([_FIXED_PATH], *([f"{one}/{name}" for one in _DIRECTORIES] for name in _NAMES)):
-        for path in places:
-            if os.access(path, os.X_OK) and not os.path.isdir(path):
-                yield path
-                break
+    for places in ((_FIXED_PATH,), *map(_places_of, _NAMES)):
+        found = next(filter(_is_executable, places), None)
+        if found is not None:
+            yield found
+
+
+def _places_of(name: str) -> Iterator[str]:
+    return (f"{directory}/{name}" for directory in _DIRECTORIES)
+
+
+def _is_executable(path: str) -> bool:
+    return os.access(path, os.X_OK) and not os.path.isdir(path)
 
 
 def _is_elf(path: str) -> bool:
