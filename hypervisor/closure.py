@@ -57,7 +57,7 @@ def find_closure(
     *,
     accelerator: Literal["kvm", "tcg"],
     credentials: Credentials | None,
-    memory: Memory | None = None,
+    cache: Path | None = None,
 ) -> Closure:
     """Work out what `binary` needs for our command lines, or recall it while no file changed.
 
@@ -69,7 +69,8 @@ def find_closure(
     """
     if credentials is not None:
         require_trusted(binary)  # before it is run, even as somebody else
-    key = f"closure 2 {accelerator} {binary}"
+    memory = Memory(cache) if cache is not None else None
+    key = f"closure 3 {accelerator} {binary}"
     if memory is not None and (known := memory.recall(key, Closure)) is not None:
         return known
     found = _Search(binary, credentials).closure(accelerator)
@@ -77,7 +78,7 @@ def find_closure(
     paths = {str(binary), *(inside for _, inside in found.binds)}
     found = evolve(found, files=tuple(FileIdentity.of(path) for path in sorted(paths)))
     if memory is not None:
-        memory.keep(key, found.files, found)
+        memory.keep(key, found)
     return found
 
 

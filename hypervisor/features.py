@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from attrs import frozen
+from attrs import evolve, field, frozen
 
 from hypervisor.errors import NotQemu, QemuNotFound, QemuTooOld
 from hypervisor.identity import FileIdentity, Memory
@@ -55,6 +55,7 @@ class Features:
     accelerators: "kvm" and "tcg", as far as they were built in (/dev/kvm is another question).
     cpus: the CPU models that a definition may name.
     sandbox: it was built with seccomp and knows every control of `-sandbox` that is denied.
+    files: the program; empty where it was another one by the time that it had answered.
     """
 
     version: tuple[int, int, int]
@@ -64,6 +65,7 @@ class Features:
     accelerators: tuple[str, ...]
     cpus: tuple[str, ...]
     sandbox: bool
+    files: tuple[FileIdentity, ...] = field(default=(), eq=False, repr=False)
 
     @property
     def version_text(self) -> str:
@@ -116,13 +118,13 @@ def probe(
     binary: Path,
     *,
     credentials: Credentials | None,
-    memory: Memory | None = None,
+    cache: Path | None = None,
     timeout_s: float = DEADLINE_S,
 ) -> Features:
     """Ask a QEMU what it can do, or recall it when the same file was asked before.
 
     It runs as `credentials` (None: as the caller, who isn't root then) with no network, and is
-    given `timeout_s` seconds. `memory` is for root's answers.
+    given `timeout_s` seconds. `cache` is a directory for root's answers.
 
     Raises UntrustedPath when root is asked to use a program that others may change, NotQemu (with
     what the program said) and QemuTooOld.
@@ -130,12 +132,15 @@ def probe(
     if credentials is not None:
         require_trusted(binary)
     identity = _identify(binary)
-    key = f"features 1 {binary}"
+    memory = Memory(cache) if cache is not None else None
+    key = f"features 2 {binary}"
     if memory is not None and (known := memory.recall(key, Features)) is not None:
         return known
     features = _understand(binary, _ask(binary, credentials, timeout_s), timeout_s)
-    if memory is not None and identity == _identify(binary):
-        memory.keep(key, (identity,), features)
+    if identity == _identify(binary):
+        features = evolve(features, files=(identity,))
+    if memory is not None:
+        memory.keep(key, features)
     return features
 
 

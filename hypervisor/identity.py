@@ -4,20 +4,17 @@ import contextlib
 import hashlib
 import os
 import stat
-import time
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import msgspec
-from attrs import field, frozen
+from attrs import frozen
 
 from kvmsec.linux.files import make_private_directory, write_atomically
 
 _LIMIT_BYTES: Final = 1 << 20
 _SETTLED_NS: Final = 1_000_000_000
-T = TypeVar("T")
 
 
 @frozen
@@ -61,73 +58,57 @@ def still_hold(files: Iterable[FileIdentity]) -> bool:
     return True
 
 
-def _is_settled(file: FileIdentity) -> bool:
-    """Within one tick of the file system's clock a file could change and look the same."""
-    return time.time_ns() - file.changed_ns > _SETTLED_NS
+def is_settled(files: Iterable[FileIdentity], at_ns: int) -> bool:
+    """Whether none had changed shortly before `at_ns` (time.time_ns()).
+
+    Within one tick of the file system's clock a file could change again and look the same.
+    """
+    return all(at_ns - file.changed_ns > _SETTLED_NS for file in files)
+
+
+class Answer(Protocol):
+    """What holds as long as these files are what they were."""
+
+    @property
+    def files(self) -> tuple[FileIdentity, ...]: ...
+
+
+A = TypeVar("A", bound=Answer)
 
 
 @frozen
 class _Entry:
     key: str
-    files: tuple[FileIdentity, ...]
     answer: msgspec.Raw
-
-
-_read: Final[dict[str, tuple[FileIdentity, _Entry, Any]]] = {}
 
 
 @frozen
 class Memory:
-    """Answers on disk, in a directory that only root may write; each stands on files.
+    """Answers on disk, in a directory that only root may write.
 
     An answer is forgotten when one of its files is no longer what it was, and when what is on
     disk can't be read: the question is then asked again.
     """
 
     directory: Path
-    _recalled: dict[str, tuple[FileIdentity, ...]] = field(factory=dict, init=False, eq=False)
-    """What each answer stands on that was recalled; for one that was not, nothing."""
 
-    def recall(self, key: str, kind: type[T]) -> T | None:
+    def recall(self, key: str, kind: type[A]) -> A | None:
         """The answer that was kept for `key`, if it still holds."""
-        self._recalled[key] = ()
-        try:
-            file, entry, answer = self._kept(key, kind)
-            if entry.key == key and still_hold(entry.files):
-                self._recalled[key] = (file, *entry.files)
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            entry = msgspec.json.decode(self._read(key), type=_Entry)
+            answer = msgspec.json.decode(entry.answer, type=kind)
+            if entry.key == key and answer.files and still_hold(answer.files):
                 return answer
-        except (OSError, msgspec.MsgspecError):
-            pass
         return None
 
-    def basis(self) -> tuple[FileIdentity, ...]:
-        """What everything stands on that this object was asked for, its own files among it.
+    def keep(self, key: str, answer: Answer) -> None:
+        """Write an answer down; a full disk costs the next caller a question, no more.
 
-        For who keeps all the answers together: as long as these hold, each would be recalled as
-        it was. Nothing when one was not recalled, or when a file changed so late that it could
-        change again and look the same.
+        One without a file to stand on isn't kept: nothing would tell that it no longer holds.
         """
-        files = tuple(dict.fromkeys(chain.from_iterable(self._recalled.values())))
-        if all(self._recalled.values()) and all(map(_is_settled, files)):
-            return files
-        return ()
-
-    def _kept(self, key: str, kind: type[T]) -> tuple[FileIdentity, _Entry, T]:
-        """What is on disk; what this process has read of that very file is not read again."""
-        path = self._path(key)
-        file = FileIdentity.of(path)
-        known = _read.get(file.path)
-        if known is not None and known[0] == file and isinstance(known[2], kind):
-            return known
-        entry = msgspec.json.decode(self._read(key), type=_Entry)
-        answer = msgspec.json.decode(entry.answer, type=kind)
-        if _is_settled(file):
-            _read[file.path] = file, entry, answer
-        return file, entry, answer
-
-    def keep(self, key: str, files: tuple[FileIdentity, ...], answer: Any) -> None:
-        """Write an answer down; a full disk costs the next caller a question, no more."""
-        entry = _Entry(key, files, msgspec.Raw(msgspec.json.encode(answer)))
+        if not answer.files:
+            return
+        entry = _Entry(key, msgspec.Raw(msgspec.json.encode(answer)))
         with contextlib.suppress(OSError):
             make_private_directory(self.directory)
             write_atomically(self._path(key), msgspec.json.encode(entry))

@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Final
 
 from attrs import field, frozen
@@ -38,10 +39,12 @@ class Filter:
 
     program: the kernel's instructions, 8 bytes each; the gate comes before them.
     library: the version of libseccomp that compiled it.
+    files: where that was loaded from; empty where no file is the one in use.
     """
 
     program: bytes = field(repr=False)
     library: str
+    files: tuple[FileIdentity, ...] = field(default=(), eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         """Raise ValueError for what can't be a filter; the kernel checks every jump."""
@@ -79,24 +82,23 @@ class Filter:
 class _Kept:
     """A filter on disk; a digest, for a flipped bit is a filter as well, only another one."""
 
-    program: bytes
+    filter: Filter
     digest: str
-    library: str
 
     @classmethod
     def of(cls, made: Filter) -> "_Kept":
-        return cls(made.program, hashlib.sha256(made.program).hexdigest(), made.library)
+        return cls(made, hashlib.sha256(made.program).hexdigest())
 
-    def filter(self) -> Filter | None:
-        if hashlib.sha256(self.program).hexdigest() != self.digest:
-            return None
-        try:
-            return Filter(self.program, self.library)
-        except ValueError:
-            return None
+    @property
+    def files(self) -> tuple[FileIdentity, ...]:
+        return self.filter.files
+
+    @property
+    def is_whole(self) -> bool:
+        return hashlib.sha256(self.filter.program).hexdigest() == self.digest
 
 
-def find_filter(memory: Memory | None = None, rules: Sequence[Rule] = RULES) -> Filter:
+def find_filter(cache: Path | None = None, rules: Sequence[Rule] = RULES) -> Filter:
     """Compile a table, or recall what was compiled while it, libseccomp and the machine stay.
 
     About a millisecond to compile, a tenth to recall. Raises NoFilter.
@@ -105,16 +107,14 @@ def find_filter(memory: Memory | None = None, rules: Sequence[Rule] = RULES) -> 
     if machine != _MACHINE:
         raise NoFilter(f"it is for {_MACHINE}, and this machine is {machine}")
     digest = _digest_of_ours() if rules is RULES else _digest_of(rules)
-    key = f"seccomp 1 {machine} {digest}"
+    memory = Memory(cache) if cache is not None else None
+    key = f"seccomp 2 {machine} {digest}"
     known = memory.recall(key, _Kept) if memory is not None else None
-    found = known.filter() if known is not None else None
-    if found is not None:
-        return found
-    library = load_library()
-    made = _compiled(library, rules)
-    # Without a file to stand on, nothing would tell that the library has changed.
-    if memory is not None and (files := library.files):
-        memory.keep(key, tuple(map(FileIdentity.of, files)), _Kept.of(made))
+    if known is not None and known.is_whole:
+        return known.filter
+    made = _compiled(load_library(), rules)
+    if memory is not None:
+        memory.keep(key, _Kept.of(made))
     return made
 
 
@@ -127,9 +127,16 @@ def _digest_of_ours() -> str:
     return _digest_of(RULES)
 
 
+def _files_of(library: Library) -> tuple[FileIdentity, ...]:
+    try:
+        return tuple(map(FileIdentity.of, library.files))
+    except OSError:  # One that was replaced meanwhile, or of which nothing is seen from here.
+        return ()
+
+
 def _compiled(library: Library, rules: Sequence[Rule]) -> Filter:
     try:
-        return Filter(library.compile(rules), library.version)
+        return Filter(library.compile(rules), library.version, _files_of(library))
     except ValueError as error:
         version = library.version
         raise NoFilter(f"libseccomp {version} made one that is of no use: {error}") from error

@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
-from hypervisor.identity import Memory
 from hypervisor.seccomp import Filter, NoFilter, find_filter
 from hypervisor.seccomp.rules import Rule
 from kvmsec.daemon.confined_child import CONTROL, READY
@@ -71,7 +70,7 @@ def shut_in(rules: Sequence[Rule]) -> tuple[socket.socket, ...]:
 def _filter(rules: Sequence[Rule], told: dict[str, object]) -> Filter | None:
     cache = told["cache"]
     try:
-        return find_filter(None if cache is None else Memory(Path(str(cache))), rules)
+        return find_filter(None if cache is None else Path(str(cache)), rules)
     except NoFilter:
         if told["filter_may_be_missing"]:
             return None

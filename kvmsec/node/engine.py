@@ -1,6 +1,7 @@
 """Which QEMU an instance gets, what it can do, what its jail must hold for it and deny it."""
 
 import os
+import time
 from pathlib import Path
 from typing import Final, Literal
 
@@ -8,7 +9,7 @@ from attrs import frozen
 
 from hypervisor.closure import Closure, find_closure
 from hypervisor.features import Features, find_qemu, probe
-from hypervisor.identity import FileIdentity, Memory, still_hold
+from hypervisor.identity import FileIdentity, is_settled, still_hold
 from hypervisor.machine import Machine
 from hypervisor.seccomp import Filter, NoFilter, find_filter
 from kvmsec.errors import KvmsecError
@@ -44,17 +45,14 @@ class Engine:
     accelerator: Literal["kvm", "tcg"]
     system_calls: Filter | None
 
-
-@frozen
-class _Known:
-    """An engine, and the files that all that is known of it stands on."""
-
-    engine: Engine
-    files: tuple[FileIdentity, ...]
-
-
-_known: Final[dict[tuple[Path, str, Path], _Known]] = {}
-"""By program, accelerator, and where the answers lie. A node starts many instances with one."""
+    @property
+    def files(self) -> tuple[FileIdentity, ...]:
+        """What all that is known of it stands on; empty where a part of it stands on no file."""
+        features, closure = self.features.files, self.closure.files
+        system_calls = self.system_calls.files if self.system_calls is not None else ()
+        if features and closure and system_calls:
+            return features + closure + system_calls
+        return ()
 
 
 def engine_for(host: Host, machine: Machine) -> Engine:
@@ -65,34 +63,34 @@ def engine_for(host: Host, machine: Machine) -> Engine:
     """
     binary = find_qemu(machine.qemu, host.config.qemu.path)
     accelerator = _accelerator(machine)
-    question = binary, accelerator, host.paths.features
-    known = _known.get(question)
+    known = host.engines.get((binary, accelerator))
     if known is not None and _holds(known):
         require_trusted(binary)  # That others may replace it by now shows in no file.
-        return known.engine
-    memory = Memory(host.paths.features)
+        return known
+    asked_ns = time.time_ns()
+    cache = host.paths.features
     engine = Engine(
         binary,
-        probe(binary, credentials=_NOBODY, memory=memory),
-        find_closure(binary, accelerator=accelerator, credentials=_NOBODY, memory=memory),
+        probe(binary, credentials=_NOBODY, cache=cache),
+        find_closure(binary, accelerator=accelerator, credentials=_NOBODY, cache=cache),
         accelerator,
-        _filter_for(host, memory),
+        _filter_for(host),
     )
-    if engine.system_calls is not None and (files := memory.basis()):
-        _known[question] = _Known(engine, files)
+    if engine.files and is_settled(engine.files, asked_ns):
+        host.engines[binary, accelerator] = engine
     return engine
 
 
-def _holds(known: _Known) -> bool:
+def _holds(engine: Engine) -> bool:
     try:
-        return still_hold(known.files)
+        return still_hold(engine.files)
     except OSError:
         return False
 
 
-def _filter_for(host: Host, memory: Memory) -> Filter | None:
+def _filter_for(host: Host) -> Filter | None:
     try:
-        return find_filter(memory)
+        return find_filter(host.paths.features)
     except NoFilter:
         if "seccomp" in host.config.confinement.may_be_missing:
             return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmsec.config import Config, load_config
@@ -11,6 +12,7 @@ from kvmsec.store.file import FileStore
 if TYPE_CHECKING:
     from hypervisor.cgroups import Hierarchy
     from hypervisor.tree import Trees
+    from kvmsec.node.engine import Engine
     from kvmsec.node.rules import Rules
     from uidpool.claims import Claims
 
@@ -26,6 +28,8 @@ class Host:
         self.store = FileStore(paths.cluster)
         self.settled: Callable[[], Mapping[int, int]] = dict
         """Instances' processes that run, and the uid of each: see `uidpool.processes.Settled`."""
+        self.engines: dict[tuple[Path, str], Engine] = {}
+        """By program and accelerator, what was found: see `kvmsec.node.engine.engine_for`."""
         self._is_prepared = False
 
     def prepare(self) -> None:

@@ -19,7 +19,6 @@ from hypervisor.closure import Closure, find_closure
 from hypervisor.cmdline import Grants, ImageGrant, NicGrant, build
 from hypervisor.errors import ClosureError
 from hypervisor.features import Features, find_qemu, probe
-from hypervisor.identity import Memory
 from hypervisor.machine import Backing, Disk, Machine, Nic
 from hypervisor.tiny import BANNER, rom_path
 from kvmsec.linux import command
@@ -327,22 +326,21 @@ def test_tcg_takes_more_than_kvm_where_it_is_a_module(closures: dict[str, Closur
 
 def test_a_closure_is_found_anew_when_a_part_of_it_changed(tmp_path: Path) -> None:
     program, cache = Path("/run/kvmsec-part/program"), tmp_path / "cache"
-    memory = Memory(cache)
     program.parent.mkdir(mode=0o755, exist_ok=True)
     # A static program: it needs nothing, and is asked nothing.
     shutil.copy(static_program(), program)
     program.chmod(0o755)
-    first = find_closure(program, accelerator="kvm", credentials=NOBODY, memory=memory)
+    first = find_closure(program, accelerator="kvm", credentials=NOBODY, cache=cache)
     kept = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
-    assert find_closure(program, accelerator="kvm", credentials=NOBODY, memory=memory) == first
+    assert find_closure(program, accelerator="kvm", credentials=NOBODY, cache=cache) == first
     assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == kept
     program.chmod(0o777)
     with pytest.raises(UntrustedPath):
-        find_closure(program, accelerator="kvm", credentials=NOBODY, memory=memory)
+        find_closure(program, accelerator="kvm", credentials=NOBODY, cache=cache)
     program.chmod(0o755)
     program.write_bytes(b"#!/bin/sh\n")
     with pytest.raises(ClosureError):
-        find_closure(program, accelerator="kvm", credentials=NOBODY, memory=memory)
+        find_closure(program, accelerator="kvm", credentials=NOBODY, cache=cache)
 
 
 def static_program() -> Path:

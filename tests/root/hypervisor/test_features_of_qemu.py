@@ -9,7 +9,6 @@ import pytest
 
 from hypervisor.errors import NotQemu
 from hypervisor.features import DEVICES, find_qemu, probe
-from hypervisor.identity import Memory
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.errors import UntrustedPath
 
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.kvm
 
 
 def test_the_hosts_qemu_has_what_our_command_lines_name(tmp_path: Path) -> None:
-    found = probe(find_qemu(None, None), credentials=NOBODY, memory=Memory(tmp_path / "cache"))
+    found = probe(find_qemu(None, None), credentials=NOBODY, cache=tmp_path / "cache")
     assert found.version >= (7, 0, 0)
     assert found.devices == DEVICES
     assert {"pc", "q35", "microvm"} <= set(found.machines)

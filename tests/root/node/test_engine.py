@@ -4,10 +4,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hypervisor import features, identity
+from hypervisor.closure import Closure, find_closure
 from hypervisor.features import find_qemu
 from hypervisor.machine import Machine
 from hypervisor.seccomp.library import load_library
@@ -49,7 +51,6 @@ def ask(host: Host, binary: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     def ask() -> Engine:
         return engine_for(host, Machine("vm", qemu=binary, accelerator="tcg"))
 
-    ask()
     ask()
     return ask
 
@@ -112,19 +113,44 @@ def test_another_library_in_the_place_of_one_is_seen(
         finally:
             command.run(["umount", "--lazy", str(library)], timeout_s=10)
         ask()
-        ask()
 
 
-def test_an_answer_that_is_taken_from_the_disk_is_asked_for_again(
+def test_what_is_known_needs_nothing_of_the_disk(
     ask: Ask, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kept in sorted(host.paths.features.iterdir()):
-        with monkeypatch.context() as meanwhile:
-            assert is_known(ask, meanwhile)
         kept.unlink()
-        with monkeypatch.context() as meanwhile:
-            assert not is_known(ask, meanwhile)
-        ask()
+    assert is_known(ask, monkeypatch)
+
+
+def test_who_knows_nothing_yet_recalls_the_same_from_the_disk(
+    ask: Ask, host: Host, binary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = ask()
+    monkeypatch.setattr(features, "_ask", lambda *_: pytest.fail("QEMU was asked"))
+    other = Host(host.paths)
+    recalled = engine_for(other, Machine("vm", qemu=binary, accelerator="tcg"))
+    assert recalled == known
+    assert recalled.files == known.files
+    assert list(other.engines.values()) == [recalled]
+
+
+def test_a_qemu_that_is_replaced_while_it_is_asked_is_not_kept(
+    host: Host, binary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it can do is the old one's then, and what it needs the new one's."""
+    monkeypatch.setattr(identity, "_SETTLED_NS", -1 << 62)
+    machine = Machine("vm", qemu=binary, accelerator="tcg")
+
+    def after_a_replacement(*arguments: Any, **options: Any) -> Closure:
+        shutil.copy(binary, binary.with_name("new"))
+        binary.with_name("new").rename(binary)
+        return find_closure(*arguments, **options)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(engine, "find_closure", after_a_replacement)
+        mixed = engine_for(host, machine)
+    assert engine_for(host, machine).features.files != mixed.features.files
 
 
 def test_a_known_qemu_that_others_may_replace_by_now_is_refused(ask: Ask, binary: Path) -> None:
@@ -168,7 +194,7 @@ def test_a_qemu_that_runs_without_a_filter_is_not_kept(
     host: Host, binary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(identity, "_SETTLED_NS", -1 << 62)
-    monkeypatch.setattr(engine, "_filter_for", lambda host, memory: None)
+    monkeypatch.setattr(engine, "_filter_for", lambda host: None)
     machine = Machine("vm", qemu=binary, accelerator="tcg")
     assert [engine_for(host, machine).system_calls for _ in range(3)] == [None] * 3
     monkeypatch.undo()

@@ -11,7 +11,6 @@ import pytest
 from hypervisor import features
 from hypervisor.errors import NotQemu, QemuNotFound, QemuTooOld
 from hypervisor.features import DEVICES, Features, find_qemu, probe
-from hypervisor.identity import Memory
 
 MakeProgram = Callable[[str], Path]
 
@@ -137,8 +136,8 @@ def counted(program: MakeProgram, tmp_path: Path, script: str) -> tuple[Path, Ca
 def test_a_qemu_is_asked_once(program: MakeProgram, tmp_path: Path) -> None:
     path, calls = counted(program, tmp_path, answers())
     cache = tmp_path / "cache"
-    first = probe(path, credentials=None, memory=Memory(cache))
-    assert probe(path, credentials=None, memory=Memory(cache)) == first
+    first = probe(path, credentials=None, cache=cache)
+    assert probe(path, credentials=None, cache=cache) == first
     assert calls() == 1
     assert cache.stat().st_mode & 0o777 == 0o700
     assert [file.stat().st_mode & 0o777 for file in cache.iterdir()] == [0o600]
@@ -149,12 +148,12 @@ def test_a_replaced_qemu_is_asked_again_even_with_the_same_size_and_time(
 ) -> None:
     path, calls = counted(program, tmp_path, answers())
     cache = tmp_path / "cache"
-    probe(path, credentials=None, memory=Memory(cache))
+    probe(path, credentials=None, cache=cache)
     status = path.stat()
     shutil.copy(path, tmp_path / "new")
     (tmp_path / "new").rename(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    probe(path, credentials=None, memory=Memory(cache))
+    probe(path, credentials=None, cache=cache)
     assert calls() == 2
 
 
@@ -164,20 +163,20 @@ def test_a_cache_that_can_not_be_read_is_passed_over(
 ) -> None:
     path, calls = counted(program, tmp_path, answers())
     cache = tmp_path / "cache"
-    probe(path, credentials=None, memory=Memory(cache))
+    probe(path, credentials=None, cache=cache)
     (file,) = cache.iterdir()
     file.write_bytes(content)
-    probe(path, credentials=None, memory=Memory(cache))
+    probe(path, credentials=None, cache=cache)
     assert calls() == 2
 
 
 def test_a_cache_that_others_may_write_is_passed_over(program: MakeProgram, tmp_path: Path) -> None:
     path, calls = counted(program, tmp_path, answers())
     cache = tmp_path / "cache"
-    probe(path, credentials=None, memory=Memory(cache))
+    probe(path, credentials=None, cache=cache)
     (file,) = cache.iterdir()
     file.chmod(0o666)
-    probe(path, credentials=None, memory=Memory(cache))
+    probe(path, credentials=None, cache=cache)
     assert calls() == 2
 
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 from hypervisor import seccomp
-from hypervisor.identity import Memory
 from hypervisor.seccomp import Filter, NoFilter, find_filter
 from hypervisor.seccomp.gate import FIRST_OF_RULES
 from hypervisor.seccomp.library import Library, files_in, load_library
@@ -39,8 +38,8 @@ def kept(cache: Path) -> Path:
 
 
 def test_it_is_compiled_once(tmp_path: Path, compiled: list[int]) -> None:
-    first = find_filter(Memory(tmp_path))
-    assert find_filter(Memory(tmp_path)) == first
+    first = find_filter(tmp_path)
+    assert find_filter(tmp_path) == first
     assert len(compiled) == 1
     assert first.library == load_library().version
 
@@ -48,9 +47,9 @@ def test_it_is_compiled_once(tmp_path: Path, compiled: list[int]) -> None:
 def test_one_that_is_recalled_needs_no_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = find_filter(Memory(tmp_path))
+    first = find_filter(tmp_path)
     monkeypatch.setattr(seccomp, "load_library", lambda: pytest.fail("loaded"))
-    assert find_filter(Memory(tmp_path)) == first
+    assert find_filter(tmp_path) == first
 
 
 def test_without_a_cache_nothing_is_written(compiled: list[int]) -> None:
@@ -89,14 +88,14 @@ def test_another_library_compiles_anew(
     library = tmp_path / "libseccomp.so.2"
     library.write_bytes(b"version one")
     monkeypatch.setattr(Library, "files", (str(library),))
-    find_filter(Memory(tmp_path / "cache"))
-    find_filter(Memory(tmp_path / "cache"))
+    find_filter(tmp_path / "cache")
+    find_filter(tmp_path / "cache")
     assert len(compiled) == 1
 
     replaced = tmp_path / "new"
     replaced.write_bytes(b"version two")
     replaced.rename(library)
-    find_filter(Memory(tmp_path / "cache"))
+    find_filter(tmp_path / "cache")
     assert len(compiled) == 2
 
 
@@ -104,45 +103,45 @@ def test_a_library_whose_file_is_unknown_keeps_nothing(
     tmp_path: Path, compiled: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Library, "files", ())
-    find_filter(Memory(tmp_path))
-    find_filter(Memory(tmp_path))
+    find_filter(tmp_path)
+    find_filter(tmp_path)
     assert len(compiled) == 2
 
 
 def test_another_table_compiles_anew(tmp_path: Path, compiled: list[int]) -> None:
-    find_filter(Memory(tmp_path))
-    find_filter(Memory(tmp_path), RULES[1:])
+    find_filter(tmp_path)
+    find_filter(tmp_path, RULES[1:])
     assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("damage", ["bit", "short", "empty", "words", "digest"])
 def test_a_damaged_one_is_compiled_anew(tmp_path: Path, compiled: list[int], damage: str) -> None:
-    first = find_filter(Memory(tmp_path))
+    first = find_filter(tmp_path)
     file = kept(tmp_path)
     if damage in ("empty", "words"):
         file.write_text("" if damage == "empty" else "no filter")
     else:
         content = json.loads(file.read_text())
-        program = content["answer"]["program"]
+        program = content["answer"]["filter"]["program"]
         if damage == "digest":
             content["answer"]["digest"] = "0" * 64
         else:  # base64, still
             changed = program[:400] + ("B" if program[400] != "B" else "C") + program[401:]
-            content["answer"]["program"] = changed if damage == "bit" else program[:400]
+            content["answer"]["filter"]["program"] = changed if damage == "bit" else program[:400]
         file.write_text(json.dumps(content))
 
-    assert find_filter(Memory(tmp_path)) == first
+    assert find_filter(tmp_path) == first
     assert len(compiled) == 2
-    assert find_filter(Memory(tmp_path)) == first, "the damage is mended"
+    assert find_filter(tmp_path) == first, "the damage is mended"
     assert len(compiled) == 2
 
 
 def test_one_that_others_could_have_written_is_compiled_anew(
     tmp_path: Path, compiled: list[int]
 ) -> None:
-    find_filter(Memory(tmp_path))
+    find_filter(tmp_path)
     kept(tmp_path).chmod(0o666)
-    find_filter(Memory(tmp_path))
+    find_filter(tmp_path)
     assert len(compiled) == 2
 
 
@@ -193,4 +192,4 @@ def test_a_library_that_lacks_a_function_is_too_old(monkeypatch: pytest.MonkeyPa
 def test_another_machine_has_no_filter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="aarch64"))
     with pytest.raises(NoFilter, match="for x86_64, and this machine is aarch64"):
-        find_filter(Memory(tmp_path))
+        find_filter(tmp_path)
