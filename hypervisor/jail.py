@@ -184,11 +184,9 @@ def _make_node(name: str, major: int, minor: int, mode: int) -> None:
 
 def _attach_output(jail: Jail) -> None:
     syscalls.attach(jail.output, OUTPUT)
-    # Private, as the tree is: it comes of the node's, which shares its mounts where systemd runs.
     syscalls.set_mount_attributes(
         OUTPUT,
         syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC,
-        namespaces.MS_PRIVATE,
     )
 
 

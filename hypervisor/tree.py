@@ -47,7 +47,13 @@ def _leave_mount_namespace(tree: _Building) -> None:
 
 
 def _stop_propagation(tree: _Building) -> None:
+    # All of the namespace's, also above the root of a launcher that was chrooted: what is still
+    # shared when the old tree is taken off would be taken off the node as well.
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    syscalls.setns(tree.namespace, namespaces.CLONE_NEWNS)
     namespaces.mount(None, "/", None, namespaces.MS_REC | namespaces.MS_PRIVATE)
+    os.fchdir(root)
+    os.chroot(".")
 
 
 def _mount_root(tree: _Building) -> None:

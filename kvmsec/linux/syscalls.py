@@ -37,7 +37,9 @@ _FSMOUNT_CLOEXEC: Final = 1
 
 _FALLOC_FL_KEEP_SIZE: Final = 1
 AT_FDCWD: Final = -100
+_AT_EMPTY_PATH: Final = 0x1000
 _AT_RECURSIVE: Final = 0x8000
+_MS_PRIVATE: Final = 1 << 18
 MOUNT_ATTR_RDONLY: Final = 0x01
 MOUNT_ATTR_NOSUID: Final = 0x02
 MOUNT_ATTR_NODEV: Final = 0x04
@@ -170,11 +172,17 @@ def mount_detached(kind: str) -> int:
 def detached_copy(path: str) -> int:
     """A mount of what `path` leads to, mounted nowhere: its descriptor, close-on-exec.
 
-    It ends with its last descriptor, unless it is attached, and shares mounts with the place that
-    it is a copy of, where that does (`open_tree(2)`, Linux 5.2).
+    It is private, whatever the mount shares that it is a copy of, and ends with its last
+    descriptor unless it is attached (`open_tree(2)`, `mount_setattr(2)`, Linux 5.12).
     """
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
-    return _syscall(_NR_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags, path=path)
+    copy = _syscall(_NR_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags, path=path)
+    try:
+        _set_mount_attributes(copy, "", _AT_EMPTY_PATH, propagation=_MS_PRIVATE)
+    except BaseException:
+        os.close(copy)
+        raise
+    return copy
 
 
 def attach(mount: int, target: str) -> None:
@@ -193,17 +201,17 @@ class _MountAttributes(ctypes.Structure):
     )
 
 
-def set_mount_attributes(target: str, attributes: int, propagation: int = 0) -> None:
-    """Add attributes to a mount and every mount below it (`mount_setattr(2)`, Linux 5.12).
+def set_mount_attributes(target: str, attributes: int) -> None:
+    """Add attributes to a mount and every mount below it (`mount_setattr(2)`, Linux 5.12)."""
+    _set_mount_attributes(AT_FDCWD, target, _AT_RECURSIVE, attributes=attributes)
 
-    propagation: MS_PRIVATE and its like (mount_namespaces(7)); 0 leaves it as it is.
-    """
-    wanted = _MountAttributes(attributes, 0, propagation, 0)
-    size = ctypes.sizeof(wanted)
-    path = os.fsencode(target)
-    _syscall(
-        _NR_MOUNT_SETATTR, AT_FDCWD, path, _AT_RECURSIVE, ctypes.byref(wanted), size, path=target
-    )
+
+def _set_mount_attributes(
+    directory: int, path: str, flags: int, *, attributes: int = 0, propagation: int = 0
+) -> None:
+    wanted = ctypes.byref(_MountAttributes(attributes, 0, propagation, 0))
+    size = ctypes.sizeof(_MountAttributes)
+    _syscall(_NR_MOUNT_SETATTR, directory, os.fsencode(path), flags, wanted, size, path=path)
 
 
 def reserve_space(descriptor: int, size_bytes: int) -> None:

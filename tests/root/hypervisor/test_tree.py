@@ -246,31 +246,44 @@ def test_nothing_that_is_mounted_on_the_node_later_comes_into_a_jail(
             (tmp_path / name).mkdir()
         tree = trees.of(closure_of((*binds_of(*PROGRAMS), (str(data), "/data"))))
         jail = build(tree=tree)
-        (tmp_path / "output" / "sub").mkdir()
-        (data / "sub").mkdir()
+        early, late = tmp_path / "output" / "early", tmp_path / "output" / "late"
+        for place in (early, late, data / "sub"):
+            place.mkdir()
+        namespaces.mount("none", str(early), "tmpfs", 0)
         with running(jail, "/bin/sleep", "60") as pid:
-            for place in (tmp_path / "output" / "sub", data / "sub"):
+            for place in (late, data / "sub"):
                 namespaces.mount("none", str(place), "tmpfs", 0)
-            assert not {"/output/sub", "/data/sub"} & set(mounts_of(pid))
+            assert not {"/output/early", "/output/late", "/data/sub"} & set(mounts_of(pid))
     finally:
         namespaces.umount(str(tmp_path), namespaces.MNT_DETACH)
 
 
-def test_a_jail_of_a_launcher_in_a_chroot_comes_to_the_tree(trees: OpenTrees, data: Path) -> None:
-    """The root of a mount namespace is not that of a process whose root is a mount below it."""
+@pytest.mark.parametrize("propagation", [MS_SHARED, namespaces.MS_PRIVATE])
+def test_a_launcher_in_a_chroot_builds_the_tree_and_leaves_the_node_as_it_is(
+    data: Path, propagation: int
+) -> None:
+    """The root of a mount namespace is not that of a process whose root is below it."""
     root = data.parent / "chroot"
     root.mkdir()
-    closure = closure_of(((str(data), "/data"),))
+
+    def make_a_node_and_build() -> list[Any]:
+        # One of the test's own, which shares nothing with that which it runs on.
+        syscalls.unshare(namespaces.CLONE_NEWNS)
+        namespaces.mount(None, "/", None, namespaces.MS_REC | namespaces.MS_PRIVATE)
+        namespaces.mount("/", str(root), None, namespaces.MS_BIND | namespaces.MS_REC)
+        namespaces.mount(None, "/", None, namespaces.MS_REC | propagation)
+        before = Path("/proc/self/mountinfo").read_text()
+        told = run_in_child(build_in_chroot, what="building", timeout_s=20)
+        assert Path("/proc/self/mountinfo").read_text() == before
+        return list(told)
 
     def build_in_chroot() -> list[Any]:
-        syscalls.unshare(namespaces.CLONE_NEWNS)
-        namespaces.mount("/", str(root), None, namespaces.MS_BIND | namespaces.MS_REC)
         os.chroot(root)
         os.chdir("/")
-        tree = build_tree(closure, "/mnt")
+        tree = build_tree(closure_of(((str(data), "/data"),)), "/mnt")
         return [seen_in(tree, "/"), seen_in(tree, "/data")]
 
-    told = run_in_child(build_in_chroot, what="building", timeout_s=20)
+    told = run_in_child(make_a_node_and_build, what="making a node", timeout_s=30)
     assert told == [["boot", "data", "dev", "output"], "old"]
 
 
