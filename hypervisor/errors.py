@@ -12,6 +12,7 @@ from kvmsec.linux.errors import Fault
 _JAIL_HINTS: Final = {
     errno.EPERM: "run kvmsec as root, outside a container",
     errno.ESTALE: "QEMU is being upgraded: try again",
+    errno.EXDEV: "run kvmsec in the host's own mount namespace, outside a chroot",
 }
 
 

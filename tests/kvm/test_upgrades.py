@@ -17,13 +17,13 @@ pytestmark = pytest.mark.kvm
 @pytest.fixture
 def qemu() -> Iterator[Path]:
     """A copy of the node's, where nobody else uses it."""
-    folder = Path(tempfile.mkdtemp(prefix="upgraded-", dir="/var/lib"))
-    folder.chmod(0o755)
-    (folder / "bin").mkdir()
-    for name in ("lib", "share"):  # It looks for its modules and data from where it is itself.
-        (folder / name).symlink_to(f"/usr/{name}")
-    yield Path(shutil.copy(find_qemu(None, None), folder / "bin" / "qemu"))
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="upgraded-", dir="/var/lib") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "bin").mkdir()
+        for one in ("lib", "share"):  # It looks for its modules and data from where it is itself.
+            (folder / one).symlink_to(f"/usr/{one}")
+        yield Path(shutil.copy(find_qemu(None, None), folder / "bin" / "qemu"))
 
 
 def test_an_instance_runs_what_was_put_in_qemus_place(lab, qemu):

@@ -30,6 +30,8 @@ def test_they_are_taken_in_their_order() -> None:
     [
         (OSError(errno.ENOENT, "gone", "/path"), errno.ENOENT, False),
         (PermissionError(errno.EPERM, "no"), errno.EPERM, True),
+        (OSError(errno.ESTALE, "was replaced", "/path"), errno.ESTALE, True),
+        (OSError(errno.EXDEV, "another root"), errno.EXDEV, True),
         (OSError("without a number"), 0, False),
     ],
 )
