@@ -221,9 +221,10 @@ def _remove_stale_holdings(host: Host, running: Collection[str]) -> list[str]:
     """Say no more that images are open which a record that is gone would have named."""
     lock = FileLock(host.paths.images_lock)
     try:
-        # Whoever has the lock, to open images, looks at them just so.
-        if not image_holdings.known_here(host.paths).difference(running) or not lock.try_acquire():
-            return []
+        is_stale = bool(image_holdings.known_here(host.paths).difference(running))
+        # Its file is there while somebody has it, and after one who was killed meanwhile.
+        if not (is_stale or lock.path.exists()) or not lock.try_acquire():
+            return []  # Whoever has the lock, to open images, looks at them just so.
         stale = image_holdings.remove_stale(host.paths, running)
     except (Fault, OSError) as error:
         return [f"images in use: left as they are: {error}"]

@@ -17,7 +17,7 @@ from kvmsec.errors import StartFailed
 from kvmsec.linux import command, files, namespaces
 from kvmsec.linux.errors import Fault
 from kvmsec.linux.locks import FileLock
-from kvmsec.node import dismantle, records
+from kvmsec.node import dismantle, image_holdings, records
 from kvmsec.node.launch import STEPS
 
 pytestmark = pytest.mark.kvm
@@ -104,6 +104,21 @@ def test_a_launcher_that_is_killed_between_steps_leaves_nothing_either(lab, mach
             assert finished["web"].state == "running", f"seed {seed}"
             lab.stop()
         assert not lab.leftovers(), f"seed {seed}"
+    check_nothing_is_left(lab)
+
+
+def test_a_launcher_that_is_killed_while_it_has_the_lock_of_the_images_leaves_no_file(lab, machine):
+    definition = lab.definition(**machine)
+
+    async def start_until_it_says_what_is_open(node: Any) -> None:
+        image_holdings.publish = lambda *_: kill_myself()
+        await node.start(definition)
+
+    launcher = lab.rival(start_until_it_says_what_is_open)
+    assert launcher.outcome() is None
+    assert lab.paths.images_lock.exists()
+    lab.reconcile()
+    assert not lab.paths.images_lock.exists()
     check_nothing_is_left(lab)
 
 
