@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -27,26 +28,28 @@ from benchmarks.loop import Sample, Series, Stopwatch, Work, interleave
 from benchmarks.report import Cell, Curve, Plot, Report, Table
 from benchmarks.series import milliseconds, ratio, summarise
 from benchmarks.testbed import FIRST_UID, definition, node_with, pool_of
-from hypervisor import huge_pages, jail, process
+from hypervisor import huge_pages, jail
 from hypervisor.jail import BootFile, Jail
 from hypervisor.machine import Machine
+from hypervisor.nursery import Nursery
 from hypervisor.tiny import rom_path
 from hypervisor.tree import BOOT
 from kvmsec import Node
 from kvmsec.linux import namespaces, processes, syscalls
 from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.readiness import is_readable
 from kvmsec.model.security import SecurityModel
 from kvmsec.node import launch, output
 from kvmsec.node.engine import Engine, engine_for
-from kvmsec.node.grants import Lent
 from kvmsec.node.limits import Allotment, allot
 
 READY: Final = "to the reply"
 RAW, SANDBOX = "raw QEMU", "its own -sandbox"
-PID_NAMESPACE: Final = "a fork from Python, PID namespace"
+PID_NAMESPACE: Final = "a child from Python, PID namespace"
 WHOLE: Final = "all else: draw, records, proof, monitor"
 MONITOR, LINE = 3, 4  # The descriptors that QEMU gets its sockets as.
 INSTANCE: Final = "bench"
+DEADLINE_S: Final = 10.0
 
 
 def measure(effort: Effort) -> Report:
@@ -66,10 +69,12 @@ async def _measure(rounds: int) -> Report:
                 SANDBOX: lambda: _raw(place, raw.SANDBOX),
             }
             bench = _bench_of(node, place)
-            for name, steps in _prefixes():
-                works[name] = lambda steps=steps: _jailed(bench, steps)
-            works[WHOLE] = lambda: _whole(node, marks)
-            series = await interleave(rounds, works)
+            with contextlib.ExitStack() as nurseries:
+                for name, steps in _prefixes():
+                    nursery = nurseries.enter_context(contextlib.closing(_nursery_of(steps)))
+                    works[name] = partial(_jailed, bench, nursery, steps)
+                works[WHOLE] = lambda: _whole(node, marks)
+                series = await interleave(rounds, works)
     return _report(series)
 
 
@@ -119,12 +124,12 @@ def _bench_of(node: Node, place: Path) -> Bench:
         place,
         machine,
         engine,
-        allot(config, machine, engine, Lent(), SecurityModel.POOL, pages),
+        allot(config, machine, engine, (), SecurityModel.POOL, pages),
         Credentials(uid, pwd.getpwuid(uid).pw_gid),
     )
 
 
-async def _jailed(bench: Bench, steps: Sequence[jail.Step]) -> Sample:
+async def _jailed(bench: Bench, nursery: Nursery, steps: Sequence[jail.Step]) -> Sample:
     names = {step.name for step in steps}
     watch = Stopwatch()
     with contextlib.ExitStack() as opened:
@@ -134,10 +139,12 @@ async def _jailed(bench: Bench, steps: Sequence[jail.Step]) -> Sample:
             opened.callback(path.unlink)
         one = _jail(bench, listeners, "cgroups" in names, opened)
         argv = _argv(bench, is_inside="namespaces" in names)
-        with _only(steps):
-            newborn = process.spawn(one, argv[0], argv)
+        newborn = nursery.birth(one.cell)
         opened.callback(newborn.close)
+        is_readable(newborn.line.fileno(), DEADLINE_S)
+        newborn.hear()
         opened.callback(_end, newborn.pidfd)
+        newborn.become(one, argv[0], argv)
         newborn.release()
         newborn.executed()
         for listener in listeners:
@@ -169,17 +176,14 @@ def _jail(
         opened.callback(group.remove)
         born_in, tasks_files = group.unified, group.tasks_files
     return Jail(
+        jail.Cell(tree, born_in=born_in, cgroups=tasks_files, limits=bench.allotment.process),
         name=INSTANCE,
         credentials=bench.credentials,
-        tree=tree,
         output=room,
         log=log,
         system_calls=bench.engine.system_calls,
         boot_files=(BootFile(rom, rom_path().stat().st_size, rom_path().name),),
         has_kvm=bench.engine.accelerator == "kvm",
-        born_in=born_in,
-        cgroups=tasks_files,
-        limits=bench.allotment.process,
         descriptors={MONITOR: listeners[0].fileno(), LINE: listeners[1].fileno()},
     )
 
@@ -190,15 +194,18 @@ def _argv(bench: Bench, *, is_inside: bool) -> list[str]:
     return [bench.engine.closure.program, *machine, *raw.SANDBOX]
 
 
-@contextlib.contextmanager
-def _only(steps: Sequence[jail.Step]) -> Iterator[None]:
-    """Have jails take these steps: nothing of kvmsec's can ask for that, so its list is changed."""
-    all_steps = jail.STEPS
-    jail.STEPS = tuple(steps)  # type: ignore[assignment, misc]
+def _nursery_of(steps: Sequence[jail.Step]) -> Nursery:
+    """One whose children take these steps: nothing of kvmsec's can ask for that, so that its lists
+    are changed while it is made."""
+    cell_steps, jail_steps = jail.CELL_STEPS, jail.JAIL_STEPS
+    nursery = Nursery()
     try:
-        yield
+        jail.CELL_STEPS = tuple(s for s in steps if s in cell_steps)  # type: ignore[assignment, misc]
+        jail.JAIL_STEPS = tuple(s for s in steps if s in jail_steps)  # type: ignore[assignment, misc]
+        nursery.begin()
     finally:
-        jail.STEPS = all_steps  # type: ignore[assignment, misc]
+        jail.CELL_STEPS, jail.JAIL_STEPS = cell_steps, jail_steps  # type: ignore[misc]
+    return nursery
 
 
 def _end(pidfd: int) -> None:

@@ -1,10 +1,13 @@
 """What an instance's process is shut into, as one ordered list of steps.
 
-The steps run in a freshly forked child of a launcher with one thread; the child is already PID 1
-of a PID namespace of its own. Each does one thing to the calling process, in an order that later
-steps rely on, and a failure of any of them ends the child before QEMU's first instruction. No
-step can be left out by a setting, but the last one on a host that lacks the library for it; what a
-test of the others may leave out is in `LOCKS`.
+The steps run in a freshly forked child (`hypervisor.newborn`), which is already PID 1 of a PID
+namespace of its own. Each does one thing to the calling process, in an order that later steps rely
+on, and a failure of any of them ends the child before QEMU's first instruction. No step can be
+left out by a setting, but the last one on a host that lacks the library for it; what a test of the
+others may leave out is in `LOCKS`.
+
+The first of them make the cell: they need to know little, and are taken while the launcher still
+finds out for whom it is. The child then waits to be told the rest.
 """
 
 import errno
@@ -13,16 +16,16 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from hypervisor.limits import ProcessLimits
 from hypervisor.seccomp import IO_SETUP, TICKET_BYTES, Filter
 from hypervisor.steps import Step, take
 from hypervisor.tree import BOOT, DEV, OUTPUT
-from kvmsec.linux import children, credentials, namespaces, syscalls
+from kvmsec.linux import credentials, namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
 
 _NODES: Final = (
@@ -56,38 +59,20 @@ class BootFile:
 
 
 @frozen
-class Jail:
-    """Everything that a jail is made of, decided before the fork.
+class Cell:
+    """What a jail begins with, before it is known whom it is for.
 
     tree: a descriptor of the mount namespace that it gets a copy of (`hypervisor.tree`).
-    output: a detached mount (`syscalls.detached_copy`) of a sized tmpfs that belongs to the
-        instance; /output inside. It can be attached once: a jail is for one child.
-    log: a descriptor for stdout and stderr.
-    boot_files: copied to /boot, read-only.
-    has_native_aio: whether a disk is read by the kernel's own queues (io_setup(2)); all of a node
-        share one number of them (fs.aio-max-nr), which an instance without need must not use up.
     born_in: the version 2 control group of the child from its birth; None where there is none.
     cgroups: the files of version 1 groups to write "0" to, which joins them.
-    descriptors: descriptor number inside -> the launcher's; the only ones that reach QEMU.
-    system_calls: kvmsec's own filter; None where the node's configuration lets it be missing.
-    ticket: what lets one program be executed under that filter, a new one for each jail.
+    limits: all but the size of files, which is the jail's.
     without_locks: members of `LOCKS`; for tests alone.
     """
 
-    name: str
-    credentials: Credentials
     tree: int
-    output: int
-    log: int
-    system_calls: Filter | None
-    boot_files: tuple[BootFile, ...] = ()
-    has_kvm: bool = False
-    has_native_aio: bool = False
     born_in: str | None = None
     cgroups: tuple[str, ...] = ()
-    limits: ProcessLimits = field(factory=ProcessLimits)
-    descriptors: Mapping[int, int] = {}
-    ticket: bytes = field(factory=lambda: os.urandom(TICKET_BYTES), repr=False)
+    limits: ProcessLimits = field(factory=lambda: ProcessLimits(file_bytes=None))
     without_locks: frozenset[str] = field(default=frozenset())
 
     @without_locks.validator
@@ -95,18 +80,70 @@ class Jail:
         if unknown := without - LOCKS:
             raise ValueError(f"{sorted(unknown)} are no locks of a jail: {sorted(LOCKS)}")
 
+
+@frozen
+class Jail:
+    """Everything else that a jail is made of; descriptors are the launcher's own numbers.
+
+    output: a detached mount (`syscalls.detached_copy`) of a sized tmpfs that belongs to the
+        instance; /output inside. It can be attached once: a jail is for one child.
+    log: a descriptor for stdout and stderr.
+    boot_files: copied to /boot, read-only.
+    has_native_aio: whether a disk is read by the kernel's own queues (io_setup(2)); all of a node
+        share one number of them (fs.aio-max-nr), which an instance without need must not use up.
+    file_bytes: the largest file that it may write (`ProcessLimits`).
+    descriptors: descriptor number inside -> the launcher's; the only ones that reach QEMU.
+    system_calls: kvmsec's own filter; None where the node's configuration lets it be missing.
+    ticket: what lets one program be executed under that filter, a new one for each jail.
+    """
+
+    cell: Cell
+    name: str
+    credentials: Credentials
+    output: int
+    log: int
+    system_calls: Filter | None
+    boot_files: tuple[BootFile, ...] = ()
+    has_kvm: bool = False
+    has_native_aio: bool = False
+    file_bytes: int = 1 << 30
+    descriptors: Mapping[int, int] = {}
+    ticket: bytes = field(factory=lambda: os.urandom(TICKET_BYTES), repr=False)
+
+    @property
+    def limits(self) -> ProcessLimits:
+        return evolve(self.cell.limits, file_bytes=self.file_bytes)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Every descriptor of the launcher's that the child needs for this, each once."""
+        files = (file.descriptor for file in self.boot_files)
+        return tuple({self.output, self.log, *files, *self.descriptors.values()})
+
+    def renumbered(self, numbers: Mapping[int, int]) -> "Jail":
+        """The same with other descriptors of the same files: by the number that each had."""
+        return evolve(
+            self,
+            output=numbers[self.output],
+            log=numbers[self.log],
+            boot_files=tuple(
+                evolve(file, descriptor=numbers[file.descriptor]) for file in self.boot_files
+            ),
+            descriptors={inside: numbers[ours] for inside, ours in self.descriptors.items()},
+        )
+
     @property
     def filter_in_force(self) -> Filter | None:
         """The filter that the child is to be under."""
-        return None if SECCOMP in self.without_locks else self.system_calls
+        return None if SECCOMP in self.cell.without_locks else self.system_calls
 
 
-def _leave_session(jail: Jail) -> None:
+def _leave_session(cell: Cell) -> None:
     os.setsid()
 
 
-def _join_cgroups(jail: Jail) -> None:
-    for path in jail.cgroups:
+def _join_cgroups(cell: Cell) -> None:
+    for path in cell.cgroups:
         _write_zero(path)
 
 
@@ -118,14 +155,14 @@ def _write_zero(path: str) -> None:
         os.close(descriptor)
 
 
-def _limit_resources(jail: Jail) -> None:
-    jail.limits.apply()
+def _limit_resources(cell: Cell) -> None:
+    cell.limits.apply()
 
 
-def _leave_namespaces(jail: Jail) -> None:
+def _leave_namespaces(cell: Cell) -> None:
     # Root and working directory are the tree's from here on; it is copied, and never changed.
-    syscalls.setns(jail.tree, namespaces.CLONE_NEWNS)
-    network = 0 if NETWORK_NAMESPACE in jail.without_locks else namespaces.CLONE_NEWNET
+    syscalls.setns(cell.tree, namespaces.CLONE_NEWNS)
+    network = 0 if NETWORK_NAMESPACE in cell.without_locks else namespaces.CLONE_NEWNET
     syscalls.unshare(
         namespaces.CLONE_NEWNS
         | network
@@ -134,6 +171,10 @@ def _leave_namespaces(jail: Jail) -> None:
         | namespaces.CLONE_NEWCGROUP
     )
     os.umask(0)  # The modes that follow are meant, whatever the launcher's umask is.
+
+
+def _limit_files(jail: Jail) -> None:
+    jail.limits.limit_files()
 
 
 def _name_host(jail: Jail) -> None:
@@ -223,11 +264,14 @@ def _filter_system_calls(jail: Jail) -> None:
     jail.filter_in_force.put_in_force(jail.ticket, absent)
 
 
-STEPS: Final = (
+CELL_STEPS: Final = (
     Step("session", _leave_session, "no controlling terminal to type into"),
     Step("cgroups", _join_cgroups, "counted and ended as one, before anything can be forked"),
     Step("limits", _limit_resources, "nothing without a bound, no core with a guest's memory"),
     Step("namespaces", _leave_namespaces, "no path, network, IPC, name or cgroup of the node"),
+)
+JAIL_STEPS: Final = (
+    Step("file size", _limit_files, "the largest of its disks and of what it writes, no more"),
     Step("host name", _name_host, "the node's own is nobody's business"),
     Step("boot files", _copy_boot_files, "firmware and kernels take no descriptor in QEMU"),
     Step("devices", _make_devices, "/dev/kvm for this uid alone, whatever the node's mode is"),
@@ -237,13 +281,7 @@ STEPS: Final = (
     Step("privileges", _drop_privileges, "uid, groups, capabilities, for good"),
     Step("system calls", _filter_system_calls, "the last: it denies what the others are made of"),
 )
-
-
-def close_foreign(jail: Jail, keep: Collection[int]) -> None:
-    """Close every descriptor of the calling process but what the jail needs, and `keep`."""
-    files = [file.descriptor for file in jail.boot_files]
-    needed = {jail.tree, jail.output, jail.log, *jail.descriptors.values(), *files}
-    children.close_all_but({0, 1, 2, *needed, *keep})
+STEPS: Final = (*CELL_STEPS, *JAIL_STEPS)
 
 
 def execute(jail: Jail, program: str, argv: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -251,10 +289,15 @@ def execute(jail: Jail, program: str, argv: Sequence[str], environment: Mapping[
     syscalls.execute(program, argv, environment, struct.unpack("<3Q", jail.ticket))
 
 
+def enter_cell(cell: Cell) -> None:
+    """Take the first steps. Raises JailFailed with the one that failed."""
+    take(CELL_STEPS, cell)
+
+
 def enter(jail: Jail) -> None:
-    """Shut the calling process in, a child by `children.fork` that has closed what is foreign.
+    """Shut the calling process in, which is in the jail's cell, and has renumbered the jail.
 
     Descriptors that have to stay until the exec are close-on-exec, and above every number in
     `jail.descriptors`. Raises JailFailed with the step that failed.
     """
-    take(STEPS, jail)
+    take(JAIL_STEPS, jail)

@@ -9,11 +9,11 @@ priority), and `locks`, which Linux has not counted since 2.4.25 (getrlimit(2)).
 import contextlib
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from attrs import field, frozen
+from attrs import frozen
 
 UNLIMITED: Final = resource.RLIM_INFINITY
 _MOST: Final = 2**63 - 1
@@ -53,28 +53,27 @@ class ProcessLimits:
     processes: of the uid, all its processes and threads on the node counted (getrlimit(2)); None
     leaves the launcher's, for a uid that is shared or is root's, which isn't counted.
     file_bytes: of any file that it writes, its images among them, and its memory where that is
-    a file (memfd).
+    a file (memfd). None is for a child that is limited before that is known (`limit_files`).
     locked_bytes: mlock(2), and the rings of io_uring before Linux 5.12.
     oom_score_adjust: -1000 to 1000, more is killed earlier (proc_pid_oom_score_adj(5)).
     """
 
     open_files: int = 1024
     processes: int | None = None
-    file_bytes: int = 1 << 30
+    file_bytes: int | None = 1 << 30
     locked_bytes: int = 8 << 20
     oom_score_adjust: int = 0
-    bounds: tuple[Bound, ...] = field(init=False, repr=False)
-    """Every limit that is set; `core` first, since a failure must not leave a core."""
 
-    @bounds.default
-    def _of_all(self) -> tuple[Bound, ...]:
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        """Every limit that is set; `core` first, since a failure must not leave a core."""
         return (
             # One byte is too little for a file, and the one value for which the kernel starts no
             # program of the node's that a core is piped to: for zero it does (fs/coredump.c).
             Bound(resource.RLIMIT_CORE, "Max core file size", 1, may_be_lower=True),
             Bound(resource.RLIMIT_NOFILE, "Max open files", self.open_files),
             *self._of_processes(),
-            Bound(resource.RLIMIT_FSIZE, "Max file size", min(self.file_bytes, _MOST)),
+            *self._of_files(),
             self._of_locked_memory(),
             # A launcher's own, from a shell with `ulimit -v`, would end a guest for its size.
             Bound(resource.RLIMIT_AS, "Max address space", UNLIMITED),
@@ -89,6 +88,10 @@ class ProcessLimits:
         if self.processes is not None:
             yield Bound(resource.RLIMIT_NPROC, "Max processes", self.processes)
 
+    def _of_files(self) -> Iterator[Bound]:
+        if self.file_bytes is not None:
+            yield Bound(resource.RLIMIT_FSIZE, "Max file size", min(self.file_bytes, _MOST))
+
     def _of_locked_memory(self) -> Bound:
         # A node's own may be less, which does where QEMU isn't told to lock all that it has.
         may_be_lower = self.locked_bytes != UNLIMITED
@@ -99,11 +102,7 @@ class ProcessLimits:
 
         Asked of the kernel without /proc's table of them: it is for `problems_of`.
         """
-        for bound in self.bounds:
-            _set(bound)
-            soft, hard = resource.getrlimit(bound.resource)
-            if not bound.agrees_with((_shown(soft), _shown(hard))):
-                raise OSError(0, f"{bound.name} {soft}, {hard}, wanted {bound.shown}")
+        _set_all(self.bounds)
         _write_own(_OOM_SCORE, str(self.oom_score_adjust))
         # Should a core be written all the same (gcore, another kernel), no mapping is in it. It
         # lasts through the exec (core(5)).
@@ -111,6 +110,10 @@ class ProcessLimits:
             _write_own(_CORE_FILTER, "0")
         if problems := self._other_problems_of("self"):
             raise OSError(0, "; ".join(problems))
+
+    def limit_files(self) -> None:
+        """Limit the size of files alone, of a calling process that has the rest. Raises OSError."""
+        _set_all(self._of_files())
 
     def problems_of(self, pid: int | str) -> list[str]:
         """What /proc shows of a process that isn't as it should be. Raises OSError."""
@@ -158,6 +161,15 @@ def _read(path: str) -> str:
         return os.read(descriptor, 4096).decode()
     finally:
         os.close(descriptor)
+
+
+def _set_all(bounds: Iterable[Bound]) -> None:
+    """Set each limit, and read it back."""
+    for bound in bounds:
+        _set(bound)
+        soft, hard = resource.getrlimit(bound.resource)
+        if not bound.agrees_with((_shown(soft), _shown(hard))):
+            raise OSError(0, f"{bound.name} {soft}, {hard}, wanted {bound.shown}")
 
 
 def _set(bound: Bound) -> None:

@@ -1,34 +1,18 @@
-"""The only place that starts QEMU; what the kernel says of it afterwards; its end."""
+"""A QEMU that was started: what the kernel says of how it is confined, its use, its end."""
 
-import contextlib
 import os
 import signal
 from collections.abc import Sequence
-from typing import Final, NoReturn
 
-import msgspec
 from attrs import frozen
 
-from hypervisor.descriptors import foreign_descriptors, identity_of
-from hypervisor.errors import HypervisorError, JailFailed
-from hypervisor.jail import (
-    NETWORK_NAMESPACE,
-    Jail,
-    close_foreign,
-    duplicate_above,
-    enter,
-    execute,
-)
-from kvmsec.linux import forking, processes, syscalls
+from hypervisor.descriptors import foreign_descriptors
+from hypervisor.errors import HypervisorError
+from hypervisor.jail import NETWORK_NAMESPACE, Jail
+from hypervisor.newborn import Newborn
+from kvmsec.linux import processes
 from kvmsec.linux.processes import ProcessId, ProcessStatus
-from kvmsec.linux.readiness import is_hung_up, is_readable
-
-_ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
-_GO: Final = b"g"
-_EXECUTING: Final = b"x"
-_ALONE: Final = 125
-"""The exit status of a child whose launcher is gone."""
-_KILLED: Final = "the process was killed before it could start QEMU"
+from kvmsec.linux.readiness import is_readable
 
 
 class NotConfined(HypervisorError):
@@ -50,145 +34,6 @@ class QemuGone(HypervisorError):
             "QEMU ended before it was seen to be confined",
             hint="what it said last, or the kernel's log, may say why",
         )
-
-
-class Newborn:
-    """A child that is being shut in and waits for `release` before it becomes QEMU.
-
-    Between the fork and `release` the launcher writes down whose process this is. Should it die
-    before, the kernel ends the child with it: no unknown QEMU can be left behind.
-    """
-
-    def __init__(self, process: ProcessId, pidfd: int, go: int, report: int, jail: Jail) -> None:
-        self.process = process
-        self.jail = jail
-        # Looked up now: the launcher closes its own copies before QEMU's are checked.
-        self.granted = frozenset(map(identity_of, (*jail.descriptors.values(), jail.log)))
-        self.pidfd = pidfd
-        self._go = go
-        self._report = report
-
-    def release(self) -> None:
-        """Let the child execute QEMU once its jail stands."""
-        try:
-            os.write(self._go, _GO)
-        except BrokenPipeError:
-            return  # It failed in the jail; `executed` says where.
-        finally:
-            os.close(self._go)
-            self._go = -1
-
-    def fileno(self) -> int:
-        """A descriptor that is readable once the child has become QEMU, or failed to."""
-        return self._report
-
-    def executed(self) -> None:
-        """Return when the child has become QEMU; raises JailFailed with what went wrong.
-
-        What QEMU does from then on, its end included, is another question.
-        """
-        _require_executed(self._report)
-
-    def close(self) -> None:
-        """Free the pipes (the process is not touched, the pidfd stays the caller's)."""
-        for descriptor in (self._go, self._report):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._go = self._report = -1
-
-
-def _require_executed(report: int) -> None:
-    words = b""
-    while chunk := os.read(report, 4096):
-        words += chunk
-    if words != _EXECUTING:
-        raise _failure(words)
-
-
-def _failure(words: bytes) -> JailFailed:
-    try:
-        failure = msgspec.json.decode(words.removeprefix(_EXECUTING))
-        step, number, detail = failure["step"], failure["errno"], failure["detail"]
-    except (ValueError, TypeError, KeyError):
-        return JailFailed("exec", 0, _KILLED)
-    return JailFailed(str(step), int(number), str(detail))
-
-
-def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
-    """Fork the process that will be QEMU, as the caller's own child.
-
-    Raises ManyThreads when the calling process has more than one, and OSError when it can't fork;
-    no process and no descriptor is left then.
-    """
-    with contextlib.ExitStack() as childs, contextlib.ExitStack() as undo:
-        go_reader, go = os.pipe2(os.O_CLOEXEC)
-        childs.callback(os.close, go_reader)
-        undo.callback(os.close, go)
-        report, report_writer = os.pipe2(os.O_CLOEXEC)
-        childs.callback(os.close, report_writer)
-        undo.callback(os.close, report)
-        pid, pidfd = forking.clone_init(jail.born_in)
-        if pid == 0:
-            _become_qemu(jail, program, argv, go_reader, report_writer)
-        undo.callback(_end, pidfd)
-        process = processes.identify(pid)
-        if process is None:
-            # Ended already, and not kept for us: SIGCHLD is ignored.
-            childs.close()
-            _require_executed(report)
-            raise ProcessLookupError("/proc does not show the new process: is it mounted?")
-        undo.pop_all()
-    return Newborn(process, pidfd, go, report, jail)
-
-
-def _end(pidfd: int) -> None:
-    processes.kill(pidfd)
-    with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    os.close(pidfd)
-
-
-def _become_qemu(jail: Jail, program: str, argv: Sequence[str], go: int, report: int) -> NoReturn:
-    """The child's whole life as Python; it must never return into the launcher's code."""
-    try:
-        try:
-            close_foreign(jail, (go, report))
-            # Above every number that the jail hands out, so that neither is overwritten.
-            lowest = max(jail.descriptors, default=2) + 1
-            go, report = (duplicate_above(descriptor, lowest) for descriptor in (go, report))
-            _end_with_launcher(go)
-            enter(jail)
-            _end_with_launcher(go)
-            if os.read(go, 1) != _GO:
-                os._exit(_ALONE)
-            syscalls.outlive_parent()
-            os.write(report, _EXECUTING)
-            execute(jail, program, argv, _ENVIRONMENT)
-        except JailFailed as error:
-            _report(report, error.step, error.errno, error.detail)
-        except OSError as error:
-            _report(report, "exec", error.errno or 0, str(error))
-        except BaseException as error:
-            _report(report, "jail", 0, repr(error))
-    finally:
-        os._exit(126)
-
-
-def _end_with_launcher(go: int) -> None:
-    """Be ended as soon as the launcher is; said again whenever ids change, which undoes it.
-
-    Once its launcher is gone another command may clean the uid and lease it anew: the child must
-    not take it after that.
-    """
-    syscalls.end_with_parent()
-    if is_hung_up(go):  # It was gone before; the first process of a namespace sees no parent.
-        os._exit(_ALONE)
-
-
-def _report(pipe: int, step: str, number: int, detail: str) -> None:
-    said = detail[:1024].encode(errors="backslashreplace").decode()  # A path may be no text.
-    told = {"step": step, "errno": number, "detail": said}
-    os.write(pipe, msgspec.json.encode(told))
 
 
 def confinement_problems(newborn: Newborn) -> list[str]:
@@ -214,7 +59,7 @@ def confinement_problems(newborn: Newborn) -> list[str]:
     ]
     problems += _missing_filters(status, jail)
     try:
-        problems += _shared_namespaces(process.pid, jail.without_locks)
+        problems += _shared_namespaces(process.pid, jail.cell.without_locks)
         problems += foreign_descriptors(process.pid, newborn.granted)
         problems += jail.limits.problems_of(process.pid)
     except (FileNotFoundError, ProcessLookupError) as error:

@@ -3,17 +3,18 @@
 The calling process must have one thread: a fork copies only the caller's.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvmsec.linux import syscalls
 from kvmsec.linux.errors import ManyThreads
-from kvmsec.linux.namespaces import CLONE_NEWPID
+from kvmsec.linux.namespaces import CLONE_NEWPID, CLONE_PARENT
 
 _THREAD_ENDS_WITHIN_S: Final = 0.1
 _SIGNALS: Final = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
@@ -57,25 +58,47 @@ def clone_init(cgroup: str | None = None) -> tuple[int, int]:
     return _fork_init_by(_clone, syscalls.reset_signals, cgroup)
 
 
+def clone_sibling(cgroup: str | None = None) -> tuple[int, int]:
+    """As `clone_init`, for a child of the caller's own parent (CLONE_PARENT).
+
+    That is told of its end as it would be of the caller's, and may wait for it. The caller is a
+    process that does nothing else: signals stay as it has them, and it collects no garbage.
+    Raises OSError.
+    """
+    with _opened(cgroup) as group:
+        return _named(cgroup, lambda: syscalls.clone3(CLONE_NEWPID | CLONE_PARENT, group))
+
+
 def _fork_init_by(
     clone: Callable[[int], tuple[int, int]], forget_signals: Callable[[], None], cgroup: str | None
 ) -> tuple[int, int]:
-    group = -1 if cgroup is None else os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     pidfd = -1
 
     def fork_into_group() -> int:
         nonlocal pidfd
-        try:
-            pid, pidfd = clone(group)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, cgroup) from None
+        pid, pidfd = _named(cgroup, lambda: clone(group))
         return pid
 
-    try:
+    with _opened(cgroup) as group:
         return _fork_by(fork_into_group, forget_signals), pidfd
+
+
+@contextlib.contextmanager
+def _opened(cgroup: str | None) -> Iterator[int]:
+    group = -1 if cgroup is None else os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield group
     finally:
         if group >= 0:
             os.close(group)
+
+
+def _named(cgroup: str | None, clone: Callable[[], tuple[int, int]]) -> tuple[int, int]:
+    """An error names the group: it is what can be refused."""
+    try:
+        return clone()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, cgroup) from None
 
 
 def _clone(group: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from typing import Final
 
 from kvmsec.linux.syscalls import mount, pivot_root, setns, umount, unshare
 
+CLONE_PARENT: Final = 0x00008000
 CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWCGROUP: Final = 0x02000000
 CLONE_NEWUTS: Final = 0x04000000
@@ -32,6 +33,7 @@ __all__ = [
     "CLONE_NEWPID",
     "CLONE_NEWUSER",
     "CLONE_NEWUTS",
+    "CLONE_PARENT",
     "MNT_DETACH",
     "MS_BIND",
     "MS_NODEV",

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Final
 
 from attrs import frozen
 
+_PID: Final = re.compile(rb"^Pid:\t(-?\d+)$", re.MULTILINE)
 _STATUS_LIMIT: Final = 1 << 20  # 65,536 groups (NGROUPS_MAX) of ten digits fit.
 # Linux before 6.15 says EINVAL of a process that is just being reaped, and of a number that is a
 # thread's alone; later ones ESRCH and ENOENT (pidfd_prepare in kernel/fork.c).
@@ -137,6 +139,14 @@ def open_pidfd(process: ProcessId) -> int | None:
         return descriptor
     os.close(descriptor)
     return None
+
+
+def pid_of(pidfd: int) -> int | None:
+    """The pid of the process behind a descriptor; None once it is gone and collected."""
+    found = _PID.search(_read(f"/proc/self/fdinfo/{pidfd}"))
+    assert found is not None
+    pid = int(found[1])
+    return pid if pid > 0 else None
 
 
 def kill(pidfd: int, number: signal.Signals = signal.SIGKILL) -> None:

@@ -19,6 +19,13 @@ def is_hung_up(descriptor: int) -> bool:
     return poll.poll(0) == [(descriptor, select.POLLHUP)]
 
 
+def has_left(line: int) -> bool:
+    """Whether nobody has the other end of a socket any more, whatever is left to read from it."""
+    poll = select.poll()
+    poll.register(line, 0)
+    return bool(poll.poll(0))
+
+
 def is_ready(descriptor: int, events: int, timeout_s: float) -> bool:
     """Wait at most `timeout_s` seconds for one of the events of poll(2), an error or a hang-up."""
     poll = select.poll()

@@ -49,6 +49,7 @@ RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
 
+_CLONE_PARENT: Final = 0x00008000
 _CLONE_PIDFD: Final = 0x1000
 _CLONE_INTO_CGROUP: Final = 0x200000000
 
@@ -122,7 +123,8 @@ def clone3(flags: int, cgroup: int) -> tuple[int, int]:
     arguments = _CloneArguments(
         flags=flags | _CLONE_PIDFD | (_CLONE_INTO_CGROUP if cgroup >= 0 else 0),
         pidfd=ctypes.addressof(pidfd),
-        exit_signal=signal.SIGCHLD,
+        # A sibling has the caller's own, and the kernel takes no other for it.
+        exit_signal=0 if flags & _CLONE_PARENT else signal.SIGCHLD,
         cgroup=max(cgroup, 0),
     )
     size = ctypes.c_size_t(ctypes.sizeof(arguments))
@@ -135,6 +137,11 @@ def clone3(flags: int, cgroup: int) -> tuple[int, int]:
 def _libc_that_keeps_the_lock() -> ctypes.PyDLL:
     """For a call that returns twice: the interpreter's lock is not given back meanwhile."""
     return ctypes.PyDLL(None, use_errno=True)
+
+
+def current_cpu() -> int:
+    """The processor that the caller runs on (`sched_getcpu(3)`)."""
+    return _checked(_libc.sched_getcpu())
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:

@@ -11,6 +11,7 @@ from kvmsec.store.file import FileStore
 
 if TYPE_CHECKING:
     from hypervisor.cgroups import Hierarchy
+    from hypervisor.nursery import Nursery
     from hypervisor.tree import Trees
     from kvmsec.node.engine import Engine
     from kvmsec.node.rules import Rules
@@ -75,7 +76,16 @@ class Host:
 
         return Trees(str(self.paths.run))
 
+    @cached_property
+    def nursery(self) -> "Nursery":
+        """What makes the processes that become QEMU: see `hypervisor.nursery`."""
+        from hypervisor.nursery import Nursery
+
+        return Nursery()
+
     def close(self) -> None:
         """Let go of what is kept for the next start; instances live on."""
+        if "nursery" in self.__dict__:
+            self.nursery.close()
         if "trees" in self.__dict__:
             self.trees.close()

@@ -18,9 +18,10 @@ from attrs import evolve, frozen
 
 from hypervisor import cgroups, huge_pages, images, process
 from hypervisor.closure import require_trusted_parts
-from hypervisor.jail import Jail
+from hypervisor.jail import Cell, Jail
 from hypervisor.monitor import Monitor, MonitorClosed, MonitorUnreachable
-from hypervisor.process import Newborn, QemuGone
+from hypervisor.newborn import Newborn
+from hypervisor.process import QemuGone
 from kvmsec.agent import InstanceState
 from kvmsec.errors import KvmsecError, StartFailed
 from kvmsec.linux import processes, syscalls, unix_sockets
@@ -155,7 +156,8 @@ class _Start:
         self.monitor: Monitor | None = None
         self.log = -1
         self.output = -1
-        self.tree = -1
+        self.cell: Cell
+        self.child: Newborn
         self.newborn: Newborn | None = None
         self.files = host.paths.instance(self.machine.name)
         self.record = InstanceRecord(
@@ -255,10 +257,6 @@ class _Start:
         self.output = syscalls.detached_copy(str(self.files.output))
         self.opened.callback(os.close, self.output)
 
-    def take_tree(self) -> None:
-        self.tree = self.host.trees.take(self.engine.closure)
-        self.opened.callback(os.close, self.tree)
-
     async def make_cgroup(self) -> None:
         config = self.host.config
         parent, name = config.cgroup.parent, self.record.name
@@ -267,41 +265,48 @@ class _Start:
             config,
             self.machine,
             self.engine,
-            self.lent,
+            self.lent.boot_files,
             self.security.model,
             huge_pages.pools_mib(),
         )
         group = self.host.hierarchy.create(self.host.paths.tag, name, parent, self.allotment.groups)
         self.cgroup = group
-        # Written down with the process: an empty group that no record names is found by its name.
+        # Written down with the uid: an empty group that no record names is found by its name.
         self.record = evolve(self.record, cgroups=group.paths)
         limits.require(group.lacks, config.confinement.may_be_missing)
 
-    def fork(self) -> None:
-        """The child waits in its jail until it is released: see `Newborn`."""
+    def ask_for_child(self) -> None:
+        tree = self.host.trees.take(self.engine.closure)
+        self.opened.callback(os.close, tree)
+        self.cell = Cell(
+            tree,
+            born_in=self.cgroup.unified,
+            cgroups=self.cgroup.tasks_files,
+            limits=self.allotment.process,
+            without_locks=self.without_locks,
+        )
+        self.child = self.host.nursery.birth(self.cell)
+        self.opened.callback(self.child.close)
+
+    def tell_jail(self) -> None:
         extra = self.host.config.qemu.extra_arguments
         placed = place(self.engine, self.machine, self.lent, extra)
         jail = Jail(
+            self.cell,
             name=self.record.name,
             credentials=self.identity.credentials,
-            tree=self.tree,
             output=self.output,
             log=self.log,
             system_calls=self.engine.system_calls,
             boot_files=self.lent.boot_files,
             has_kvm=self.engine.accelerator == "kvm",
             has_native_aio=any(disk.aio == "native" for disk in self.machine.disks),
-            born_in=self.cgroup.unified,
-            cgroups=self.cgroup.tasks_files,
-            limits=self.allotment.process,
+            file_bytes=limits.largest_file_bytes(self.host.config, self.machine, self.lent),
             descriptors=placed.descriptors,
-            without_locks=self.without_locks,
         )
-        self.newborn = process.spawn(jail, placed.argv[0], placed.argv)
-        self.opened.callback(self.newborn.close)
-        self.opened.callback(os.close, self.newborn.pidfd)
-        self.note(process=self.newborn.process, argv=placed.argv)
-        image_holdings.publish(self.host.paths, self.record)
+        self.child.become(jail, placed.argv[0], placed.argv)
+        self.newborn = self.child
+        self.record = evolve(self.record, argv=placed.argv)  # Written down with the process.
 
     async def prove_rules(self) -> None:
         if self.security.model is not SecurityModel.NONE:
@@ -310,9 +315,20 @@ class _Start:
     def check_programs(self) -> None:
         require_trusted_parts(self.engine.closure)
 
-    def release(self) -> None:
-        assert self.newborn is not None
-        self.newborn.release()
+    async def release(self) -> None:
+        await self._hear_of_child()
+        self.note()
+        image_holdings.publish(self.host.paths, self.record)
+        self.child.release()
+
+    async def _hear_of_child(self) -> None:
+        timeout_s = self.host.config.qemu.ready_timeout_s
+        if not await readable(self.child.line.fileno(), timeout_s):
+            raise NotReady("the process that was to become QEMU was not there", timeout_s)
+        self.child.hear()
+        self.opened.callback(os.close, self.child.pidfd)
+        # Known before it is written down, to be ended should that fail.
+        self.record = evolve(self.record, process=self.child.process)
 
     async def become_qemu(self) -> None:
         assert self.newborn is not None
@@ -358,18 +374,18 @@ class Step:
 
 STEPS: Final = (
     Step("record", _Start.begin, "what isn't written down can't be taken back"),
-    Step("identity", _Start.take_identity, "an exhausted pool is told before anything is touched"),
-    Step("images", _Start.open_images, "headers are read as the instance's own uid"),
     Step("boot files", _Start.open_boot_files, "copied into the jail from these descriptors"),
+    Step("cgroup", _Start.make_cgroup, "the child is born in it, or joins it first of all"),
+    Step("child", _Start.ask_for_child, "it leaves the node while it is found out for whom"),
+    Step("identity", _Start.take_identity, "an exhausted pool is told before a disk is opened"),
+    Step("images", _Start.open_images, "headers are read as the instance's own uid"),
     Step("taps", _Start.open_taps, "up and without IPv6 before a guest is behind them"),
     Step("sockets", _Start.bind_sockets, "root's alone; QEMU gets them listening"),
     Step("output", _Start.mount_output, "the only place that the instance may fill"),
-    Step("tree", _Start.take_tree, "what QEMU runs from, built for the first start and kept"),
-    Step("cgroup", _Start.make_cgroup, "the child is born in it, or joins it first of all"),
-    Step("fork", _Start.fork, "in its group from birth; it builds its jail, then it waits"),
+    Step("jail", _Start.tell_jail, "the child is told the rest of its jail, and waits in it"),
     Step("rules", _Start.prove_rules, "a packet as its uid is refused, while the jail is built"),
     Step("programs", _Start.check_programs, "nobody else may change what QEMU is made of"),
-    Step("release", _Start.release, "from here on the record leads to the process"),
+    Step("release", _Start.release, "the process is in the record before it may become QEMU"),
     Step("exec", _Start.become_qemu, "QEMU has its final uid before its first instruction"),
     Step("ready", _Start.become_ready, "the reply to qmp_capabilities, not the greeting"),
     Step("verify", _Start.verify, "what the kernel shows, before the guest's first instruction"),

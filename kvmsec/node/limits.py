@@ -11,6 +11,7 @@ from attrs import frozen
 from hypervisor import footprint, huge_pages
 from hypervisor.cgroup_limits import GroupLimits
 from hypervisor.cgroups import Lack
+from hypervisor.jail import BootFile
 from hypervisor.limits import UNLIMITED, ProcessLimits
 from hypervisor.machine import Limits, Machine
 from kvmsec.config import TOLERABLE, Config, LimitSettings
@@ -66,29 +67,24 @@ def allot(
     config: Config,
     machine: Machine,
     engine: Engine,
-    lent: Lent,
+    boot_files: Collection[BootFile],
     model: SecurityModel,
     huge_page_pools: Collection[int],
 ) -> Allotment:
     """The bounds of one start: of its control groups, and of its process.
 
+    That has all but the size of files, which its disks decide: see `largest_file_bytes`.
     `huge_page_pools`: the sizes, in MiB, of the pages that the node has pools of.
     """
     settings = config.limits
     granted = decide(machine.limits, settings)
-    boot_bytes = [file.size_bytes for file in lent.boot_files]
-    output_bytes = output.room_bytes(settings.log_kib)
     memory_mib = settings.memory_margin_mib + footprint.memory_mib(
-        machine, engine.accelerator, files_bytes=sum(boot_bytes) + output_bytes
+        machine, engine.accelerator, files_bytes=sum(_own_files_bytes(config, boot_files))
     )
     is_locked = _locks_memory(config.qemu.extra_arguments)
     if is_locked:
         memory_mib += footprint.locked_mib(machine)
     threads = footprint.tasks(machine)
-    files = [*boot_bytes, output_bytes]
-    if machine.hugepages is not None:
-        files.append(machine.memory_mib * _MIB)
-    written = [image.largest_bytes for chain in lent.disks for image in chain if not image.readonly]
     assert granted.oom_score_adjust is not None
     return Allotment(
         GroupLimits(
@@ -103,11 +99,26 @@ def allot(
             open_files=footprint.descriptors(machine),
             # Counted for all of a uid: the same as the group's where one uid is one instance.
             processes=threads if model is SecurityModel.POOL else None,
-            file_bytes=footprint.largest_file_bytes(written, files=files),
+            file_bytes=None,
             locked_bytes=UNLIMITED if is_locked else 8 * _MIB,
             oom_score_adjust=granted.oom_score_adjust,
         ),
     )
+
+
+def largest_file_bytes(config: Config, machine: Machine, lent: Lent) -> int:
+    """The most that a file of an instance's may hold: of its disks, and of all else it writes."""
+    files = _own_files_bytes(config, lent.boot_files)
+    if machine.hugepages is not None:
+        files.append(machine.memory_mib * _MIB)
+    written = [image.largest_bytes for chain in lent.disks for image in chain if not image.readonly]
+    return footprint.largest_file_bytes(written, files=files)
+
+
+def _own_files_bytes(config: Config, boot_files: Iterable[BootFile]) -> list[int]:
+    """What a jail holds in file systems of its own, which is memory."""
+    sizes = [file.size_bytes for file in boot_files]
+    return [*sizes, output.room_bytes(config.limits.log_kib)]
 
 
 def _locks_memory(arguments: Iterable[str]) -> bool:

@@ -57,9 +57,11 @@ class LocalNode:
         """Start an instance; returns once its guest runs.
 
         Raises AlreadyRunning, LockBusy while another command works on it, PoolExhausted before
-        anything is touched, and otherwise the error of the step that failed, with everything that
+        a disk is opened, and otherwise the error of the step that failed, with everything that
         had been made taken back.
         """
+        self._require_root()
+        self.host.nursery.begin()  # Before all that a start loads: it would have a copy of it.
         from kvmsec.node.admission import admit
         from kvmsec.node.engine import engine_for
         from kvmsec.node.launch import launch

@@ -20,9 +20,10 @@ from hypervisor import cmdline, process, tiny
 from hypervisor.closure import Closure
 from hypervisor.features import Features
 from hypervisor.foreign_text import escaped
-from hypervisor.jail import BootFile, Jail
+from hypervisor.jail import BootFile, Cell, Jail
 from hypervisor.machine import Machine
 from hypervisor.monitor import Monitor
+from hypervisor.newborn import Newborn, spawn
 from hypervisor.seccomp import Filter, NoFilter, find_filter
 from hypervisor.tree import BOOT, build_tree
 from kvmsec.errors import KvmsecError
@@ -125,7 +126,7 @@ async def _boot(
         problem = None
         try:
             jail, listeners = _make_jail(closure, accelerator, opened)
-            newborn = process.spawn(jail, closure.program, (closure.program, *argv))
+            newborn = spawn(jail, closure.program, (closure.program, *argv))
             opened.callback(process.kill_and_wait, newborn.pidfd, _GRACE_S)
             async with asyncio.timeout(timeout_s):
                 newborn.release()
@@ -159,9 +160,9 @@ def _make_jail(
     qmp = opened.enter_context(unix_sockets.listen(_PLACE / "qmp"))
     serial = opened.enter_context(unix_sockets.listen(_PLACE / "serial"))
     jail = Jail(
+        Cell(tree),
         name="doctor",
         credentials=NOBODY,
-        tree=tree,
         output=room,
         log=log,
         system_calls=_filter(),
@@ -180,7 +181,7 @@ def _filter() -> Filter | None:
         return None
 
 
-async def _hear(newborn: process.Newborn) -> str | None:
+async def _hear(newborn: Newborn) -> str | None:
     """Let the guest run once its confinement was seen; None when its banner came."""
     async with await Monitor.connect(_PLACE / "qmp") as monitor:
         if problems := process.confinement_problems(newborn):

@@ -46,8 +46,10 @@ class Lab:
         self.accelerator = accelerator
         self.note_what_is_there()
 
-    def note_what_is_there(self) -> None:
-        """Take what is there now for nobody's leftovers."""
+    def note_what_is_there(self, node: Node | None = None) -> None:
+        """Take what is there now for nobody's leftovers, with what a node keeps until it closes."""
+        if node is not None:
+            node.host.nursery.begin()
         self._before = running()
         self._interfaces = sorted(name for _, name in socket.if_nameindex())
         self._descriptors = descriptors()

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from hypervisor import process
-from hypervisor.process import Newborn, QemuGone
+from hypervisor.errors import JailFailed
+from hypervisor.newborn import Newborn
+from hypervisor.process import QemuGone
 from kvmsec.errors import StartFailed
 from kvmsec.linux import command, files, namespaces
 from kvmsec.linux.errors import Fault
@@ -130,7 +132,7 @@ def test_a_step_that_fails_undoes_all_before_it_at_once(lab, machine, error):
         raise error
 
     async def start_in_vain(node: Any) -> None:
-        lab.note_what_is_there()
+        lab.note_what_is_there(node)
         for step in STEP_NAMES:
             node._on_step = at(step, fail)
             with pytest.raises(Exception, match=r"injected|bug"):
@@ -141,6 +143,21 @@ def test_a_step_that_fails_undoes_all_before_it_at_once(lab, machine, error):
         await node.start(definition)
         await node.stop("web", force=True)
 
+    lab.run(start_in_vain)
+    check_nothing_is_left(lab)
+
+
+def test_a_child_that_can_not_be_told_its_jail_is_ended_and_collected(lab, machine, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise JailFailed("order", 0, "injected")
+
+    async def start_in_vain(node: Any) -> None:
+        with pytest.raises(Fault, match="injected"):
+            await node.start(lab.definition(**machine))
+        # No zombie of it, which `leftovers` would collect.
+        assert os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    monkeypatch.setattr(Newborn, "become", fail)
     lab.run(start_in_vain)
     check_nothing_is_left(lab)
 
@@ -173,7 +190,7 @@ def test_a_start_that_is_cancelled_at_any_step_is_undone_or_done(lab, machine):
     definition = lab.definition(**machine)
 
     async def start_in_vain(node: Any) -> None:
-        lab.note_what_is_there()
+        lab.note_what_is_there(node)
         for step in STEP_NAMES:
             start = asyncio.create_task(node.start(definition))
             node._on_step = at(step, start.cancel)

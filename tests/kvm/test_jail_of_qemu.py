@@ -16,7 +16,8 @@ from attrs import define
 
 from hypervisor import process, tiny, tree
 from hypervisor.closure import Closure
-from hypervisor.jail import BootFile, Jail
+from hypervisor.jail import BootFile, Cell, Jail
+from hypervisor.newborn import Newborn, spawn
 from hypervisor.seccomp import find_filter
 from kvmsec.linux import namespaces, processes, syscalls, unix_sockets
 from kvmsec.linux.credentials import Credentials
@@ -37,7 +38,7 @@ QMP, SERIAL, DISK = 3, 4, 5
 class Running:
     """A QEMU in its jail, stopped before the guest's first instruction, its monitor connected."""
 
-    child: process.Newborn
+    child: Newborn
     jail: Jail
     monitor: socket.socket
     line: socket.socket
@@ -128,9 +129,9 @@ def qemu(accelerator: str, who: Credentials, tmp_path: Path) -> Iterator[Running
         for number in (left.fileno(), leaked):
             os.set_inheritable(number, True)
         jail = Jail(
+            Cell(built),
             name="guest",
             credentials=who,
-            tree=built,
             output=room,
             log=opened(tmp_path / "output" / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND),
             system_calls=find_filter(),
@@ -142,7 +143,7 @@ def qemu(accelerator: str, who: Credentials, tmp_path: Path) -> Iterator[Running
                 DISK: opened(disk, os.O_RDWR),
             },
         )
-        child = process.spawn(jail, QEMU, argv(accelerator))
+        child = spawn(jail, QEMU, argv(accelerator))
         stack.callback(os.close, child.pidfd)
         stack.callback(process.reap, child.pidfd)
         stack.callback(process.kill_and_wait, child.pidfd, DEADLINE_S)

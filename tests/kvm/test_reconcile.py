@@ -104,7 +104,7 @@ def test_what_nobody_saw_end_is_unknown_and_its_last_words_are_kept(lab):
 
 def test_a_running_node_sees_every_end_at_once_and_cleans_up(lab):
     async def watch(node: Any) -> None:
-        lab.note_what_is_there()
+        lab.note_what_is_there(node)
         events = node.events()
         first = asyncio.ensure_future(anext(events))
         await asyncio.sleep(0)
@@ -141,7 +141,7 @@ def test_a_running_node_sees_every_end_at_once_and_cleans_up(lab):
 
 def test_a_node_tells_of_ends_that_others_brought_and_collects_their_zombies(lab):
     async def watch(node: Any) -> None:
-        lab.note_what_is_there()
+        lab.note_what_is_there(node)
         events = node.events()
         first = asyncio.ensure_future(anext(events))
         await asyncio.sleep(0)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor.jail import LOCKS, Jail
+from hypervisor.jail import LOCKS, Cell
 from kvmsec import Node
-from kvmsec.linux.credentials import Credentials
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_THE_WAY = {
@@ -19,20 +18,15 @@ ON_THE_WAY = {
 }
 
 
-def jail(without_locks: frozenset[str] = frozenset()) -> Jail:
-    return Jail("web", Credentials(1, 1), -1, -1, 1, None, without_locks=without_locks)
-
-
 def test_nothing_is_left_out_unless_a_caller_of_the_library_says_so() -> None:
-    made = Jail("web", Credentials(1, 1), -1, -1, 1, None)
-    assert made.without_locks == frozenset()
+    assert Cell(-1).without_locks == frozenset()
     assert inspect.signature(Node).parameters["without_locks"].default == frozenset()
 
 
 def test_what_is_no_lock_can_not_be_left_out() -> None:
-    assert jail(without_locks=LOCKS).without_locks == LOCKS
+    assert Cell(-1, without_locks=LOCKS).without_locks == LOCKS
     with pytest.raises(ValueError, match="'the uid'"):
-        jail(without_locks=frozenset({"the uid"}))
+        Cell(-1, without_locks=frozenset({"the uid"}))
 
 
 def test_no_command_setting_or_definition_reaches_it() -> None:

@@ -190,7 +190,7 @@ def test_what_was_opened_is_what_the_guest_gets_whatever_is_swapped_in_later(pla
     before = Path("/etc/shadow").read_bytes()
 
     def swap(step: str) -> None:
-        if step == "fork":
+        if step == "jail":
             disk.rename(disk.with_name("moved"))
             disk.symlink_to("/etc/shadow")
 

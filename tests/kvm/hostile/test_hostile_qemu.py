@@ -171,6 +171,6 @@ def test_a_command_that_is_told_to_end_takes_its_start_back(
             has_process = found is not None and found.pid is not None
         starting.send_signal(number)
         _, said = starting.communicate(timeout=60)
-    assert starting.returncode == 128 + number
+    assert starting.returncode == 128 + number, said
     word = "interrupted" if number == signal.SIGINT else "terminated"
     assert said == f"kvmsec: {word}\n"

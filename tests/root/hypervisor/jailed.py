@@ -1,8 +1,12 @@
 """Plain programs in a jail, and how they are looked at from outside."""
 
+import contextlib
 import os
+import resource
 import select
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,21 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from hypervisor import process
 from hypervisor.closure import Binds, Closure
 from hypervisor.errors import JailFailed
 from hypervisor.identity import FileIdentity
-from hypervisor.jail import Jail
+from hypervisor.jail import Cell, Jail
+from hypervisor.limits import ProcessLimits
+from hypervisor.newborn import Newborn, spawn
+from hypervisor.nursery import Nursery
 from hypervisor.tree import Trees
 from kvmsec.linux import namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.readiness import is_readable
 
 SOMEBODY = Credentials(239001, 239002)
 ROOT = Credentials(0, 0)
 DEADLINE_S = 10.0
 PROGRAMS = ("/bin/sh", "/bin/sleep", "/usr/bin/env", "/bin/true", "/bin/ls", "/bin/cat")
 ADMINS = ("/bin/mount", "/bin/mknod", "/bin/chown", "/bin/mkdir", "/bin/touch", "/bin/ln")
+
+UNASKED = ProcessLimits()
+OF_CELL = {"born_in", "cgroups", "without_locks"}
 
 Build = Callable[..., Jail]
 
@@ -56,6 +68,7 @@ def build(tmp_path: Path) -> Iterator[Build]:
         who: Credentials = SOMEBODY,
         binds: Binds | None = None,
         tree: int | None = None,
+        limits: ProcessLimits = UNASKED,
         **more: Any,
     ) -> Jail:
         if tree is None:
@@ -68,12 +81,14 @@ def build(tmp_path: Path) -> Iterator[Build]:
         opened.extend([log, syscalls.detached_copy(str(tmp_path / "output"))])
         # Scripts start programs, which the filter lets nobody do.
         wanted: dict[str, Any] = {"system_calls": None, **more}
+        of_cell = {name: wanted.pop(name) for name in OF_CELL & wanted.keys()}
         return Jail(
+            Cell(tree, limits=evolve(limits, file_bytes=None), **of_cell),
             name="inside",
             credentials=who,
-            tree=tree,
             output=opened[-1],
             log=log,
+            file_bytes=limits.file_bytes or 0,
             **wanted,
         )
 
@@ -87,7 +102,7 @@ def build(tmp_path: Path) -> Iterator[Build]:
 
 def held_by(jail: Jail) -> list[int]:
     """What a process needs to start a program in it."""
-    return [jail.tree, jail.output, jail.log]
+    return [jail.cell.tree, jail.output, jail.log]
 
 
 @pytest.fixture
@@ -106,15 +121,114 @@ def the_launcher_is_as_before() -> Iterator[None]:
 
 
 @contextmanager
-def newborn(jail: Jail, *argv: str) -> Iterator[process.Newborn]:
-    child = process.spawn(jail, argv[0], argv)
+def newborn(jail: Jail, *argv: str) -> Iterator[Newborn]:
+    child = spawn(jail, argv[0], argv)
     try:
         yield child
     finally:
+        end(child)
+
+
+@pytest.fixture
+def nursery() -> Iterator[Nursery]:
+    """One that has not begun; afterwards no child may be left, not even a dead one."""
+    made = Nursery()
+    yield made
+    made.close()
+    left = children_of(os.getpid())
+    for pid in left:
+        assert pid > 0, left  # A number that kill(2) takes for a group of processes.
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert not left
+
+
+def nursery_pid(nursery: Nursery) -> int:
+    assert nursery._child is not None
+    return nursery._child.pid
+
+
+def children_of(pid: int) -> list[int]:
+    """Its children, zombies too; a process that is gone has none."""
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def held_files(pid: int) -> dict[str, str]:
+    """What each of a process's descriptors stands for, by its number."""
+    found = {}
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = os.readlink(f"/proc/{pid}/fd/{name}")
+    return found
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Look again for a while: what a child does is seen a moment later."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_so():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.001)
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether it is /bin/sleep, which has loaded its libraries."""
+    nanosleep = "230"  # clock_nanosleep; linux/arch/x86/entry/syscalls/syscall_64.tbl
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] == nanosleep
+
+
+@contextmanager
+def born(nursery: Nursery, jail: Jail, *argv: str) -> Iterator[Newborn]:
+    """As `newborn`, of a nursery's making."""
+    child = heard(nursery.birth(jail.cell))
+    try:
+        child.become(jail, argv[0], argv)
+        yield child
+    finally:
+        end(child)
+
+
+def heard(child: Newborn) -> Newborn:
+    """One that was asked for, once it is there."""
+    try:
+        assert is_readable(child.line.fileno(), DEADLINE_S)
+        child.hear()
+    except BaseException:
         child.close()
-        process.kill_and_wait(child.pidfd, DEADLINE_S)
-        process.reap(child.pidfd)
-        os.close(child.pidfd)
+        raise
+    return child
+
+
+def end(child: Newborn) -> None:
+    """End one that was heard of, and free all that belongs to it."""
+    child.close()
+    process.kill_and_wait(child.pidfd, DEADLINE_S)
+    process.reap(child.pidfd)
+    os.close(child.pidfd)
+
+
+@contextmanager
+def descriptor_limit(soft: int) -> Iterator[None]:
+    """How many descriptors this process may have."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@contextmanager
+def orphans_come_here() -> Iterator[None]:
+    """This process is the parent of what its children leave behind."""
+    set_child_subreaper = 36  # linux/include/uapi/linux/prctl.h
+    syscalls.prctl(set_child_subreaper, 1)
+    try:
+        yield
+    finally:
+        syscalls.prctl(set_child_subreaper, 0)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import pytest
 
 from hypervisor import descriptors, process, tree
 from hypervisor.closure import Closure
-from hypervisor.jail import Jail
+from hypervisor.jail import Cell, Jail
+from hypervisor.newborn import Newborn, spawn
 from kvmsec.linux import namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
 
@@ -101,7 +102,7 @@ LEAKS: dict[str, Opener] = {
 
 
 @contextmanager
-def holding(place: Path, grants: dict[int, int]) -> Iterator[process.Newborn]:
+def holding(place: Path, grants: dict[int, int]) -> Iterator[Newborn]:
     """A program in its jail that got these."""
     for name in ("place", "output"):
         (place / name).mkdir()
@@ -113,15 +114,15 @@ def holding(place: Path, grants: dict[int, int]) -> Iterator[process.Newborn]:
     binds = tuple((os.path.realpath(file), file) for file in files)
     built = tree.build_tree(Closure("", binds), str(place / "place"))
     jail = Jail(
+        Cell(built),
         name="inside",
         credentials=WHO,
-        tree=built,
         output=room,
         log=log,
         system_calls=None,
         descriptors=grants,
     )
-    child = process.spawn(jail, "/bin/sleep", ["sleep", "60"])
+    child = spawn(jail, "/bin/sleep", ["sleep", "60"])
     try:
         child.release()
         child.executed()

@@ -291,6 +291,8 @@ def test_its_cgroups_are_joined_and_a_missing_one_is_an_error(build: Build, tmp_
     jail = build(cgroups=(str(tmp_path / "cgroup.procs"),))
     assert said(jail, "/bin/true")[0] == 0
     assert (tmp_path / "cgroup.procs").read_text() == "0"
-    error = failure_of(evolve(jail, cgroups=(str(tmp_path / "gone"),)), "/bin/true")
+    error = failure_of(
+        evolve(jail, cell=evolve(jail.cell, cgroups=(str(tmp_path / "gone"),))), "/bin/true"
+    )
     assert (error.step, error.errno) == ("cgroups", errno.ENOENT)
     assert not (tmp_path / "gone").exists()

@@ -6,8 +6,6 @@ import fcntl
 import os
 import resource
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,14 @@ from hypothesis import strategies as st
 
 from hypervisor import jail as jails
 from hypervisor import process
-from hypervisor.jail import Jail
+from hypervisor.jail import Cell, Jail
+from hypervisor.newborn import spawn
 from tests.root.hypervisor.jailed import (
     DEADLINE_S,
     SOMEBODY,
     Build,
     build,
+    descriptor_limit,
     running,
     the_launcher_is_as_before,
 )
@@ -78,9 +78,9 @@ def test_descriptors_come_to_their_numbers_however_these_overlap(
             number: os.readlink(f"/proc/self/fd/{number}") for number in {*wanted.values(), log}
         }
         jail = Jail(
+            Cell(-1),
             name="x",
             credentials=SOMEBODY,
-            tree=-1,
             output=-1,
             log=log,
             system_calls=None,
@@ -111,16 +111,6 @@ def test_descriptors_come_to_their_numbers_however_these_overlap(
     assert kept == expected
 
 
-@contextmanager
-def descriptor_limit(soft: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
 def test_a_launcher_with_many_descriptors_can_start_one(build: Build) -> None:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 1400:
         pytest.skip("this process may not open enough descriptors")
@@ -147,7 +137,7 @@ def test_too_few_descriptors_are_an_error_that_leaves_nothing(build: Build) -> N
         before = set(os.listdir("/proc/self/fd"))
         with descriptor_limit(limit):
             try:
-                child = process.spawn(jail, "/bin/true", ["true"])
+                child = spawn(jail, "/bin/true", ["true"])
             except OSError as error:
                 assert error.errno == errno.EMFILE
                 failures += 1

@@ -9,8 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,8 +18,9 @@ from hypervisor import jail as jails
 from hypervisor import process
 from hypervisor.errors import JailFailed
 from hypervisor.jail import BootFile
+from hypervisor.newborn import spawn
 from hypervisor.steps import Step
-from kvmsec.linux import processes, syscalls
+from kvmsec.linux import processes
 from kvmsec.linux.errors import ManyThreads
 from tests.root.hypervisor.jailed import (
     DEADLINE_S,
@@ -31,6 +30,7 @@ from tests.root.hypervisor.jailed import (
     build,
     failure_of,
     newborn,
+    orphans_come_here,
     running,
     said,
     the_launcher_is_as_before,
@@ -68,7 +68,7 @@ def test_a_boot_file_that_grows_is_copied_as_long_as_it_was(build: Build) -> Non
 
 def test_a_tree_or_an_output_that_is_none_is_told(build: Build) -> None:
     jail = build()
-    error = failure_of(evolve(jail, tree=jail.log), "/bin/true")
+    error = failure_of(evolve(jail, cell=evolve(jail.cell, tree=jail.log)), "/bin/true")
     assert (error.step, error.errno) == ("namespaces", errno.EINVAL)
     error = failure_of(evolve(jail, output=jail.log), "/bin/true")
     assert (error.step, error.errno) == ("output", errno.EINVAL)
@@ -139,13 +139,13 @@ def test_a_launcher_that_is_killed_before_the_release_leaves_no_process(
     if launcher == 0:
         try:
             os.close(reader)
-            child = process.spawn(jail, "/bin/sleep", ["sleep", "60"])
+            child = spawn(jail, "/bin/sleep", ["sleep", "60"])
             os.write(writer, struct.pack("i", child.process.pid))
             signal.pause()
         finally:
             os._exit(1)
     os.close(writer)
-    with _orphans_come_here():
+    with orphans_come_here():
         pid = struct.unpack("i", os.read(reader, 4))[0]
         os.close(reader)
         pidfd = os.pidfd_open(pid)
@@ -164,18 +164,18 @@ def test_a_child_that_hangs_in_its_jail_ends_with_its_launcher(
     """It reads no pipe there, and would go on to take the uid later."""
     jail = build()
     hang = Step("hang", lambda _: signal.pause(), "for the test")
-    monkeypatch.setattr(jails, "STEPS", (hang, *jails.STEPS))
+    monkeypatch.setattr(jails, "CELL_STEPS", (hang, *jails.CELL_STEPS))
     reader, writer = os.pipe()
     launcher = os.fork()
     if launcher == 0:
         try:
-            child = process.spawn(jail, "/bin/sleep", ["sleep", "60"])
+            child = spawn(jail, "/bin/sleep", ["sleep", "60"])
             os.write(writer, struct.pack("i", child.process.pid))
             _wait_until_it_pauses(child.process.pid)
         finally:
             os._exit(1)
     os.close(writer)
-    with _orphans_come_here():
+    with orphans_come_here():
         pidfd = os.pidfd_open(struct.unpack("i", os.read(reader, 4))[0])
         os.close(reader)
         os.waitpid(launcher, 0)
@@ -193,23 +193,13 @@ def _wait_until_it_pauses(pid: int) -> None:
         time.sleep(0.01)
 
 
-@contextmanager
-def _orphans_come_here() -> Iterator[None]:
-    set_child_subreaper = 36  # linux/include/uapi/linux/prctl.h
-    syscalls.prctl(set_child_subreaper, 1)
-    try:
-        yield
-    finally:
-        syscalls.prctl(set_child_subreaper, 0)
-
-
 def test_a_launcher_that_ignores_its_children_is_told_what_failed(build: Build) -> None:
     jail = evolve(build(), name="x" * 65)
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         for _ in range(10):
             with pytest.raises(JailFailed, match="host name"):
-                child = process.spawn(jail, "/bin/true", ["true"])
+                child = spawn(jail, "/bin/true", ["true"])
                 child.release()
                 try:
                     child.executed()
@@ -230,7 +220,7 @@ def test_a_launcher_with_several_threads_starts_nothing(build: Build) -> None:
     other.start()
     try:
         with pytest.raises(ManyThreads, match="2 threads"):
-            process.spawn(jail, "/bin/true", ["true"])
+            spawn(jail, "/bin/true", ["true"])
     finally:
         done.set()
         other.join()

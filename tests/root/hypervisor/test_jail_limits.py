@@ -117,7 +117,7 @@ def test_a_score_that_can_not_be_had_ends_the_start_and_is_named(build: Build) -
 
     def start_it() -> None:
         become(Credentials(0, 0))
-        jail.limits.apply()
+        jail.cell.limits.apply()
 
     with pytest.raises(ChildFailed) as caught:
         run_in_child(start_it, what="starting", timeout_s=20)

@@ -13,7 +13,15 @@ from kvmsec.config import Config, LimitSettings, QemuSettings
 from kvmsec.model.security import SecurityModel
 from kvmsec.node.engine import Engine
 from kvmsec.node.grants import Lent
-from kvmsec.node.limits import Allotment, NoCgroup, allot, decide, problems_of, require
+from kvmsec.node.limits import (
+    Allotment,
+    NoCgroup,
+    allot,
+    decide,
+    largest_file_bytes,
+    problems_of,
+    require,
+)
 
 MEMORY, PIDS, CPU = (Lack.of(name, "not there") for name in ("memory", "pids", "cpu"))
 NONE = Lack("cgroup", "nothing is mounted")
@@ -116,7 +124,11 @@ def bounds(
     nothing: Any = None
     engine = Engine(Path("/usr/bin/qemu"), nothing, nothing, "kvm", nothing)
     config = Config(qemu=QemuSettings(extra_arguments=extra))
-    return allot(config, Machine(name="web", **keys), engine, Lent(), model, pools)
+    return allot(config, Machine(name="web", **keys), engine, (), model, pools)
+
+
+def largest_file(**keys: Any) -> int:
+    return largest_file_bytes(Config(), Machine(name="web", **keys), Lent())
 
 
 def test_a_uid_of_its_own_is_bounded_as_its_group_is() -> None:
@@ -130,11 +142,12 @@ def test_a_uid_of_its_own_is_bounded_as_its_group_is() -> None:
 def test_memory_of_huge_pages_is_a_file_and_the_only_ones_that_it_gets() -> None:
     without = bounds(memory_mib=4096, pools=(2, 1024))
     assert without.groups.huge_pages == (HugePageLimit("2MB", 0), HugePageLimit("1GB", 0))
-    assert without.process.file_bytes < 4096 << 20
+    assert largest_file(memory_mib=4096) < 4096 << 20
     huge = bounds(memory_mib=4096, hugepages="1G", pools=(2,))
     wanted = HugePageLimit("1GB", 4096 << 20)
     assert huge.groups.huge_pages == (HugePageLimit("2MB", 0), wanted)
-    assert huge.process.file_bytes == 4096 << 20
+    assert largest_file(memory_mib=4096, hugepages="1G") == 4096 << 20
+    assert huge.process.file_bytes is None, "it is told once the disks are known"
     assert "hugetlb" in huge.groups.controllers
     assert "hugetlb" not in bounds().groups.controllers
 

@@ -1,0 +1,340 @@
+"""The only place that starts QEMU: a child that shuts itself in and is told what to become.
+
+The two talk over channels of the child's own. On the line, a socket, the child says first of all
+that it is there, then is told its jail and its command line, and at last to go. On the report, a
+pipe, it says what failed; that closes as the child becomes QEMU.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Final, NoReturn
+
+import msgspec
+from attrs import evolve, frozen
+
+from hypervisor.descriptors import identity_of
+from hypervisor.errors import JailFailed
+from hypervisor.jail import Cell, Jail, duplicate_above, enter, enter_cell, execute
+from kvmsec.linux import children, forking, processes, syscalls
+from kvmsec.linux.processes import ProcessId
+from kvmsec.linux.readiness import has_left, is_readable
+
+_ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
+_BORN: Final = b"b"
+_DESCRIPTORS: Final = b"d"
+_GO: Final = b"g"
+_EXECUTING: Final = b"x"
+_ALONE: Final = 125
+"""The exit status of a child whose launcher is gone."""
+_GONE: Final = "the process that was to make a child is gone"
+_KILLED: Final = "the process was killed before it could start QEMU"
+_MOST_AT_ONCE: Final = 253  # SCM_MAX_FD, linux/include/net/scm.h
+_LIMIT_BYTES: Final = 1 << 18  # The kernel's own is less, unless net.core.wmem_default was raised.
+_BIRTH_S: Final = 10.0
+
+
+@frozen
+class _Order:
+    """What a child is to become; `held` are the numbers of the descriptors that come with it."""
+
+    jail: Jail
+    program: str
+    argv: tuple[str, ...]
+    held: tuple[int, ...]
+
+
+@cache
+def order_decoder() -> msgspec.msgpack.Decoder[_Order]:
+    """What reads an order; to make one takes a fifth of a millisecond."""
+    return msgspec.msgpack.Decoder(_Order)
+
+
+@frozen
+class Ends:
+    """The child's ends of the channels to its launcher, and how they are closed here."""
+
+    line: int
+    report: int
+
+    def above(self, number: int) -> "Ends":
+        """Copies with numbers above it, close-on-exec."""
+        return Ends(*(duplicate_above(one, number + 1) for one in (self.line, self.report)))
+
+    def close(self) -> None:
+        """Close them in a process that isn't the child."""
+        os.close(self.line)
+        os.close(self.report)
+
+    def tell(self, failure: JailFailed) -> None:
+        """Say what failed, to whoever waits for the child to become QEMU."""
+        # A path may be no text.
+        said = failure.detail[:1024].encode(errors="backslashreplace").decode()
+        told = {"step": failure.step, "errno": failure.errno, "detail": said}
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.report, msgspec.json.encode(told))
+
+
+class Newborn:
+    """A child that waits, shut in more and more, until it is released and becomes QEMU.
+
+    It is asked for, heard of, told what to become, and released, in this order. Between the second
+    and the last the launcher writes down whose process it is. Should the launcher die before, the
+    kernel ends the child with it: no unknown QEMU can be left behind.
+    """
+
+    def __init__(self, ask: Callable[[Ends], None]) -> None:
+        """`ask` has a child made that goes through `live`; raises what that raises."""
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
+            self.line, line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(self.line.close)
+            theirs.callback(line.close)
+            self._report, report = os.pipe2(os.O_CLOEXEC)
+            undo.callback(os.close, self._report)
+            theirs.callback(os.close, report)
+            # Kept for its pidfd: a child that is there must be heard of, whatever else is open.
+            self._place = os.dup(self._report)
+            undo.callback(os.close, self._place)
+            ask(Ends(line.fileno(), report))
+            undo.pop_all()
+        self.pidfd = -1
+        self.process: ProcessId
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was heard of: its end, and its pidfd, are the caller's affair from then on."""
+        return self.pidfd >= 0
+
+    def hear(self) -> None:
+        """Take its first word, once the line is readable, and know `process` and `pidfd`.
+
+        Raises JailFailed where there is no child, ProcessLookupError where /proc shows none, and
+        OSError; no child is left then.
+        """
+        pidfd = self._first_word()
+        if pidfd is None:
+            raise _failure(_words(self._report)) or JailFailed("fork", 0, _GONE)
+        process = None
+        try:
+            pid = processes.pid_of(pidfd)
+            process = None if pid is None else processes.identify(pid)
+        finally:
+            if process is None:
+                _end(pidfd)
+        if process is None:
+            # Ended already, and not kept for us: SIGCHLD is ignored.
+            raise _failure(_words(self._report)) or ProcessLookupError(
+                "/proc does not show the new process: is it mounted?"
+            )
+        self.pidfd, self.process = pidfd, process
+
+    def _first_word(self) -> int | None:
+        """The child's own pidfd; None when the line closes first."""
+        self._free_place()
+        with contextlib.suppress(ConnectionResetError):
+            said, descriptors, _, _ = socket.recv_fds(
+                self.line, len(_BORN), 1, socket.MSG_CMSG_CLOEXEC
+            )
+            if said and not descriptors:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            if said:
+                return descriptors[0]
+        return None
+
+    def _free_place(self) -> None:
+        if self._place >= 0:
+            os.close(self._place)
+            self._place = -1
+
+    def become(self, jail: Jail, program: str, argv: Sequence[str]) -> None:
+        """Have it shut itself in, with these descriptors and no other, and wait for `release`.
+
+        Raises JailFailed for what no message holds, and OSError; the child is there then.
+        """
+        self.jail = jail
+        # Looked up now: the launcher closes its own copies before QEMU's are checked.
+        self.granted = frozenset(map(identity_of, (*jail.descriptors.values(), jail.log)))
+        held = jail.held
+        order = msgspec.msgpack.encode(_Order(jail, program, tuple(argv), held))
+        try:
+            if len(order) > _LIMIT_BYTES:
+                raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+            for start in range(0, len(held), _MOST_AT_ONCE):
+                some = held[start : start + _MOST_AT_ONCE]
+                socket.send_fds(self.line, [_DESCRIPTORS], some)
+            self.line.send(order)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # It failed already: `executed` says where.
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE:
+                raise
+            detail = f"the command line is too long: {len(order)} bytes with the jail's own"
+            raise JailFailed("order", errno.EMSGSIZE, detail) from None
+
+    def release(self) -> None:
+        """Let it execute QEMU once its jail stands. If it failed before, `executed` says where."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.line.send(_GO)
+
+    def fileno(self) -> int:
+        """A descriptor that is readable once the child has become QEMU, or failed to."""
+        return self._report
+
+    def executed(self) -> None:
+        """Return when the child has become QEMU; raises JailFailed with what went wrong.
+
+        What QEMU does from then on, its end included, is another question.
+        """
+        _require_executed(self._report)
+
+    def close(self) -> None:
+        """Free the channels. A child that was heard of is not touched; any other is ended."""
+        if self._report < 0:
+            return
+        if not self.is_known and is_readable(self.line.fileno(), _BIRTH_S):
+            unknown = self._first_word()
+            if unknown is not None:
+                _end(unknown)
+        self._free_place()
+        self.line.close()
+        os.close(self._report)
+        self._report = -1
+
+
+def _require_executed(report: int) -> None:
+    words = _words(report)
+    if words != _EXECUTING:
+        raise _failure(words) or JailFailed("exec", 0, _KILLED)
+
+
+def _words(report: int) -> bytes:
+    """All that a child says until it has become QEMU, or is gone."""
+    words = b""
+    while chunk := os.read(report, 4096):
+        words += chunk
+    return words
+
+
+def _failure(words: bytes) -> JailFailed | None:
+    """What failed, in a child's words; None when it said nothing of the kind."""
+    try:
+        failure = msgspec.json.decode(words.removeprefix(_EXECUTING))
+        step, number, detail = failure["step"], failure["errno"], failure["detail"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return JailFailed(str(step), int(number), str(detail))
+
+
+def _end(pidfd: int) -> None:
+    processes.kill(pidfd)
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
+
+
+def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
+    """A child of the calling process's own forking that is to become `program`, up to `release`.
+
+    Raises ManyThreads when the calling process has more than one, OSError when it can't fork, and
+    JailFailed; no process and no descriptor is left then.
+    """
+
+    def fork(ends: Ends) -> None:
+        pid, pidfd = forking.clone_init(jail.cell.born_in)
+        if pid == 0:
+            live(jail.cell, ends)
+        os.close(pidfd)
+
+    newborn = Newborn(fork)
+    try:
+        if not is_readable(newborn.line.fileno(), _BIRTH_S):
+            raise JailFailed("fork", 0, _GONE)
+        newborn.hear()
+        newborn.become(jail, program, argv)
+    except BaseException:
+        if newborn.is_known:
+            _end(newborn.pidfd)
+        newborn.close()
+        raise
+    return newborn
+
+
+# The child -----------------------------------------------------------------------------------
+
+
+def live(cell: Cell, ends: Ends) -> NoReturn:
+    """The child's whole life as Python; it must never return into the code that forked it."""
+    try:
+        try:
+            children.close_all_but({0, 1, 2, cell.tree, ends.line, ends.report})
+            line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=ends.line)
+            _end_with_launcher(line.fileno())
+            _say_that_it_lives(line)
+            enter_cell(cell)
+            os.close(cell.tree)
+            order = _receive_order(line)
+            # Above every number that the jail hands out, so that neither is overwritten.
+            ends = ends.above(max(order.jail.descriptors, default=2))
+            _become(order, ends)
+        except ConnectionError:
+            os._exit(_ALONE)
+        except JailFailed as error:
+            ends.tell(error)
+        except OSError as error:
+            ends.tell(JailFailed("exec", error.errno or 0, str(error)))
+        except BaseException as error:
+            ends.tell(JailFailed("jail", 0, repr(error)))
+    finally:
+        os._exit(126)
+
+
+def _end_with_launcher(line: int) -> None:
+    """Be ended as soon as the launcher is; said again whenever ids change, which undoes it.
+
+    Once its launcher is gone another command may clean the uid and lease it anew: the child must
+    not take it after that.
+    """
+    syscalls.end_with_parent()
+    if has_left(line):  # It was gone before; the first process of a namespace sees no parent.
+        os._exit(_ALONE)
+
+
+def _say_that_it_lives(line: socket.socket) -> None:
+    """By a descriptor of this very process: its pid here is another than the launcher's for it."""
+    pidfd = os.pidfd_open(os.getpid())
+    socket.send_fds(line, [_BORN], [pidfd])
+    os.close(pidfd)
+
+
+def _receive_order(line: socket.socket) -> _Order:
+    """What the launcher wants, with the descriptors by the numbers that they have here."""
+    received: list[int] = []
+    while True:
+        said, descriptors, _, _ = socket.recv_fds(
+            line, _LIMIT_BYTES, _MOST_AT_ONCE, socket.MSG_CMSG_CLOEXEC
+        )
+        if not said:
+            os._exit(_ALONE)
+        received += descriptors
+        if said != _DESCRIPTORS:
+            break
+    order = order_decoder().decode(said)
+    if len(received) < len(order.held):  # The kernel leaves out what has no number any more.
+        detail = f"{len(order.held)} are granted: too many for its limit of open files"
+        raise JailFailed("descriptors", errno.EMFILE, detail)
+    jail = order.jail.renumbered(dict(zip(order.held, received, strict=True)))
+    return evolve(order, jail=jail)
+
+
+def _become(order: _Order, ends: Ends) -> None:
+    _end_with_launcher(ends.line)  # Before it takes the uid, and after.
+    enter(order.jail)
+    _end_with_launcher(ends.line)
+    if os.read(ends.line, len(_GO)) != _GO:
+        os._exit(_ALONE)
+    syscalls.outlive_parent()
+    os.write(ends.report, _EXECUTING)
+    execute(order.jail, order.program, order.argv, _ENVIRONMENT)

@@ -1,0 +1,445 @@
+"""Children of a nursery: whose they are, how they are shut in, and what neither of the two holds.
+
+How a nursery and its launcher are killed is in test_nursery_killed.py, and how a child is told
+what to become in test_newborn.py.
+"""
+
+import asyncio
+import errno
+import fcntl
+import os
+import random
+import select
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypervisor import jail as jails
+from hypervisor import process
+from hypervisor.cgroups import Hierarchy, InstanceCgroup
+from hypervisor.errors import JailFailed
+from hypervisor.jail import Cell, Jail
+from hypervisor.limits import ProcessLimits
+from hypervisor.nursery import Nursery
+from hypervisor.seccomp import find_filter
+from hypervisor.steps import Step
+from kvmsec.linux import processes
+from kvmsec.linux.errors import ManyThreads
+from kvmsec.linux.readiness import is_readable
+from kvmsec.node.waiting import readable
+from tests.root.hypervisor.jailed import (
+    DEADLINE_S,
+    SOMEBODY,
+    Build,
+    born,
+    build,
+    children_of,
+    end,
+    field,
+    heard,
+    held_files,
+    is_asleep,
+    mounts_of,
+    newborn,
+    nursery,
+    nursery_pid,
+    the_launcher_is_as_before,
+    wait_until,
+)
+
+__all__ = ["build", "nursery", "the_launcher_is_as_before"]
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
+
+OF_STATUS = (
+    *("Umask", "TracerPid", "Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Threads"),
+    *("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", *processes.CAPABILITY_SETS),
+)
+KINDS = ("mnt", "net", "ipc", "uts", "pid", "pid_for_children", "cgroup", "user", "time")
+
+
+@pytest.fixture
+def group() -> Iterator[InstanceCgroup]:
+    made = Hierarchy.detect().create(f"kvmsec_test_{os.getpid()}", "guest")
+    yield made
+    made.kill(5)
+    made.remove()
+
+
+def execute(child: Any) -> None:
+    """Have one that was told what to become execute it."""
+    child.release()
+    assert is_readable(child.fileno(), DEADLINE_S)
+    child.executed()
+
+
+def status_of_end(child: Any) -> process.Ended | None:
+    assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
+    return process.reap(child.pidfd)
+
+
+# Whose it is ---------------------------------------------------------------------------------
+
+
+def test_a_child_is_the_launchers_own_and_ends_as_such(nursery: Nursery, build: Build) -> None:
+    with born(nursery, build(), "/bin/sh", "-c", "exit 7") as child:
+        pid = child.process.pid
+        assert processes.pid_of(child.pidfd) == pid
+        assert processes.identify(pid) == child.process
+        assert int(field(pid, "PPid")) == os.getpid()
+        assert field(pid, "NSpid").split() == [str(pid), "1"]
+        assert children_of(nursery_pid(nursery)) == []
+        execute(child)
+        assert status_of_end(child) == process.Ended(7, None)
+        assert processes.identify(pid) is None, "it was reaped"
+
+
+def test_a_child_is_born_in_its_group_and_joins_it_nowhere(
+    nursery: Nursery, build: Build, group: InstanceCgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang = Step("hang", lambda _: signal.pause(), "for the test")
+    monkeypatch.setattr(jails, "CELL_STEPS", (hang, *jails.CELL_STEPS))
+    jail = build(born_in=group.unified, cgroups=group.tasks_files)
+    child = heard(nursery.birth(jail.cell))
+    try:
+        assert str(child.process.pid) in Path(f"{group.unified}/cgroup.procs").read_text().split()
+    finally:
+        end(child)
+
+
+def test_a_child_is_in_all_of_its_groups_when_it_runs(
+    nursery: Nursery, build: Build, group: InstanceCgroup
+) -> None:
+    jail = build(born_in=group.unified, cgroups=group.tasks_files)
+    with born(nursery, jail, "/bin/sleep", "60") as child:
+        execute(child)
+        assert group.problems_of(child.process.pid) == []
+
+
+def test_it_is_shut_in_as_one_that_the_launcher_forks(nursery: Nursery, build: Build) -> None:
+    limits = ProcessLimits(open_files=333, processes=44, file_bytes=1 << 20, oom_score_adjust=321)
+    wanted: dict[str, Any] = {"limits": limits, "system_calls": find_filter()}
+
+    def look(pid: int, jail: Jail) -> dict[str, Any]:
+        namespaces_ = {kind: os.readlink(f"/proc/{pid}/ns/{kind}") for kind in KINDS}
+        shared = {k for k, v in namespaces_.items() if v == os.readlink(f"/proc/self/ns/{k}")}
+        assert jail.limits.problems_of(pid) == []
+        return {
+            "status": {name: field(pid, name) for name in OF_STATUS},
+            "namespaces shared": shared,
+            "limits": Path(f"/proc/{pid}/limits").read_text(),
+            "environment": Path(f"/proc/{pid}/environ").read_bytes(),
+            "session and group": [field(pid, name).split()[1] for name in ("NSsid", "NSpgid")],
+            "mounts": mounts_of(pid),
+            "descriptors": {name: what.partition("[")[0] for name, what in held_files(pid).items()},
+            "directory": os.readlink(f"/proc/{pid}/cwd"),
+            "groups": Path(f"/proc/{pid}/cgroup").read_text(),
+            "oom": Path(f"/proc/{pid}/oom_score_adj").read_text(),
+            "core": Path(f"/proc/{pid}/coredump_filter").read_text(),
+        }
+
+    with newborn(jail := build(**wanted), "/bin/sleep", "60") as child:
+        execute(child)
+        wait_until(lambda: is_asleep(child.process.pid))
+        of_spawn = look(child.process.pid, jail)
+    with born(nursery, jail := build(**wanted), "/bin/sleep", "60") as child:
+        execute(child)
+        wait_until(lambda: is_asleep(child.process.pid))
+        of_nursery = look(child.process.pid, jail)
+    assert of_nursery == of_spawn
+    assert of_nursery["namespaces shared"] == {"user", "time"}
+    assert of_nursery["status"]["Uid"].split() == [str(SOMEBODY.uid)] * 4
+    assert of_nursery["session and group"] == ["1", "1"]
+
+
+def test_twenty_births_at_once_in_any_order_each_on_its_own_line(
+    nursery: Nursery, build: Build
+) -> None:
+    jails_ = [build() for _ in range(20)]
+    births = [nursery.birth(jail.cell) for jail in jails_]
+    chance = random.Random(seed := random.randrange(1 << 32))
+    order = list(range(20))
+    known = []
+    try:
+        for number in chance.sample(order, 20):
+            known.append(heard(births[number]))
+        assert len({child.process.pid for child in births}) == 20, f"seed {seed}"
+        for number in chance.sample(order, 20):
+            argv = ("/bin/sh", "-c", f"exit {number}")
+            births[number].become(jails_[number], argv[0], argv)
+        for number in chance.sample(order, 20):
+            births[number].release()
+        for number in chance.sample(order, 20):
+            births[number].executed()
+            assert status_of_end(births[number]) == process.Ended(number, None), f"seed {seed}"
+    finally:
+        for child in known:
+            end(child)
+
+
+# The process ---------------------------------------------------------------------------------
+
+
+def test_one_process_makes_all_of_them(nursery: Nursery, build: Build) -> None:
+    nursery.begin()
+    first = nursery_pid(nursery)
+    for _ in range(2):
+        with born(nursery, build(), "/bin/true"):
+            nursery.begin()
+            assert nursery_pid(nursery) == first
+
+
+def test_its_end_leaves_running_programs_and_waiting_children_alone(
+    nursery: Nursery, build: Build
+) -> None:
+    waiting_jail = build()
+    with (
+        born(nursery, build(), "/bin/sleep", "60") as runs,
+        born(nursery, waiting_jail, "/bin/sh", "-c", "exit 3") as waits,
+    ):
+        execute(runs)
+        pid = nursery_pid(nursery)
+        nursery.close()
+        assert processes.identify(pid) is None
+        assert processes.is_alive(runs.process)
+        execute(waits)
+        assert status_of_end(waits) == process.Ended(3, None)
+        with born(nursery, build(), "/bin/true") as another:
+            execute(another)
+
+
+def test_it_is_closed_twice_and_without_a_beginning() -> None:
+    made = Nursery()
+    made.close()
+    made.begin()
+    made.close()
+    made.close()
+    assert children_of(os.getpid()) == []
+
+
+def test_a_nursery_does_not_grow_with_its_births(nursery: Nursery, build: Build) -> None:
+    jail = build()
+    nowhere = Cell(jail.cell.tree, born_in="/sys/fs/cgroup/nowhere")
+
+    def give_birth() -> None:
+        end(heard(nursery.birth(jail.cell)))
+        with pytest.raises(JailFailed):
+            heard(nursery.birth(nowhere))
+
+    def resident_kib(pid: int) -> int:
+        return int(field(pid, "RssAnon").split()[0])
+
+    for _ in range(10):
+        give_birth()
+    pid = nursery_pid(nursery)
+    files, before_kib = held_files(pid), resident_kib(pid)
+    for _ in range(50):
+        give_birth()
+    assert held_files(pid) == files
+    assert resident_kib(pid) - before_kib <= 32
+
+
+# What it holds -------------------------------------------------------------------------------
+
+
+def test_neither_the_nursery_nor_a_waiting_child_holds_anything_of_the_launchers(
+    nursery: Nursery, build: Build, tmp_path: Path
+) -> None:
+    with _many_open(tmp_path / "before"):
+        nursery.begin()
+        with _many_open(tmp_path / "after"):
+            child = heard(nursery.birth(build().cell))
+            try:
+                pid = child.process.pid
+                wait_until(lambda: len(held_files(nursery_pid(nursery))) == 5)
+                of_nursery = sorted(held_files(nursery_pid(nursery)).values())
+                assert of_nursery[:3] == ["/dev/null"] * 3
+                assert [what.partition(":")[0] for what in of_nursery[3:]] == ["pipe", "socket"]
+                wait_until(lambda: len(held_files(pid)) == 5)
+                of_child = sorted(held_files(pid).values())
+                assert of_child[:3] == ["/dev/null"] * 3
+                assert [what.partition(":")[0] for what in of_child[3:]] == ["pipe", "socket"]
+                # Neither end of the launcher's, nor what the nursery takes its orders by.
+                own = {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+                       if os.path.lexists(f"/proc/self/fd/{name}")}  # fmt: skip
+                sockets = {what for what in own if what.startswith("socket:")}
+                assert not sockets & {*of_nursery, *of_child}
+                assert not set(of_nursery[3:]) & set(of_child[3:])
+            finally:
+                end(child)
+
+
+class _many_open:  # noqa: N801  # It reads as a function.
+    """Locks, sockets, pipes and files of every kind that are inherited."""
+
+    def __init__(self, lock: Path) -> None:
+        self.path = lock
+
+    def __enter__(self) -> None:
+        self.sockets = [*socket.socketpair(), socket.socket()]
+        self.open = [os.open(self.path, os.O_RDWR | os.O_CREAT), os.open("/", os.O_RDONLY)]
+        self.open += [*os.pipe(), os.memfd_create("x", 0), os.pidfd_open(os.getpid())]
+        fcntl.flock(self.open[0], fcntl.LOCK_EX)
+        for number in (*self.open, *(one.fileno() for one in self.sockets)):
+            os.set_inheritable(number, True)
+
+    def __exit__(self, *_: object) -> None:
+        for number in self.open:
+            os.close(number)
+        for one in self.sockets:
+            one.close()
+        again = os.open(self.path, os.O_RDWR)
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(again)
+
+
+def test_a_lock_is_free_as_soon_as_the_launcher_lets_it_go(
+    nursery: Nursery, build: Build, tmp_path: Path
+) -> None:
+    with _many_open(tmp_path / "lock"):
+        nursery.begin()
+        child = heard(nursery.birth(build().cell))
+    end(child)
+
+
+# What the launcher is like -------------------------------------------------------------------
+
+
+def test_a_launcher_that_has_threads_by_then_has_children_made_all_the_same(
+    nursery: Nursery, build: Build
+) -> None:
+    nursery.begin()
+    jail = build()
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        with born(nursery, jail, "/bin/sh", "-c", "exit 9") as child:
+            execute(child)
+            assert status_of_end(child) == process.Ended(9, None)
+    finally:
+        done.set()
+        other.join()
+
+
+@pytest.mark.parametrize("was_killed", [False, True])
+def test_a_launcher_that_has_threads_begins_no_nursery(
+    nursery: Nursery, build: Build, *, was_killed: bool
+) -> None:
+    jail = build()
+    before = set(os.listdir("/proc/self/fd"))
+    if was_killed:
+        nursery.begin()
+        os.kill(nursery_pid(nursery), signal.SIGKILL)
+        os.waitid(os.P_PID, nursery_pid(nursery), os.WEXITED | os.WNOWAIT)
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        with pytest.raises(ManyThreads, match="2 threads"):
+            nursery.birth(jail.cell)
+    finally:
+        done.set()
+        other.join()
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert children_of(os.getpid()) == []
+    with born(nursery, jail, "/bin/true") as child:
+        execute(child)
+
+
+def test_a_program_takes_every_signal_as_the_kernel_does(nursery: Nursery, build: Build) -> None:
+    odd = (signal.SIGUSR1, signal.SIGHUP, signal.SIGPIPE, signal.SIGRTMAX)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in odd}
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        nursery.begin()
+        with born(nursery, build(), "/bin/sleep", "60") as child:
+            execute(child)
+            pid = child.process.pid
+            shown = {name: field(pid, name) for name in ("SigBlk", "SigIgn", "SigCgt", "SigPnd")}
+        assert {name: int(mask, 16) for name, mask in shown.items()} == dict.fromkeys(shown, 0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_launcher_that_ignores_the_end_of_its_children_has_them_made(
+    build: Build, nursery: Nursery
+) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with born(nursery, build(), "/bin/sleep", "60") as child:
+            execute(child)
+            assert processes.is_alive(child.process)
+            assert process.kill_and_wait(child.pidfd, DEADLINE_S)
+            assert process.reap(child.pidfd) is None
+        with pytest.raises(JailFailed, match="No such file"):
+            heard(nursery.birth(Cell(0, born_in="/sys/fs/cgroup/nowhere")))
+        nursery.birth(build().cell).close()
+        pid = nursery_pid(nursery)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: processes.identify(pid) is None)
+        with born(nursery, build(), "/bin/true") as child:
+            execute(child)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_launcher_whose_loop_runs_waits_for_many_at_once(nursery: Nursery, build: Build) -> None:
+    async def start(number: int) -> process.Ended | None:
+        jail = build()
+        child = nursery.birth(jail.cell)
+        assert await readable(child.line.fileno(), DEADLINE_S)
+        child.hear()
+        child.become(jail, "/bin/sh", ("sh", "-c", f"exit {number}"))
+        child.release()
+        assert await readable(child.fileno(), DEADLINE_S)
+        child.executed()
+        assert await readable(child.pidfd, DEADLINE_S)
+        ended = process.reap(child.pidfd)
+        end(child)
+        return ended
+
+    async def start_all() -> list[process.Ended | None]:
+        command = await asyncio.create_subprocess_exec("/bin/true")  # It may start a thread.
+        ended = await asyncio.gather(*map(start, range(8)))
+        await command.wait()
+        return ended
+
+    nursery.begin()
+    assert asyncio.run(start_all()) == [process.Ended(number, None) for number in range(8)]
+
+
+# What it can't do ----------------------------------------------------------------------------
+
+
+def test_a_group_that_is_gone_is_told_and_the_nursery_goes_on(
+    nursery: Nursery, build: Build
+) -> None:
+    jail = build()
+    with pytest.raises(JailFailed, match="/sys/fs/cgroup/nowhere/at-all") as raised:
+        heard(nursery.birth(Cell(jail.cell.tree, born_in="/sys/fs/cgroup/nowhere/at-all")))
+    assert (raised.value.step, raised.value.errno) == ("fork", errno.ENOENT)
+    pid = nursery_pid(nursery)
+    with pytest.raises(JailFailed, match=f"{os.getcwd()}") as raised:
+        heard(nursery.birth(Cell(jail.cell.tree, born_in=os.getcwd())))
+    assert (raised.value.step, raised.value.errno) == ("fork", errno.EBADF)
+    with born(nursery, jail, "/bin/true") as child:
+        execute(child)
+    assert nursery_pid(nursery) == pid
+
+
+def test_a_tree_that_is_closed_is_an_error_of_the_order(nursery: Nursery) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        nursery.birth(Cell(-1))
+    nursery.close()
+    assert set(os.listdir("/proc/self/fd")) == before

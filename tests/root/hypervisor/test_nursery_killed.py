@@ -1,0 +1,398 @@
+"""A nursery that is killed, and a launcher that is, at every moment: nothing may be left."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hypervisor import jail as jails
+from hypervisor import newborn as newborns
+from hypervisor import nursery as nurseries
+from hypervisor import process
+from hypervisor.errors import JailFailed
+from hypervisor.jail import Jail
+from hypervisor.nursery import Nursery
+from hypervisor.steps import Step
+from kvmsec.linux import forking, processes
+from kvmsec.linux.readiness import is_readable
+from tests.root.hypervisor.jailed import (
+    DEADLINE_S,
+    SOMEBODY,
+    Build,
+    born,
+    build,
+    children_of,
+    end,
+    heard,
+    nursery,
+    nursery_pid,
+    orphans_come_here,
+    the_launcher_is_as_before,
+)
+
+__all__ = ["build", "nursery", "the_launcher_is_as_before"]
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
+
+ENDING_S = 2.0
+
+
+def kill(pid: int) -> None:
+    """Kill a child of this process's, and return when it is dead; it isn't reaped."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+# The nursery ---------------------------------------------------------------------------------
+
+
+def test_one_that_is_killed_between_two_births_is_made_anew(nursery: Nursery, build: Build) -> None:
+    with born(nursery, build(), "/bin/sleep", "60") as first:
+        first.release()
+        first.executed()
+        killed = nursery_pid(nursery)
+        kill(killed)
+        with born(nursery, build(), "/bin/true") as second:
+            assert nursery_pid(nursery) != killed
+            assert processes.identify(killed) is None, "its zombie was taken"
+            second.release()
+            second.executed()
+        assert processes.is_alive(first.process)
+
+
+def test_one_that_is_killed_with_an_order_in_its_queue_fails_the_start(
+    nursery: Nursery, build: Build
+) -> None:
+    jail = build()
+    nursery.begin()
+    before = set(os.listdir("/proc/self/fd"))
+    os.kill(nursery_pid(nursery), signal.SIGSTOP)
+    orders = [nursery.birth(jail.cell) for _ in range(3)]
+    kill(nursery_pid(nursery))
+    for child in orders:
+        with pytest.raises(JailFailed, match="process that was to make a child is gone") as raised:
+            heard(child)
+        assert raised.value.step == "fork"
+        assert not child.is_known
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert children_of(os.getpid()) == [nursery_pid(nursery)]
+    with born(nursery, jail, "/bin/true") as child:
+        child.release()
+        child.executed()
+
+
+@pytest.mark.parametrize("is_forked", [False, True])
+def test_one_that_is_killed_while_it_forks_makes_a_whole_child_or_none(
+    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch, *, is_forked: bool
+) -> None:
+    """Right before the call, and right after it: the child is there then, whoever made it."""
+    clone = forking.clone_sibling
+
+    def clone_and_die(group: str | None) -> tuple[int, int]:
+        made = clone(group) if is_forked else (1, -1)
+        if made[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+
+    monkeypatch.setattr(forking, "clone_sibling", clone_and_die)
+    jail = build()
+    before = set(os.listdir("/proc/self/fd"))
+    child = nursery.birth(jail.cell)
+    if not is_forked:
+        with pytest.raises(JailFailed, match="is gone"):
+            heard(child)
+    else:
+        heard(child).become(jail, "/bin/true", ("true",))
+        child.release()
+        child.executed()
+        end(child)
+    nursery.close()
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert children_of(os.getpid()) == []
+
+
+def test_one_that_is_killed_at_any_moment_leaves_a_whole_child_or_none(
+    nursery: Nursery, build: Build
+) -> None:
+    jail = build()
+    chance = random.Random(seed := random.randrange(1 << 32))
+    for _ in range(60):
+        nursery.begin()
+        child = nursery.birth(jail.cell)
+        time.sleep(chance.uniform(0, 0.004))
+        os.kill(nursery_pid(nursery), signal.SIGKILL)
+        try:
+            end(heard(child))
+        except JailFailed as error:
+            assert error.step == "fork", f"seed {seed}"
+            assert "gone" in error.detail, f"seed {seed}"
+        nursery.close()
+        assert children_of(os.getpid()) == [], f"seed {seed}"
+
+
+def test_one_that_is_closed_with_an_order_in_its_queue_fails_the_start(
+    nursery: Nursery, build: Build
+) -> None:
+    jail = build()
+    nursery.begin()
+    os.kill(nursery_pid(nursery), signal.SIGSTOP)
+    child = nursery.birth(jail.cell)
+    nursery.close()
+    with pytest.raises(JailFailed, match="is gone"):
+        heard(child)
+
+
+# The launcher --------------------------------------------------------------------------------
+
+Mark = Callable[[str], None]
+
+
+def start_one(jail: Jail, mark: Mark) -> None:
+    """A whole start, which says where it is."""
+    made = Nursery()
+    mark("begin")
+    made.begin()
+    mark("birth")
+    child = made.birth(jail.cell)
+    mark("hear")
+    heard(child)
+    mark("become")
+    child.become(jail, "/bin/sleep", ("sleep", "60"))
+    mark("release")
+    child.release()
+    mark("execute")
+    is_readable(child.fileno(), DEADLINE_S)
+    mark("executed")
+
+
+MARKS = ("begin", "birth", "hear", "become", "release", "execute", "executed")
+
+
+def launch(work: Callable[[], None]) -> int:
+    """Do `work` in a launcher, a child of this process's, and have it wait for its end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            signal.pause()
+        finally:
+            os._exit(1)
+    return pid
+
+
+def settle(*, may_run: bool) -> tuple[set[int], list[int]]:
+    """Wait for the orphans' end; the uids that only then were taken, and who goes on.
+
+    may_run: one program may go on, and is waited for no longer than it takes to execute.
+    """
+    as_root = {pid for pid in children_of(os.getpid()) if _uid_of(pid) == 0}
+    taken = set()
+    deadline = time.monotonic() + ENDING_S
+    while (left := children_of(os.getpid())) and time.monotonic() < deadline:
+        taken |= {pid for pid in left if pid in as_root and _uid_of(pid) == SOMEBODY.uid}
+        while any(os.waitpid(pid, os.WNOHANG)[0] for pid in children_of(os.getpid())):
+            continue
+        if may_run and [_program_of(pid) for pid in left] == ["sleep"]:
+            return taken, left
+    return taken, left
+
+
+def _uid_of(pid: int) -> int:
+    status = processes.read_status(pid)
+    return -1 if status is None else status.uids[1]
+
+
+def _program_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def end_all(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("last", MARKS)
+def test_a_launcher_that_is_killed_between_two_steps_leaves_no_process(
+    build: Build, last: str
+) -> None:
+    jail = build()
+
+    def mark(name: str) -> None:
+        if name == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with orphans_come_here():
+        os.waitpid(launch(lambda: start_one(jail, mark)), 0)
+        taken, left = settle(may_run=last in ("execute", "executed"))
+        running = [_program_of(pid) for pid in left]
+        end_all(left)
+    assert not taken, "it took the uid after its launcher's end"
+    assert running in ([], ["sleep"])
+    assert bool(running) == (last == "executed") or last == "execute"
+
+
+def test_a_launcher_that_is_killed_at_any_moment_leaves_no_process(build: Build) -> None:
+    chance = random.Random(seed := random.randrange(1 << 32))
+    reached = set()
+    with orphans_come_here():
+        for _ in range(60):
+            jail = build()
+            reader, writer = os.pipe()
+            launcher = launch(lambda j=jail, w=writer: start_one(j, lambda n: _say(w, n)))
+            os.close(writer)
+            time.sleep(chance.uniform(0, 0.05))
+            os.kill(launcher, signal.SIGKILL)
+            os.waitpid(launcher, 0)
+            said = _everything(reader).split()
+            reached.add(said[-1] if said else "")
+            taken, left = settle(may_run="execute" in said or "release" in said)
+            running = [_program_of(pid) for pid in left]
+            end_all(left)
+            assert not taken, f"seed {seed}: it took the uid after its launcher's end"
+            assert running in ([], ["sleep"]), f"seed {seed}, after {said}"
+            if "release" not in said:
+                assert running == [], f"seed {seed}, after {said}"
+    assert len(reached) > 2, reached
+
+
+def _say(writer: int, name: str) -> None:
+    os.write(writer, f"{name} ".encode())
+
+
+def _everything(reader: int) -> str:
+    words = b""
+    while chunk := os.read(reader, 4096):
+        words += chunk
+    os.close(reader)
+    return words.decode()
+
+
+@pytest.mark.parametrize("step", ["session", "namespaces", "privileges", "system calls"])
+def test_a_child_that_is_released_early_takes_no_step_after_its_launchers_end(
+    build: Build, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """It was told all that it needs; it is just slow at one step."""
+    slow = Step("slow", lambda _: time.sleep(0.1), "for the test")
+    for name in ("CELL_STEPS", "JAIL_STEPS"):
+        steps = getattr(jails, name)
+        wanted = [two for one in steps for two in ((slow, one) if one.name == step else (one,))]
+        monkeypatch.setattr(jails, name, tuple(wanted))
+    jail = build()
+
+    def mark(name: str) -> None:
+        if name == "execute":
+            time.sleep(0.03)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with orphans_come_here():
+        os.waitpid(launch(lambda: start_one(jail, mark)), 0)
+        taken, left = settle(may_run=False)
+        end_all(left)
+    assert (taken, left) == (set(), [])
+
+
+@pytest.mark.parametrize("where", ["made by the nursery", "asked whether its launcher is there"])
+def test_a_child_that_is_born_after_its_launchers_end_ends_by_itself(
+    build: Build, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Nothing signals its launcher's end to it: that was before it asked to be told."""
+    late_end = newborns._end_with_launcher
+    late_clone = forking.clone_sibling
+
+    def end_with_launcher(line: int) -> None:
+        time.sleep(0.1)
+        late_end(line)
+
+    def clone_late(group: str | None) -> tuple[int, int]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        nurseries.forking.syscalls.outlive_parent()  # It would be killed before it could make it.
+        time.sleep(0.1)
+        made = late_clone(group)
+        if made[0]:
+            os._exit(0)
+        return made
+
+    if where == "made by the nursery":
+        monkeypatch.setattr(forking, "clone_sibling", clone_late)
+    else:
+        monkeypatch.setattr(newborns, "_end_with_launcher", end_with_launcher)
+    jail = build()
+
+    def mark(name: str) -> None:
+        if name == "hear":
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with orphans_come_here():
+        os.waitpid(launch(lambda: start_one(jail, mark)), 0)
+        ended = _ends_of_children()
+    assert process.Ended(125, None) in ended
+    assert len(ended) == 2, "the other is the nursery"
+
+
+def _ends_of_children() -> list[process.Ended | None]:
+    ended = []
+    deadline = time.monotonic() + ENDING_S
+    while (left := children_of(os.getpid())) and time.monotonic() < deadline:
+        for pid in left:
+            pidfd = os.pidfd_open(pid)
+            if is_readable(pidfd, ENDING_S):
+                ended.append(process.reap(pidfd))
+            os.close(pidfd)
+    assert children_of(os.getpid()) == []
+    return ended
+
+
+def test_signals_to_the_launchers_group_end_neither_the_nursery_nor_a_waiting_child(
+    build: Build,
+) -> None:
+    first, second = build(), build()
+    told, tell = os.pipe()
+    heard_of, say = os.pipe()
+
+    def work() -> None:
+        os.setpgid(0, 0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, lambda *_: None)
+        made = Nursery()
+        child = heard(made.birth(first.cell))
+        before = nursery_pid(made)
+        os.write(say, b"w")
+        os.read(told, 1)
+        child.become(first, "/bin/sh", ("sh", "-c", "exit 5"))
+        child.release()
+        child.executed()
+        is_readable(child.pidfd, DEADLINE_S)
+        assert process.reap(child.pidfd) == process.Ended(5, None)
+        with born(made, second, "/bin/true") as another:
+            another.release()
+            another.executed()
+        assert nursery_pid(made) == before
+        os.write(say, b"d")
+
+    with orphans_come_here():
+        launcher = launch(work)
+        for descriptor in (told, say):
+            os.close(descriptor)
+        try:
+            assert os.read(heard_of, 1) == b"w"
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                os.killpg(launcher, number)
+            os.write(tell, b"g")
+            assert os.read(heard_of, 1) == b"d"
+        finally:
+            os.kill(launcher, signal.SIGKILL)
+            os.waitpid(launcher, 0)
+            for descriptor in (tell, heard_of):
+                os.close(descriptor)
+            _, left = settle(may_run=False)
+            end_all(left)
+    assert left == []
