@@ -10,6 +10,7 @@ from attrs import frozen
 from kvmsec.linux.errors import Fault
 
 _JAIL_HINTS: Final = {
+    errno.EMSGSIZE: "give the machine fewer disks and interfaces, or QEMU fewer extra_arguments",
     errno.EPERM: "run kvmsec as root, outside a container",
     errno.ESTALE: "QEMU is being upgraded: try again",
     errno.EXDEV: "run kvmsec in the host's own mount namespace, outside a chroot",

@@ -30,7 +30,7 @@ _GO: Final = b"g"
 _EXECUTING: Final = b"x"
 _ALONE: Final = 125
 """The exit status of a child whose launcher is gone."""
-_GONE: Final = "the process that was to make a child is gone"
+_GONE: Final = "the process that was to make a child is gone; the next start makes another"
 _KILLED: Final = "the process was killed before it could start QEMU"
 _MOST_AT_ONCE: Final = 253  # SCM_MAX_FD, linux/include/net/scm.h
 _LIMIT_BYTES: Final = 1 << 18  # The kernel's own is less, unless net.core.wmem_default was raised.

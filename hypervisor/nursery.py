@@ -42,11 +42,12 @@ class Nursery:
         """Make the process, where there is none. Raises ManyThreads, and OSError."""
         if self._orders is not None:
             return
+        cpus = os.sched_getaffinity(0)  # Before `_send` changes the nursery's own.
         orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
                 self._child = start_child(
-                    lambda: _serve(theirs), what="making children", keep=[theirs.fileno()]
+                    lambda: _serve(theirs, cpus), what="making children", keep=[theirs.fileno()]
                 )
             except BaseException:
                 orders.close()
@@ -84,14 +85,14 @@ class Nursery:
         self._orders = self._child = None
 
 
-def _serve(orders: socket.socket) -> None:
-    """Make children until the launcher is gone."""
+def _serve(orders: socket.socket, cpus: Collection[int]) -> None:
+    """Make children, which run on these processors, until the launcher is gone."""
     gc.disable()  # There is nothing to collect, and to look for it would touch every page.
     os.chdir("/")  # The launcher's directory is not kept busy.
     Path("/proc/self/comm").write_text(_NAME)
     syscalls.reset_signals()
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # A launcher may be gone when it is told.
-    cpus, cells = os.sched_getaffinity(0), msgspec.msgpack.Decoder(Cell)
+    cells = msgspec.msgpack.Decoder(Cell)
     order_decoder()  # Here, for all children.
     while True:
         order, descriptors, _, _ = socket.recv_fds(orders, _LIMIT_BYTES, 3, socket.MSG_CMSG_CLOEXEC)

@@ -112,7 +112,7 @@ async def _take_back(
     if remains.words:
         journal.note(log, f"QEMU said: {remains.words}")
     # What happened before there was a QEMU, and an interruption, stay what they are.
-    if not start.is_forked or not isinstance(error, Fault):
+    if not start.is_told or not isinstance(error, Fault):
         return None
     if not has_ended or remains.ended is None:
         return StartFailed(name, error.message, output=remains.words, hint=error.hint)
@@ -158,7 +158,8 @@ class _Start:
         self.output = -1
         self.cell: Cell
         self.child: Newborn
-        self.newborn: Newborn | None = None
+        self.is_told = False
+        """Whether the child knows what to become: from then on it is QEMU that fails."""
         self.files = host.paths.instance(self.machine.name)
         self.record = InstanceRecord(
             name=self.machine.name,
@@ -175,13 +176,9 @@ class _Start:
             qemu_version=engine.features.version_text,
         )
 
-    @property
-    def is_forked(self) -> bool:
-        return self.newborn is not None
-
     async def ends(self) -> bool:
         """Whether QEMU, which seems to be about to, ends by itself."""
-        return self.newborn is not None and await readable(self.newborn.pidfd, _OWN_END_TIMEOUT_S)
+        return self.is_told and await readable(self.child.pidfd, _OWN_END_TIMEOUT_S)
 
     def note(self, **changes: Any) -> None:
         # Kept before it is written: on a full disk, what wasn't written is taken back all the same.
@@ -305,7 +302,7 @@ class _Start:
             descriptors=placed.descriptors,
         )
         self.child.become(jail, placed.argv[0], placed.argv)
-        self.newborn = self.child
+        self.is_told = True
         self.record = evolve(self.record, argv=placed.argv)  # Written down with the process.
 
     async def prove_rules(self) -> None:
@@ -331,11 +328,10 @@ class _Start:
         self.record = evolve(self.record, process=self.child.process)
 
     async def become_qemu(self) -> None:
-        assert self.newborn is not None
         self._tell_what_runs()
-        if not await readable(self.newborn.fileno(), self.host.config.qemu.ready_timeout_s):
+        if not await readable(self.child.fileno(), self.host.config.qemu.ready_timeout_s):
             raise NotReady("its jail did not stand", self.host.config.qemu.ready_timeout_s)
-        self.newborn.executed()
+        self.child.executed()
         # QEMU has its own: with ours closed, a QEMU that dies hangs up on who waits for it.
         self.lent.close_sockets()
 
@@ -350,10 +346,9 @@ class _Start:
         self.monitor = await Monitor.connect(self.files.qmp_socket, timeout_s=timeout_s)
 
     def verify(self) -> None:
-        assert self.newborn is not None
         # Its groups first: when it has left them because it ended, the second look says so.
-        problems = self.cgroup.problems_of(self.newborn.process.pid)
-        problems += process.confinement_problems(self.newborn)
+        problems = self.cgroup.problems_of(self.child.process.pid)
+        problems += process.confinement_problems(self.child)
         if problems:
             raise process.NotConfined(problems)
 

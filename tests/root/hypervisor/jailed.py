@@ -285,3 +285,15 @@ def mounts_of(pid: int) -> dict[str, tuple[set[str], str]]:
 def field(pid: int, name: str) -> str:
     lines = Path(f"/proc/{pid}/status").read_text().split("\n")
     return next(line.partition(":")[2].strip() for line in lines if line.startswith(f"{name}:"))
+
+
+def execute(child: Newborn) -> None:
+    """Have one that was told what to become execute it."""
+    child.release()
+    assert is_readable(child.fileno(), DEADLINE_S)
+    child.executed()
+
+
+def status_of_end(child: Newborn) -> process.Ended | None:
+    assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
+    return process.reap(child.pidfd)

@@ -1,18 +1,13 @@
-"""Children of a nursery: whose they are, how they are shut in, and what neither of the two holds.
+"""Children of a nursery: whose they are, and how they are shut in.
 
-How a nursery and its launcher are killed is in test_nursery_killed.py, and how a child is told
-what to become in test_newborn.py.
+What they have of their launcher's is in test_nursery_apart.py, how a nursery and its launcher are
+killed in test_nursery_killed.py, and how a child is told what to become in test_newborn.py.
 """
 
-import asyncio
 import errno
-import fcntl
 import os
 import random
-import select
 import signal
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,17 +24,14 @@ from hypervisor.nursery import Nursery
 from hypervisor.seccomp import find_filter
 from hypervisor.steps import Step
 from kvmsec.linux import processes
-from kvmsec.linux.errors import ManyThreads
-from kvmsec.linux.readiness import is_readable
-from kvmsec.node.waiting import readable
 from tests.root.hypervisor.jailed import (
-    DEADLINE_S,
     SOMEBODY,
     Build,
     born,
     build,
     children_of,
     end,
+    execute,
     field,
     heard,
     held_files,
@@ -48,6 +40,7 @@ from tests.root.hypervisor.jailed import (
     newborn,
     nursery,
     nursery_pid,
+    status_of_end,
     the_launcher_is_as_before,
     wait_until,
 )
@@ -69,18 +62,6 @@ def group() -> Iterator[InstanceCgroup]:
     yield made
     made.kill(5)
     made.remove()
-
-
-def execute(child: Any) -> None:
-    """Have one that was told what to become execute it."""
-    child.release()
-    assert is_readable(child.fileno(), DEADLINE_S)
-    child.executed()
-
-
-def status_of_end(child: Any) -> process.Ended | None:
-    assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
-    return process.reap(child.pidfd)
 
 
 # Whose it is ---------------------------------------------------------------------------------
@@ -242,180 +223,6 @@ def test_a_nursery_does_not_grow_with_its_births(nursery: Nursery, build: Build)
         give_birth()
     assert held_files(pid) == files
     assert resident_kib(pid) - before_kib <= 32
-
-
-# What it holds -------------------------------------------------------------------------------
-
-
-def test_neither_the_nursery_nor_a_waiting_child_holds_anything_of_the_launchers(
-    nursery: Nursery, build: Build, tmp_path: Path
-) -> None:
-    with _many_open(tmp_path / "before"):
-        nursery.begin()
-        with _many_open(tmp_path / "after"):
-            child = heard(nursery.birth(build().cell))
-            try:
-                pid = child.process.pid
-                wait_until(lambda: len(held_files(nursery_pid(nursery))) == 5)
-                of_nursery = sorted(held_files(nursery_pid(nursery)).values())
-                assert of_nursery[:3] == ["/dev/null"] * 3
-                assert [what.partition(":")[0] for what in of_nursery[3:]] == ["pipe", "socket"]
-                wait_until(lambda: len(held_files(pid)) == 5)
-                of_child = sorted(held_files(pid).values())
-                assert of_child[:3] == ["/dev/null"] * 3
-                assert [what.partition(":")[0] for what in of_child[3:]] == ["pipe", "socket"]
-                # Neither end of the launcher's, nor what the nursery takes its orders by.
-                own = {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
-                       if os.path.lexists(f"/proc/self/fd/{name}")}  # fmt: skip
-                sockets = {what for what in own if what.startswith("socket:")}
-                assert not sockets & {*of_nursery, *of_child}
-                assert not set(of_nursery[3:]) & set(of_child[3:])
-            finally:
-                end(child)
-
-
-class _many_open:  # noqa: N801  # It reads as a function.
-    """Locks, sockets, pipes and files of every kind that are inherited."""
-
-    def __init__(self, lock: Path) -> None:
-        self.path = lock
-
-    def __enter__(self) -> None:
-        self.sockets = [*socket.socketpair(), socket.socket()]
-        self.open = [os.open(self.path, os.O_RDWR | os.O_CREAT), os.open("/", os.O_RDONLY)]
-        self.open += [*os.pipe(), os.memfd_create("x", 0), os.pidfd_open(os.getpid())]
-        fcntl.flock(self.open[0], fcntl.LOCK_EX)
-        for number in (*self.open, *(one.fileno() for one in self.sockets)):
-            os.set_inheritable(number, True)
-
-    def __exit__(self, *_: object) -> None:
-        for number in self.open:
-            os.close(number)
-        for one in self.sockets:
-            one.close()
-        again = os.open(self.path, os.O_RDWR)
-        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(again)
-
-
-def test_a_lock_is_free_as_soon_as_the_launcher_lets_it_go(
-    nursery: Nursery, build: Build, tmp_path: Path
-) -> None:
-    with _many_open(tmp_path / "lock"):
-        nursery.begin()
-        child = heard(nursery.birth(build().cell))
-    end(child)
-
-
-# What the launcher is like -------------------------------------------------------------------
-
-
-def test_a_launcher_that_has_threads_by_then_has_children_made_all_the_same(
-    nursery: Nursery, build: Build
-) -> None:
-    nursery.begin()
-    jail = build()
-    done = threading.Event()
-    other = threading.Thread(target=done.wait)
-    other.start()
-    try:
-        with born(nursery, jail, "/bin/sh", "-c", "exit 9") as child:
-            execute(child)
-            assert status_of_end(child) == process.Ended(9, None)
-    finally:
-        done.set()
-        other.join()
-
-
-@pytest.mark.parametrize("was_killed", [False, True])
-def test_a_launcher_that_has_threads_begins_no_nursery(
-    nursery: Nursery, build: Build, *, was_killed: bool
-) -> None:
-    jail = build()
-    before = set(os.listdir("/proc/self/fd"))
-    if was_killed:
-        nursery.begin()
-        os.kill(nursery_pid(nursery), signal.SIGKILL)
-        os.waitid(os.P_PID, nursery_pid(nursery), os.WEXITED | os.WNOWAIT)
-    done = threading.Event()
-    other = threading.Thread(target=done.wait)
-    other.start()
-    try:
-        with pytest.raises(ManyThreads, match="2 threads"):
-            nursery.birth(jail.cell)
-    finally:
-        done.set()
-        other.join()
-    assert set(os.listdir("/proc/self/fd")) == before
-    assert children_of(os.getpid()) == []
-    with born(nursery, jail, "/bin/true") as child:
-        execute(child)
-
-
-def test_a_program_takes_every_signal_as_the_kernel_does(nursery: Nursery, build: Build) -> None:
-    odd = (signal.SIGUSR1, signal.SIGHUP, signal.SIGPIPE, signal.SIGRTMAX)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in odd}
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        nursery.begin()
-        with born(nursery, build(), "/bin/sleep", "60") as child:
-            execute(child)
-            pid = child.process.pid
-            shown = {name: field(pid, name) for name in ("SigBlk", "SigIgn", "SigCgt", "SigPnd")}
-        assert {name: int(mask, 16) for name, mask in shown.items()} == dict.fromkeys(shown, 0)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_a_launcher_that_ignores_the_end_of_its_children_has_them_made(
-    build: Build, nursery: Nursery
-) -> None:
-    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    try:
-        with born(nursery, build(), "/bin/sleep", "60") as child:
-            execute(child)
-            assert processes.is_alive(child.process)
-            assert process.kill_and_wait(child.pidfd, DEADLINE_S)
-            assert process.reap(child.pidfd) is None
-        with pytest.raises(JailFailed, match="No such file"):
-            heard(nursery.birth(Cell(0, born_in="/sys/fs/cgroup/nowhere")))
-        nursery.birth(build().cell).close()
-        pid = nursery_pid(nursery)
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: processes.identify(pid) is None)
-        with born(nursery, build(), "/bin/true") as child:
-            execute(child)
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-def test_a_launcher_whose_loop_runs_waits_for_many_at_once(nursery: Nursery, build: Build) -> None:
-    async def start(number: int) -> process.Ended | None:
-        jail = build()
-        child = nursery.birth(jail.cell)
-        assert await readable(child.line.fileno(), DEADLINE_S)
-        child.hear()
-        child.become(jail, "/bin/sh", ("sh", "-c", f"exit {number}"))
-        child.release()
-        assert await readable(child.fileno(), DEADLINE_S)
-        child.executed()
-        assert await readable(child.pidfd, DEADLINE_S)
-        ended = process.reap(child.pidfd)
-        end(child)
-        return ended
-
-    async def start_all() -> list[process.Ended | None]:
-        command = await asyncio.create_subprocess_exec("/bin/true")  # It may start a thread.
-        ended = await asyncio.gather(*map(start, range(8)))
-        await command.wait()
-        return ended
-
-    nursery.begin()
-    assert asyncio.run(start_all()) == [process.Ended(number, None) for number in range(8)]
 
 
 # What it can't do ----------------------------------------------------------------------------
