@@ -1,5 +1,6 @@
 """Hosts in boxes: nested KVM on Debian's kernels, with systemd and control groups of version 2."""
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """The whole hosts are for those who ask: they take long where they are emulated."""
     is_whole = collection_path.name == "full" and collection_path.parent.name == "nested"
     return True if is_whole and not config.getoption("full", False) else None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Say at once why a test failed: a run that is cut short comes to no summary."""
+    report = yield
+    if report.failed:
+        reporter = item.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.ensure_newline()
+        reporter.write_line(report.longreprtext)
+    return report
 
 
 @pytest.fixture(scope="session")
