@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from benchmarks import raw
 from benchmarks.effort import Effort
@@ -29,6 +29,7 @@ from benchmarks.report import Cell, Curve, Plot, Report, Table
 from benchmarks.series import milliseconds, ratio, summarise
 from benchmarks.testbed import FIRST_UID, definition, node_with, pool_of
 from hypervisor import huge_pages, jail
+from hypervisor.cgroups import InstanceCgroup
 from hypervisor.jail import BootFile, Jail
 from hypervisor.machine import Machine
 from hypervisor.nursery import Nursery
@@ -41,7 +42,7 @@ from kvmsec.linux.readiness import is_readable
 from kvmsec.model.security import SecurityModel
 from kvmsec.node import launch, output
 from kvmsec.node.engine import Engine, engine_for
-from kvmsec.node.limits import Allotment, allot
+from kvmsec.node.limits import Allotment, allot, memory_bytes
 
 READY: Final = "to the reply"
 RAW, SANDBOX = "raw QEMU", "its own -sandbox"
@@ -116,7 +117,9 @@ class Bench:
 def _bench_of(node: Node, place: Path) -> Bench:
     machine = definition(INSTANCE).machine
     engine = engine_for(node.host, machine)
-    config, pages = node.host.config, huge_pages.pools_mib()
+    config = node.host.config
+    allotment = allot(config, machine, SecurityModel.POOL, huge_pages.pools_mib())
+    memory = memory_bytes(config, machine, engine.accelerator, ())
     uid = FIRST_UID + 19
     (place / "output").mkdir()
     return Bench(
@@ -124,7 +127,7 @@ def _bench_of(node: Node, place: Path) -> Bench:
         place,
         machine,
         engine,
-        allot(config, machine, engine, (), SecurityModel.POOL, pages),
+        evolve(allotment, groups=evolve(allotment.groups, memory_bytes=memory)),
         Credentials(uid, pwd.getpwuid(uid).pw_gid),
     )
 
@@ -137,10 +140,12 @@ async def _jailed(bench: Bench, nursery: Nursery, steps: Sequence[jail.Step]) ->
         listeners = [opened.enter_context(raw.listening(path)) for path in paths]
         for path in paths:
             opened.callback(path.unlink)
-        one = _jail(bench, listeners, "cgroups" in names, opened)
-        argv = _argv(bench, is_inside="namespaces" in names)
-        newborn = nursery.birth(one.cell)
+        group = _group(bench, opened) if "cgroups" in names else InstanceCgroup()
+        newborn = nursery.birth(group.unified)
         opened.callback(newborn.close)
+        one = _jail(bench, listeners, group.tasks_files, opened)
+        newborn.enter(one.cell)
+        argv = _argv(bench, is_inside="namespaces" in names)
         is_readable(newborn.line.fileno(), DEADLINE_S)
         newborn.hear()
         opened.callback(_end, newborn.pidfd)
@@ -154,8 +159,19 @@ async def _jailed(bench: Bench, nursery: Nursery, steps: Sequence[jail.Step]) ->
     return {READY: ready_s}
 
 
+def _group(bench: Bench, opened: contextlib.ExitStack) -> InstanceCgroup:
+    host = bench.node.host
+    parent, limits = host.config.cgroup.parent, bench.allotment.groups
+    group = host.hierarchy.create(host.paths.tag, INSTANCE, parent, limits)
+    opened.callback(group.remove)
+    return group
+
+
 def _jail(
-    bench: Bench, listeners: Sequence[socket.socket], is_grouped: bool, opened: contextlib.ExitStack
+    bench: Bench,
+    listeners: Sequence[socket.socket],
+    tasks_files: tuple[str, ...],
+    opened: contextlib.ExitStack,
 ) -> Jail:
     rom = os.open(rom_path(), os.O_RDONLY | os.O_CLOEXEC)
     opened.callback(os.close, rom)
@@ -164,19 +180,10 @@ def _jail(
     opened.callback(os.close, log)
     room = syscalls.detached_copy(str(bench.place / "output"))
     opened.callback(os.close, room)
-    host = bench.node.host
-    tree = host.trees.take(bench.engine.closure)
+    tree = bench.node.host.trees.take(bench.engine.closure)
     opened.callback(os.close, tree)
-    born_in: str | None = None
-    tasks_files: tuple[str, ...] = ()
-    if is_grouped:
-        group = host.hierarchy.create(
-            host.paths.tag, INSTANCE, host.config.cgroup.parent, bench.allotment.groups
-        )
-        opened.callback(group.remove)
-        born_in, tasks_files = group.unified, group.tasks_files
     return Jail(
-        jail.Cell(tree, born_in=born_in, cgroups=tasks_files, limits=bench.allotment.process),
+        jail.Cell(tree, cgroups=tasks_files, limits=bench.allotment.process),
         name=INSTANCE,
         credentials=bench.credentials,
         output=room,
@@ -253,7 +260,7 @@ def _locks(series: Mapping[str, Series]) -> Table:
 
 def _steps(whole: Series) -> Table:
     reasons = {step.name: step.reason for step in launch.STEPS}
-    reasons["before"] = "reconcile, the lock, the model, what is known of QEMU"
+    reasons["before"] = "reconcile, the lock, the model"
     rows = tuple(
         (name, summarise(times, scale=1e3), reasons.get(name, ""))
         for name, times in whole.items()

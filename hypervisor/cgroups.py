@@ -143,6 +143,45 @@ class InstanceCgroup:
 
 
 @frozen
+class _Group:
+    """One group, and the controllers that it has."""
+
+    path: str
+    version: int
+    controllers: frozenset[str]
+
+
+@frozen
+class UnboundCgroup:
+    """One instance's groups as they are made: a process can be born in them before their bounds
+    are known. `lacks` is what can't be had so far.
+    """
+
+    groups: tuple[_Group, ...]
+    lacks: tuple[Lack, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(group.path for group in self.groups)
+
+    @property
+    def unified(self) -> str | None:
+        """The path of its version 2 group; None without one."""
+        return next((group.path for group in self.groups if group.version == 2), None)
+
+    def bound(self, limits: GroupLimits) -> InstanceCgroup:
+        """Bound them by what they were made for. What can't be had is said: nothing is raised."""
+        lacks = list(self.lacks)
+        held: list[tuple[str, Setting]] = []
+        for group in self.groups:
+            settings = settings_for(limits, group.controllers, group.version)
+            written, unwritten = write_bounds(group.path, settings)
+            held += written
+            lacks += [Lack.of(*one) for one in sorted(unwritten.items())]
+        return InstanceCgroup(self.paths, tuple(lacks), tuple(held))
+
+
+@frozen
 class Hierarchy:
     """The control group hierarchies of this host that instances use."""
 
@@ -180,6 +219,39 @@ class Hierarchy:
                 found.append(Lack.of(name, f"no hierarchy with the {name} controller is mounted"))
         return tuple(found)
 
+    def make(
+        self,
+        tag: str,
+        instance: str,
+        parent: str | None = None,
+        controllers: Collection[str] = ALWAYS,
+    ) -> UnboundCgroup:
+        """Make an instance's groups, empty and with fresh counts; parents as needed.
+
+        `parent` is a path below each hierarchy's root (None: `kvmsec`), never the caller's own
+        group; nothing is changed above one that systemd has delegated. A group that exists and
+        still has processes is not taken over, nor waited for (see `leftover`). What can't be made
+        is left out, and `lacks` of the result says so: nothing is raised.
+        """
+        lacks, failures, of_version_2 = list(self.lacks(controllers)), [], []
+        groups: list[_Group] = []
+        useful = [mount for mount in self.mounts if mount.version == 2 or mount.offers(controllers)]
+        for mount in useful or self.mounts:
+            offered = mount.offers(controllers)
+            place = Place(mount, parent, tag, offered)
+            try:
+                path, withheld = make_group(place, _PREFIX + _escape(instance))
+            except OSError as error:
+                failures.append(f"{error.filename or mount.path}: {error.strerror}")
+                lacks += [Lack.of(name, failures[-1]) for name in sorted(offered)]
+                of_version_2 += failures[-1:] if mount.version == 2 else []
+                continue
+            groups.append(_Group(path, mount.version, offered - withheld.keys()))
+            lacks += [Lack.of(*one) for one in sorted(withheld.items())]
+        if whole := of_version_2 if groups else failures:
+            lacks.insert(0, Lack("cgroup", "; ".join(dict.fromkeys(whole))))
+        return UnboundCgroup(tuple(groups), tuple(lacks))
+
     def create(
         self,
         tag: str,
@@ -187,37 +259,9 @@ class Hierarchy:
         parent: str | None = None,
         limits: GroupLimits | None = None,
     ) -> InstanceCgroup:
-        """Make an instance's groups, empty, bounded and with fresh counts; parents as needed.
-
-        `parent` is a path below each hierarchy's root (None: `kvmsec`), never the caller's own
-        group; nothing is changed above one that systemd has delegated. A group that exists and
-        still has processes is not taken over, nor waited for (see `leftover`). What can't be made
-        is left out, and `lacks` of the result says so: nothing is raised.
-        """
+        """Make an instance's groups and bound them at once: see `make`."""
         limits = limits or GroupLimits()
-        wanted = limits.controllers
-        lacks, failures, of_version_2 = list(self.lacks(wanted)), [], []
-        paths: list[str] = []
-        held: list[tuple[str, Setting]] = []
-        useful = [mount for mount in self.mounts if mount.version == 2 or mount.offers(wanted)]
-        for mount in useful or self.mounts:
-            controllers = mount.offers(wanted)
-            place = Place(mount, parent, tag, controllers)
-            try:
-                path, withheld = make_group(place, _PREFIX + _escape(instance))
-            except OSError as error:
-                failures.append(f"{error.filename or mount.path}: {error.strerror}")
-                lacks += [Lack.of(name, failures[-1]) for name in sorted(controllers)]
-                of_version_2 += failures[-1:] if mount.version == 2 else []
-                continue
-            there = controllers - withheld.keys()
-            written, unwritten = write_bounds(path, settings_for(limits, there, mount.version))
-            paths.append(path)
-            held += written
-            lacks += [Lack.of(*one) for one in sorted({**withheld, **unwritten}.items())]
-        if whole := of_version_2 if paths else failures:
-            lacks.insert(0, Lack("cgroup", "; ".join(dict.fromkeys(whole))))
-        return InstanceCgroup(tuple(paths), tuple(lacks), tuple(held))
+        return self.make(tag, instance, parent, limits.controllers).bound(limits)
 
     def leftover(self, tag: str, instance: str, parent: str | None = None) -> InstanceCgroup:
         """The groups that are there before an instance's are made, for their removal."""

@@ -63,14 +63,12 @@ class Cell:
     """What a jail begins with, before it is known whom it is for.
 
     tree: a descriptor of the mount namespace that it gets a copy of (`hypervisor.tree`).
-    born_in: the version 2 control group of the child from its birth; None where there is none.
     cgroups: the files of version 1 groups to write "0" to, which joins them.
     limits: all but the size of files, which is the jail's.
     without_locks: members of `LOCKS`; for tests alone.
     """
 
     tree: int
-    born_in: str | None = None
     cgroups: tuple[str, ...] = ()
     limits: ProcessLimits = field(factory=lambda: ProcessLimits(file_bytes=None))
     without_locks: frozenset[str] = field(default=frozenset())

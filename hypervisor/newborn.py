@@ -1,15 +1,15 @@
 """The only place that starts QEMU: a child that shuts itself in and is told what to become.
 
 The two talk over channels of the child's own. On the line, a socket, the child says first of all
-that it is there, then is told its jail and its command line, and at last to go. On the report, a
-pipe, it says what failed; that closes as the child becomes QEMU.
+that it is there, then is told its cell, then its jail and its command line, and at last to go. On
+the report, a pipe, it says what failed; that closes as the child becomes QEMU.
 """
 
 import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import Final, NoReturn
 
@@ -48,25 +48,35 @@ class _Order:
 
 
 @cache
-def order_decoder() -> msgspec.msgpack.Decoder[_Order]:
-    """What reads an order; to make one takes a fifth of a millisecond."""
+def _cell_decoder() -> msgspec.msgpack.Decoder[Cell]:
+    return msgspec.msgpack.Decoder(Cell)
+
+
+@cache
+def _order_decoder() -> msgspec.msgpack.Decoder[_Order]:
     return msgspec.msgpack.Decoder(_Order)
+
+
+def prepare_decoders() -> None:
+    """Make what reads a cell and an order, which takes a fifth of a millisecond for each."""
+    _cell_decoder()
+    _order_decoder()
 
 
 @frozen
 class Ends:
-    """The child's ends of the channels to its launcher, and how they are closed here."""
+    """The child's ends of the channels to its launcher.
 
-    line: int
+    The socket is made before the fork: each page that Python touches for it would have to be copied
+    after that.
+    """
+
+    line: socket.socket
     report: int
-
-    def above(self, number: int) -> "Ends":
-        """Copies with numbers above it, close-on-exec."""
-        return Ends(*(duplicate_above(one, number + 1) for one in (self.line, self.report)))
 
     def close(self) -> None:
         """Close them in a process that isn't the child."""
-        os.close(self.line)
+        self.line.close()
         os.close(self.report)
 
     def tell(self, failure: JailFailed) -> None:
@@ -81,13 +91,16 @@ class Ends:
 class Newborn:
     """A child that waits, shut in more and more, until it is released and becomes QEMU.
 
-    It is asked for, heard of, told what to become, and released, in this order. Between the second
-    and the last the launcher writes down whose process it is. Should the launcher die before, the
-    kernel ends the child with it: no unknown QEMU can be left behind.
+    It is asked for, told its cell and what to become, and released, in this order. Some time before
+    the last it is heard of, and the launcher writes down whose process it is. Should the launcher
+    die before, the kernel ends the child with it: no unknown QEMU can be left behind.
     """
 
-    def __init__(self, ask: Callable[[Ends], None]) -> None:
-        """`ask` has a child made that goes through `live`; raises what that raises."""
+    def __init__(self, ask: Callable[[Ends], None], cpus: Collection[int] = ()) -> None:
+        """`ask` has a child made that goes through `live`; raises what that raises.
+
+        cpus: the processors that it is to run on, should it be born to fewer.
+        """
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
             self.line, line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(self.line.close)
@@ -98,8 +111,9 @@ class Newborn:
             # Kept for its pidfd: a child that is there must be heard of, whatever else is open.
             self._place = os.dup(self._report)
             undo.callback(os.close, self._place)
-            ask(Ends(line.fileno(), report))
+            ask(Ends(line, report))
             undo.pop_all()
+        self._cpus = cpus
         self.pidfd = -1
         self.process: ProcessId
 
@@ -130,6 +144,9 @@ class Newborn:
                 "/proc does not show the new process: is it mounted?"
             )
         self.pidfd, self.process = pidfd, process
+        if self._cpus:
+            with contextlib.suppress(OSError):  # None of them is left: it stays where it may be.
+                os.sched_setaffinity(process.pid, self._cpus)
 
     def _first_word(self) -> int | None:
         """The child's own pidfd; None when the line closes first."""
@@ -149,10 +166,15 @@ class Newborn:
             os.close(self._place)
             self._place = -1
 
+    def enter(self, cell: Cell) -> None:
+        """Have it take the first steps, and wait for the rest. Raises OSError."""
+        self._tell(msgspec.msgpack.encode(cell), (cell.tree,))
+
     def become(self, jail: Jail, program: str, argv: Sequence[str]) -> None:
         """Have it shut itself in, with these descriptors and no other, and wait for `release`.
 
-        Raises JailFailed for what no message holds, and OSError; the child is there then.
+        It was told the jail's cell before. Raises JailFailed for what no message holds, and
+        OSError; the child is there then.
         """
         self.jail = jail
         # Looked up now: the launcher closes its own copies before QEMU's are checked.
@@ -162,17 +184,21 @@ class Newborn:
         try:
             if len(order) > _LIMIT_BYTES:
                 raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-            for start in range(0, len(held), _MOST_AT_ONCE):
-                some = held[start : start + _MOST_AT_ONCE]
-                socket.send_fds(self.line, [_DESCRIPTORS], some)
-            self.line.send(order)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # It failed already: `executed` says where.
+            self._tell(order, held)
         except OSError as error:
             if error.errno != errno.EMSGSIZE:
                 raise
             detail = f"the command line is too long: {len(order)} bytes with the jail's own"
             raise JailFailed("order", errno.EMSGSIZE, detail) from None
+
+    def _tell(self, order: bytes, descriptors: Sequence[int]) -> None:
+        try:
+            for start in range(0, len(descriptors), _MOST_AT_ONCE):
+                some = descriptors[start : start + _MOST_AT_ONCE]
+                socket.send_fds(self.line, [_DESCRIPTORS], some)
+            self.line.send(order)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # It failed already: `executed` says where.
 
     def release(self) -> None:
         """Let it execute QEMU once its jail stands. If it failed before, `executed` says where."""
@@ -243,9 +269,9 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
     """
 
     def fork(ends: Ends) -> None:
-        pid, pidfd = forking.clone_init(jail.cell.born_in)
+        pid, pidfd = forking.clone_init()
         if pid == 0:
-            live(jail.cell, ends)
+            live(ends)
         os.close(pidfd)
 
     newborn = Newborn(fork)
@@ -253,6 +279,7 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
         if not is_readable(newborn.line.fileno(), _BIRTH_S):
             raise JailFailed("fork", 0, _GONE)
         newborn.hear()
+        newborn.enter(jail.cell)
         newborn.become(jail, program, argv)
     except BaseException:
         if newborn.is_known:
@@ -265,20 +292,20 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
 # The child -----------------------------------------------------------------------------------
 
 
-def live(cell: Cell, ends: Ends) -> NoReturn:
+def live(ends: Ends) -> NoReturn:
     """The child's whole life as Python; it must never return into the code that forked it."""
     try:
         try:
-            children.close_all_but({0, 1, 2, cell.tree, ends.line, ends.report})
-            line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=ends.line)
-            _end_with_launcher(line.fileno())
-            _say_that_it_lives(line)
-            enter_cell(cell)
-            os.close(cell.tree)
-            order = _receive_order(line)
+            line = ends.line.fileno()
+            children.close_all_but({0, 1, 2, line, ends.report})
+            _end_with_launcher(line)
+            _say_that_it_lives(ends.line)
+            _enter_cell(ends.line)
+            order = _receive_order(ends.line)
             # Above every number that the jail hands out, so that neither is overwritten.
-            ends = ends.above(max(order.jail.descriptors, default=2))
-            _become(order, ends)
+            above = max(order.jail.descriptors, default=2) + 1
+            ends = evolve(ends, report=duplicate_above(ends.report, above))
+            _become(order, duplicate_above(line, above), ends.report)
         except ConnectionError:
             os._exit(_ALONE)
         except JailFailed as error:
@@ -309,8 +336,25 @@ def _say_that_it_lives(line: socket.socket) -> None:
     os.close(pidfd)
 
 
+def _enter_cell(line: socket.socket) -> None:
+    said, received = _hear(line)
+    _require_all(received, 1)
+    (tree,) = received
+    enter_cell(evolve(_cell_decoder().decode(said), tree=tree))
+    os.close(tree)
+
+
 def _receive_order(line: socket.socket) -> _Order:
     """What the launcher wants, with the descriptors by the numbers that they have here."""
+    said, received = _hear(line)
+    order = _order_decoder().decode(said)
+    _require_all(received, len(order.held))
+    jail = order.jail.renumbered(dict(zip(order.held, received, strict=True)))
+    return evolve(order, jail=jail)
+
+
+def _hear(line: socket.socket) -> tuple[bytes, list[int]]:
+    """One thing that the launcher says, and the descriptors that it sent before."""
     received: list[int] = []
     while True:
         said, descriptors, _, _ = socket.recv_fds(
@@ -320,21 +364,21 @@ def _receive_order(line: socket.socket) -> _Order:
             os._exit(_ALONE)
         received += descriptors
         if said != _DESCRIPTORS:
-            break
-    order = order_decoder().decode(said)
-    if len(received) < len(order.held):  # The kernel leaves out what has no number any more.
-        detail = f"{len(order.held)} are granted: too many for its limit of open files"
+            return said, received
+
+
+def _require_all(received: Collection[int], wanted: int) -> None:
+    if len(received) < wanted:  # The kernel leaves out what has no number any more.
+        detail = f"{wanted} are granted: too many for its limit of open files"
         raise JailFailed("descriptors", errno.EMFILE, detail)
-    jail = order.jail.renumbered(dict(zip(order.held, received, strict=True)))
-    return evolve(order, jail=jail)
 
 
-def _become(order: _Order, ends: Ends) -> None:
-    _end_with_launcher(ends.line)  # Before it takes the uid, and after.
+def _become(order: _Order, line: int, report: int) -> None:
+    _end_with_launcher(line)  # Before it takes the uid, and after.
     enter(order.jail)
-    _end_with_launcher(ends.line)
-    if os.read(ends.line, len(_GO)) != _GO:
+    _end_with_launcher(line)
+    if os.read(line, len(_GO)) != _GO:
         os._exit(_ALONE)
     syscalls.outlive_parent()
-    os.write(ends.report, _EXECUTING)
+    os.write(report, _EXECUTING)
     execute(order.jail, order.program, order.argv, _ENVIRONMENT)

@@ -14,20 +14,16 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-import msgspec
-from attrs import evolve
-
 from hypervisor.errors import JailFailed
-from hypervisor.jail import Cell
-from hypervisor.newborn import Ends, Newborn, live, order_decoder
+from hypervisor.newborn import Ends, Newborn, live, prepare_decoders
 from kvmsec.linux import forking, syscalls
 from kvmsec.linux.children import Child, start_child
 
-_LIMIT_BYTES: Final = 1 << 18
+_LIMIT_BYTES: Final = 4096  # PATH_MAX, linux/limits.h
+_NOWHERE: Final = b"-"  # No path of a group: that is absolute.
 _NAME: Final = "kvmsec-nursery"  # What ps(1) shows of it, beside the launcher's command line.
 
 
@@ -42,39 +38,42 @@ class Nursery:
         """Make the process, where there is none. Raises ManyThreads, and OSError."""
         if self._orders is not None:
             return
-        cpus = os.sched_getaffinity(0)  # Before `_send` changes the nursery's own.
         orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
                 self._child = start_child(
-                    lambda: _serve(theirs, cpus), what="making children", keep=[theirs.fileno()]
+                    lambda: _serve(theirs), what="making children", keep=[theirs.fileno()]
                 )
             except BaseException:
                 orders.close()
                 raise
         self._orders = orders
 
-    def birth(self, cell: Cell) -> Newborn:
-        """Ask for a child, which begins at once to shut itself in. Raises what `begin` does."""
-        return Newborn(lambda ends: self._ask(cell, ends))
+    def birth(self, group: str | None = None) -> Newborn:
+        """Ask for a child, which waits to be told its cell. Raises what `begin` does.
 
-    def _ask(self, cell: Cell, ends: Ends) -> None:
-        order = msgspec.msgpack.encode(cell)
+        group: the path of the version 2 control group that it is born in, by the one call that
+        needn't wait for the kernel's grace period; None where there is none.
+        """
+        return Newborn(lambda ends: self._ask(group, ends), cpus=os.sched_getaffinity(0))
+
+    def _ask(self, group: str | None, ends: Ends) -> None:
+        order = _NOWHERE if group is None else os.fsencode(group)
         self.begin()
         try:
-            self._send(order, cell.tree, ends)
+            self._send(order, ends)
         except (BrokenPipeError, ConnectionResetError):  # It was killed.
             self.close()
             self.begin()
-            self._send(order, cell.tree, ends)
+            self._send(order, ends)
 
-    def _send(self, order: bytes, tree: int, ends: Ends) -> None:
+    def _send(self, order: bytes, ends: Ends) -> None:
         assert self._child is not None and self._orders is not None
         # The kernel would often wake it where the launcher runs, which then waits for the fork.
         if others := os.sched_getaffinity(0) - {syscalls.current_cpu()}:
             with contextlib.suppress(OSError):  # Gone, or not allowed there any more.
                 os.sched_setaffinity(self._child.pid, others)
-        socket.send_fds(self._orders, [order], [tree, ends.line, ends.report])
+        socket.send_fds(self._orders, [order], [ends.line.fileno(), ends.report])
 
     def close(self) -> None:
         """End the process; children of it live on."""
@@ -85,35 +84,31 @@ class Nursery:
         self._orders = self._child = None
 
 
-def _serve(orders: socket.socket, cpus: Collection[int]) -> None:
-    """Make children, which run on these processors, until the launcher is gone."""
+def _serve(orders: socket.socket) -> None:
+    """Make children until the launcher is gone."""
     gc.disable()  # There is nothing to collect, and to look for it would touch every page.
     os.chdir("/")  # The launcher's directory is not kept busy.
     Path("/proc/self/comm").write_text(_NAME)
-    syscalls.reset_signals()
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # A launcher may be gone when it is told.
-    cells = msgspec.msgpack.Decoder(Cell)
-    order_decoder()  # Here, for all children.
+    syscalls.reset_signals()  # For the children: to do it there would touch fifty pages.
+    prepare_decoders()
     while True:
-        order, descriptors, _, _ = socket.recv_fds(orders, _LIMIT_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
+        order, descriptors, _, _ = socket.recv_fds(orders, _LIMIT_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
         if not order:
             return
-        tree, line, report = descriptors
-        cell, ends = cells.decode(order), Ends(line, report)
+        line, report = descriptors
+        ends = Ends(socket.socket(fileno=line), report)
         try:
-            _make_child(evolve(cell, tree=tree), ends, cpus)
+            _make_child(None if order == _NOWHERE else os.fsdecode(order), ends)
         except OSError as error:
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # The launcher may be gone.
             ends.tell(JailFailed("fork", error.errno or 0, str(error)))
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         finally:
-            os.close(tree)
             ends.close()
 
 
-def _make_child(cell: Cell, ends: Ends, cpus: Collection[int]) -> None:
-    pid, pidfd = forking.clone_sibling(cell.born_in)
+def _make_child(group: str | None, ends: Ends) -> None:
+    pid, pidfd = forking.clone_sibling(group)
     if pid == 0:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # None of them is left: it stays where it may be.
-            os.sched_setaffinity(0, cpus)
-        live(cell, ends)
+        live(ends)
     os.close(pidfd)

@@ -3,13 +3,12 @@
 The calling process must have one thread: a fork copies only the caller's.
 """
 
-import contextlib
 import ctypes
 import gc
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 from kvmsec.linux import syscalls
@@ -37,80 +36,69 @@ def fork() -> int:
     return _fork_by(os.fork, _forget_handlers)
 
 
-def fork_init(cgroup: str | None = None) -> tuple[int, int]:
+def fork_init() -> tuple[int, int]:
     """Fork the first process of a new PID namespace; returns its pid and pidfd, in it (0, -1).
 
-    It is the caller's own child, with no process in between, and a member of the version 2 control
-    group at `cgroup` from its birth: to join one later takes a grace period of the kernel's, 5 to
-    10 ms on an idle host. Otherwise as `fork`. Raises ManyThreads, and OSError, which names the
-    group where that is what was refused. See clone(2), `clone3`, Linux 5.7.
+    It is the caller's own child, with no process in between. Otherwise as `fork`. Raises
+    ManyThreads, and OSError. See clone(2), `clone3`.
     """
-    return _fork_init_by(_clone_as_python, _forget_handlers, cgroup)
+    return _fork_init_by(_clone_as_python, _forget_handlers)
 
 
-def clone_init(cgroup: str | None = None) -> tuple[int, int]:
+def clone_init() -> tuple[int, int]:
     """As `fork_init`, for a child of a few system calls that then becomes another program.
 
     Nothing that Python and libraries registered for a fork is called, in neither process. It puts
     right what other threads may have held, and there are none; and each page that it touches has
     to be copied first: it was two fifths of all that such a child touched.
     """
-    return _fork_init_by(_clone, syscalls.reset_signals, cgroup)
+    return _fork_init_by(_clone, syscalls.reset_signals)
 
 
 def clone_sibling(cgroup: str | None = None) -> tuple[int, int]:
     """As `clone_init`, for a child of the caller's own parent (CLONE_PARENT).
 
-    That is told of its end as it would be of the caller's, and may wait for it. The caller is a
-    process that does nothing else: signals stay as it has them, and it collects no garbage.
-    Raises OSError.
+    That is told of its end as it would be of the caller's, and may wait for it. The child is a
+    member of the version 2 control group at `cgroup` from its birth: to join one later takes a
+    grace period of the kernel's, 5 to 10 ms on an idle host.
+
+    The caller is a process that does nothing else: signals stay as it has them, and it collects no
+    garbage. Raises OSError, which names the group where that is what was refused. See clone(2),
+    `clone3`, Linux 5.7.
     """
-    with _opened(cgroup) as group:
-        return _named(cgroup, lambda: syscalls.clone3(CLONE_NEWPID | CLONE_PARENT, group))
-
-
-def _fork_init_by(
-    clone: Callable[[int], tuple[int, int]], forget_signals: Callable[[], None], cgroup: str | None
-) -> tuple[int, int]:
-    pidfd = -1
-
-    def fork_into_group() -> int:
-        nonlocal pidfd
-        pid, pidfd = _named(cgroup, lambda: clone(group))
-        return pid
-
-    with _opened(cgroup) as group:
-        return _fork_by(fork_into_group, forget_signals), pidfd
-
-
-@contextlib.contextmanager
-def _opened(cgroup: str | None) -> Iterator[int]:
     group = -1 if cgroup is None else os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield group
+        return syscalls.clone3(CLONE_NEWPID | CLONE_PARENT, group)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, cgroup) from None
     finally:
         if group >= 0:
             os.close(group)
 
 
-def _named(cgroup: str | None, clone: Callable[[], tuple[int, int]]) -> tuple[int, int]:
-    """An error names the group: it is what can be refused."""
-    try:
-        return clone()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, cgroup) from None
+def _fork_init_by(
+    clone: Callable[[], tuple[int, int]], forget_signals: Callable[[], None]
+) -> tuple[int, int]:
+    pidfd = -1
+
+    def fork() -> int:
+        nonlocal pidfd
+        pid, pidfd = clone()
+        return pid
+
+    return _fork_by(fork, forget_signals), pidfd
 
 
-def _clone(group: int) -> tuple[int, int]:
-    return syscalls.clone3(CLONE_NEWPID, group)
+def _clone() -> tuple[int, int]:
+    return syscalls.clone3(CLONE_NEWPID)
 
 
-def _clone_as_python(group: int) -> tuple[int, int]:
+def _clone_as_python() -> tuple[int, int]:
     """What os.fork does around the system call, since Python has no name for this one."""
     ctypes.pythonapi.PyOS_BeforeFork()
     pid, pidfd = -1, -1
     try:
-        pid, pidfd = _clone(group)
+        pid, pidfd = _clone()
     finally:
         if pid == 0:
             ctypes.pythonapi.PyOS_AfterFork_Child()

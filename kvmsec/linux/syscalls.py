@@ -113,7 +113,7 @@ class _CloneArguments(ctypes.Structure):
     )
 
 
-def clone3(flags: int, cgroup: int) -> tuple[int, int]:
+def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
     """Fork (`clone3(2)`, Linux 5.7); returns the child's pid and pidfd, in the child (0, -1).
 
     `cgroup` is a descriptor of a version 2 control group to be born in, or -1. The interpreter's

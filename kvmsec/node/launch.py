@@ -40,7 +40,7 @@ from kvmsec.node import (
     taps,
 )
 from kvmsec.node.dismantle import dismantle, remove_leftover
-from kvmsec.node.engine import Engine
+from kvmsec.node.engine import Engine, engine_for
 from kvmsec.node.grants import Lent, place
 from kvmsec.node.host import Host
 from kvmsec.node.identities import Identity, identity_for
@@ -57,7 +57,6 @@ async def launch(
     host: Host,
     definition: InstanceDefinition,
     security: Security,
-    engine: Engine,
     on_step: OnStep,
     *,
     without_locks: frozenset[str] = frozenset(),
@@ -69,7 +68,7 @@ async def launch(
     Returns the record of the running instance. Raises the error of the step that failed, and
     StartFailed with QEMU's own words once there was a QEMU; nothing is left then.
     """
-    start = _Start(host, definition, security, engine, without_locks)
+    start = _Start(host, definition, security, without_locks)
     has_ended = False
     try:
         try:
@@ -140,19 +139,19 @@ class _Start:
         host: Host,
         definition: InstanceDefinition,
         security: Security,
-        engine: Engine,
         without_locks: frozenset[str],
     ) -> None:
         self.host = host
         self.security = security
-        self.engine = engine
         self.without_locks = without_locks
         self.machine = definition.machine
         self.opened = ExitStack()
         self.lent = Lent()
+        self.engine: Engine
         self.identity: Identity
-        self.cgroup: cgroups.InstanceCgroup
         self.allotment: limits.Allotment
+        self.made: cgroups.UnboundCgroup
+        self.cgroup: cgroups.InstanceCgroup
         self.monitor: Monitor | None = None
         self.log = -1
         self.output = -1
@@ -170,10 +169,7 @@ class _Start:
             machine=self.machine,
             launcher=processes.myself(),
             created_at=datetime.now(UTC),
-            accelerator=engine.accelerator,
             autostart=definition.autostart,
-            qemu=str(engine.binary),
-            qemu_version=engine.features.version_text,
         )
 
     async def ends(self) -> bool:
@@ -256,34 +252,48 @@ class _Start:
 
     async def make_cgroup(self) -> None:
         config = self.host.config
-        parent, name = config.cgroup.parent, self.record.name
-        await remove_leftover(self.host.hierarchy.leftover(self.host.paths.tag, name, parent))
+        tag, name, parent = self.host.paths.tag, self.record.name, config.cgroup.parent
+        await remove_leftover(self.host.hierarchy.leftover(tag, name, parent))
         self.allotment = limits.allot(
-            config,
-            self.machine,
-            self.engine,
-            self.lent.boot_files,
-            self.security.model,
-            huge_pages.pools_mib(),
+            config, self.machine, self.security.model, huge_pages.pools_mib()
         )
-        group = self.host.hierarchy.create(self.host.paths.tag, name, parent, self.allotment.groups)
-        self.cgroup = group
+        controllers = self.allotment.groups.controllers
+        self.made = self.host.hierarchy.make(tag, name, parent, controllers)
         # Written down with the uid: an empty group that no record names is found by its name.
-        self.record = evolve(self.record, cgroups=group.paths)
-        limits.require(group.lacks, config.confinement.may_be_missing)
+        self.record = evolve(self.record, cgroups=self.made.paths)
 
     def ask_for_child(self) -> None:
+        self.child = self.host.nursery.birth(self.made.unified)
+        self.opened.callback(self.child.close)
+
+    def find_qemu(self) -> None:
+        engine = engine_for(self.host, self.machine)
+        self.engine = engine
+        self.record = evolve(  # Written down with the uid, too.
+            self.record,
+            accelerator=engine.accelerator,
+            qemu=str(engine.binary),
+            qemu_version=engine.features.version_text,
+        )
+
+    def bound_cgroup(self) -> None:
+        config = self.host.config
+        memory_bytes = limits.memory_bytes(
+            config, self.machine, self.engine.accelerator, self.lent.boot_files
+        )
+        self.cgroup = self.made.bound(evolve(self.allotment.groups, memory_bytes=memory_bytes))
+        limits.require(self.cgroup.lacks, config.confinement.may_be_missing)
+
+    def tell_cell(self) -> None:
         tree = self.host.trees.take(self.engine.closure)
         self.opened.callback(os.close, tree)
         self.cell = Cell(
             tree,
-            born_in=self.cgroup.unified,
             cgroups=self.cgroup.tasks_files,
             limits=self.allotment.process,
             without_locks=self.without_locks,
         )
-        self.child = self.host.nursery.birth(self.cell)
-        self.opened.callback(self.child.close)
+        self.child.enter(self.cell)
 
     def tell_jail(self) -> None:
         extra = self.host.config.qemu.extra_arguments
@@ -369,9 +379,12 @@ class Step:
 
 STEPS: Final = (
     Step("record", _Start.begin, "what isn't written down can't be taken back"),
-    Step("boot files", _Start.open_boot_files, "copied into the jail from these descriptors"),
     Step("cgroup", _Start.make_cgroup, "the child is born in it, or joins it first of all"),
-    Step("child", _Start.ask_for_child, "it leaves the node while it is found out for whom"),
+    Step("child", _Start.ask_for_child, "its fork is as long as all that is found out meanwhile"),
+    Step("qemu", _Start.find_qemu, "what it can do and is made of decides all the rest"),
+    Step("boot files", _Start.open_boot_files, "copied into the jail from these descriptors"),
+    Step("bounds", _Start.bound_cgroup, "of its groups, before they hold more than the child"),
+    Step("cell", _Start.tell_cell, "the child leaves the node while it is found out for whom"),
     Step("identity", _Start.take_identity, "an exhausted pool is told before a disk is opened"),
     Step("images", _Start.open_images, "headers are read as the instance's own uid"),
     Step("taps", _Start.open_taps, "up and without IPv6 before a guest is behind them"),

@@ -4,7 +4,7 @@ Pure: from values to what `hypervisor.cgroups` writes and `hypervisor.jail` sets
 """
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Final
+from typing import Final, Literal
 
 from attrs import frozen
 
@@ -18,7 +18,6 @@ from kvmsec.config import TOLERABLE, Config, LimitSettings
 from kvmsec.errors import KvmsecError
 from kvmsec.model.security import SecurityModel
 from kvmsec.node import output
-from kvmsec.node.engine import Engine
 from kvmsec.node.grants import Lent
 
 _MIB: Final = 1 << 20
@@ -57,38 +56,26 @@ def decide(wishes: Limits, settings: LimitSettings) -> Limits:
 
 @frozen
 class Allotment:
-    """What one start gets of its node, decided before anything of it is made."""
+    """What one start gets of its node."""
 
     groups: GroupLimits
     process: ProcessLimits
 
 
 def allot(
-    config: Config,
-    machine: Machine,
-    engine: Engine,
-    boot_files: Collection[BootFile],
-    model: SecurityModel,
-    huge_page_pools: Collection[int],
+    config: Config, machine: Machine, model: SecurityModel, huge_page_pools: Collection[int]
 ) -> Allotment:
     """The bounds of one start: of its control groups, and of its process.
 
-    That has all but the size of files, which its disks decide: see `largest_file_bytes`.
-    `huge_page_pools`: the sizes, in MiB, of the pages that the node has pools of.
+    Without what other things decide that it needs: how much memory, see `memory_bytes`, and the
+    size of its files, see `largest_file_bytes`. `huge_page_pools`: the sizes, in MiB, of the pages
+    that the node has pools of.
     """
-    settings = config.limits
-    granted = decide(machine.limits, settings)
-    memory_mib = settings.memory_margin_mib + footprint.memory_mib(
-        machine, engine.accelerator, files_bytes=sum(_own_files_bytes(config, boot_files))
-    )
-    is_locked = _locks_memory(config.qemu.extra_arguments)
-    if is_locked:
-        memory_mib += footprint.locked_mib(machine)
+    granted = decide(machine.limits, config.limits)
     threads = footprint.tasks(machine)
     assert granted.oom_score_adjust is not None
     return Allotment(
         GroupLimits(
-            memory_bytes=memory_mib * _MIB,
             tasks=threads,
             cpu_weight=granted.cpu_weight,
             cpu_quota_percent=granted.cpu_quota_percent,
@@ -100,10 +87,25 @@ def allot(
             # Counted for all of a uid: the same as the group's where one uid is one instance.
             processes=threads if model is SecurityModel.POOL else None,
             file_bytes=None,
-            locked_bytes=UNLIMITED if is_locked else 8 * _MIB,
+            locked_bytes=UNLIMITED if _locks_memory(config) else 8 * _MIB,
             oom_score_adjust=granted.oom_score_adjust,
         ),
     )
+
+
+def memory_bytes(
+    config: Config,
+    machine: Machine,
+    accelerator: Literal["kvm", "tcg"],
+    boot_files: Iterable[BootFile],
+) -> int:
+    """The most memory that an instance's groups may hold."""
+    memory_mib = config.limits.memory_margin_mib + footprint.memory_mib(
+        machine, accelerator, files_bytes=sum(_own_files_bytes(config, boot_files))
+    )
+    if _locks_memory(config):
+        memory_mib += footprint.locked_mib(machine)
+    return memory_mib * _MIB
 
 
 def largest_file_bytes(config: Config, machine: Machine, lent: Lent) -> int:
@@ -121,9 +123,9 @@ def _own_files_bytes(config: Config, boot_files: Iterable[BootFile]) -> list[int
     return [*sizes, output.room_bytes(config.limits.log_kib)]
 
 
-def _locks_memory(arguments: Iterable[str]) -> bool:
+def _locks_memory(config: Config) -> bool:
     """Whether QEMU is told to keep all of its memory, which the control group bounds, in RAM."""
-    return any("mem-lock=on" in argument.split(",") for argument in arguments)
+    return any("mem-lock=on" in argument.split(",") for argument in config.qemu.extra_arguments)
 
 
 class NoCgroup(KvmsecError):

@@ -63,7 +63,6 @@ class LocalNode:
         self._require_root()
         self.host.nursery.begin()  # Before all that a start loads: it would have a copy of it.
         from kvmsec.node.admission import admit
-        from kvmsec.node.engine import engine_for
         from kvmsec.node.launch import launch
 
         name = definition.name
@@ -73,14 +72,12 @@ class LocalNode:
             if self._watches.unwatch(name):
                 self._watches.publish_end(name)
             security = admit(self.host, definition)
-            engine = engine_for(self.host, definition.machine)
             self._watches.publish(name, InstanceState.STARTING)
             try:
                 record = await launch(
                     self.host,
                     definition,
                     security,
-                    engine,
                     self._on_step,
                     without_locks=self._without_locks,
                 )

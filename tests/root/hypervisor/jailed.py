@@ -36,7 +36,7 @@ PROGRAMS = ("/bin/sh", "/bin/sleep", "/usr/bin/env", "/bin/true", "/bin/ls", "/b
 ADMINS = ("/bin/mount", "/bin/mknod", "/bin/chown", "/bin/mkdir", "/bin/touch", "/bin/ln")
 
 UNASKED = ProcessLimits()
-OF_CELL = {"born_in", "cgroups", "without_locks"}
+OF_CELL = {"cgroups", "without_locks"}
 
 Build = Callable[..., Jail]
 
@@ -180,14 +180,25 @@ def is_asleep(pid: int) -> bool:
 
 
 @contextmanager
-def born(nursery: Nursery, jail: Jail, *argv: str) -> Iterator[Newborn]:
+def born(nursery: Nursery, jail: Jail, *argv: str, group: str | None = None) -> Iterator[Newborn]:
     """As `newborn`, of a nursery's making."""
-    child = heard(nursery.birth(jail.cell))
+    child = heard(asked(nursery, jail, group))
     try:
         child.become(jail, argv[0], argv)
         yield child
     finally:
         end(child)
+
+
+def asked(nursery: Nursery, jail: Jail, group: str | None = None) -> Newborn:
+    """One that is to shut itself in as far as the jail's cell."""
+    child = nursery.birth(group)
+    try:
+        child.enter(jail.cell)
+    except BaseException:
+        child.close()
+        raise
+    return child
 
 
 def heard(child: Newborn) -> Newborn:

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from hypervisor import process
-from hypervisor.cgroups import Hierarchy
 from hypervisor.jail import BootFile
 from hypervisor.limits import ProcessLimits, parse_limits
 from kvmsec.linux.children import run_in_child
@@ -143,18 +141,3 @@ def test_one_that_ended_while_it_was_looked_at_is_no_failure_of_the_look(build: 
         assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
         assert Path(f"/proc/{child.process.pid}/coredump_filter").read_text() == ""
         assert jail.limits.problems_of(child.process.pid) == []
-
-
-def test_it_is_in_its_groups_before_anything_of_it_can_run(build: Build) -> None:
-    tag = f"kvmsec_test_{os.getpid()}"
-    group = Hierarchy.detect().create(tag, "guest")
-    try:
-        jail = build(born_in=group.unified, cgroups=group.tasks_files)
-        with newborn(jail, "/bin/sleep", "60") as child:
-            child.release()
-            child.executed()
-            assert group.problems_of(child.process.pid) == []
-            assert process.kill_and_wait(child.pidfd, DEADLINE_S)
-    finally:
-        group.kill(5)
-        group.remove()

@@ -15,7 +15,7 @@ import pytest
 from hypervisor import jail as jails
 from hypervisor import process
 from hypervisor.errors import JailFailed
-from hypervisor.jail import CELL_STEPS, JAIL_STEPS, Cell, Jail
+from hypervisor.jail import CELL_STEPS, JAIL_STEPS, Jail
 from hypervisor.limits import ProcessLimits
 from hypervisor.newborn import Newborn, spawn
 from hypervisor.nursery import Nursery
@@ -25,6 +25,7 @@ from kvmsec.linux.readiness import is_readable
 from tests.root.hypervisor.jailed import (
     DEADLINE_S,
     Build,
+    asked,
     born,
     build,
     children_of,
@@ -71,8 +72,8 @@ def test_one_that_is_closed_before_it_was_heard_of_is_ended(nursery: Nursery, bu
     jail = build()
     with nothing_is_left(nursery):
         for _ in range(5):
-            nursery.birth(jail.cell).close()
-        births = [nursery.birth(jail.cell) for _ in range(5)]
+            asked(nursery, jail).close()
+        births = [asked(nursery, jail) for _ in range(5)]
         for child in births:
             child.close()
             child.close()
@@ -81,15 +82,14 @@ def test_one_that_is_closed_before_it_was_heard_of_is_ended(nursery: Nursery, bu
 def test_one_whose_word_came_already_is_ended_all_the_same(nursery: Nursery, build: Build) -> None:
     jail = build()
     with nothing_is_left(nursery):
-        child = nursery.birth(jail.cell)
+        child = asked(nursery, jail)
         assert is_readable(child.line.fileno(), DEADLINE_S)
         child.close()
 
 
-def test_one_that_could_not_be_made_is_closed_at_once(nursery: Nursery, build: Build) -> None:
-    jail = build()
+def test_one_that_could_not_be_made_is_closed_at_once(nursery: Nursery) -> None:
     with nothing_is_left(nursery):
-        nursery.birth(Cell(jail.cell.tree, born_in="/sys/fs/cgroup/nowhere")).close()
+        nursery.birth("/sys/fs/cgroup/nowhere").close()
 
 
 @pytest.mark.parametrize("is_told", [False, True])
@@ -98,7 +98,7 @@ def test_one_that_was_heard_of_and_is_closed_ends_by_itself_and_is_the_callers(
 ) -> None:
     jail = build()
     with nothing_is_left(nursery):
-        child = heard(nursery.birth(jail.cell))
+        child = heard(asked(nursery, jail))
         if is_told:
             child.become(jail, "/bin/sleep", ("sleep", "60"))
         child.close()
@@ -161,7 +161,7 @@ def test_too_few_descriptors_once_it_was_asked_for_leave_nothing(
 ) -> None:
     jail = build()
     with nothing_is_left(nursery):
-        child = nursery.birth(jail.cell)
+        child = asked(nursery, jail)
         assert is_readable(child.line.fileno(), DEADLINE_S)
         with room_for(room), contextlib.ExitStack() as expected:
             if not room:
@@ -180,7 +180,7 @@ def test_too_few_descriptors_when_it_is_closed_leave_nothing(
 ) -> None:
     jail = build()
     with nothing_is_left(nursery):
-        child = nursery.birth(jail.cell)
+        child = asked(nursery, jail)
         with room_for(0):
             child.close()
 
@@ -272,7 +272,7 @@ def test_one_that_no_message_holds_is_told(
     jail = build()
     argv = ("/bin/true", *["x" * 100_000] * 4)
     with nothing_is_left(nursery):
-        child = heard(nursery.birth(jail.cell))
+        child = heard(asked(nursery, jail))
         if is_raised:
             so_sndbufforce = 32  # linux/include/uapi/asm-generic/socket.h
             child.line.setsockopt(socket.SOL_SOCKET, so_sndbufforce, 1 << 20)

@@ -27,6 +27,7 @@ from kvmsec.linux import processes
 from tests.root.hypervisor.jailed import (
     SOMEBODY,
     Build,
+    asked,
     born,
     build,
     children_of,
@@ -85,8 +86,7 @@ def test_a_child_is_born_in_its_group_and_joins_it_nowhere(
 ) -> None:
     hang = Step("hang", lambda _: signal.pause(), "for the test")
     monkeypatch.setattr(jails, "CELL_STEPS", (hang, *jails.CELL_STEPS))
-    jail = build(born_in=group.unified, cgroups=group.tasks_files)
-    child = heard(nursery.birth(jail.cell))
+    child = heard(asked(nursery, build(cgroups=group.tasks_files), group.unified))
     try:
         assert str(child.process.pid) in Path(f"{group.unified}/cgroup.procs").read_text().split()
     finally:
@@ -96,8 +96,8 @@ def test_a_child_is_born_in_its_group_and_joins_it_nowhere(
 def test_a_child_is_in_all_of_its_groups_when_it_runs(
     nursery: Nursery, build: Build, group: InstanceCgroup
 ) -> None:
-    jail = build(born_in=group.unified, cgroups=group.tasks_files)
-    with born(nursery, jail, "/bin/sleep", "60") as child:
+    jail = build(cgroups=group.tasks_files)
+    with born(nursery, jail, "/bin/sleep", "60", group=group.unified) as child:
         execute(child)
         assert group.problems_of(child.process.pid) == []
 
@@ -142,7 +142,7 @@ def test_twenty_births_at_once_in_any_order_each_on_its_own_line(
     nursery: Nursery, build: Build
 ) -> None:
     jails_ = [build() for _ in range(20)]
-    births = [nursery.birth(jail.cell) for jail in jails_]
+    births = [asked(nursery, jail) for jail in jails_]
     chance = random.Random(seed := random.randrange(1 << 32))
     order = list(range(20))
     known = []
@@ -205,12 +205,11 @@ def test_it_is_closed_twice_and_without_a_beginning() -> None:
 
 def test_a_nursery_does_not_grow_with_its_births(nursery: Nursery, build: Build) -> None:
     jail = build()
-    nowhere = Cell(jail.cell.tree, born_in="/sys/fs/cgroup/nowhere")
 
     def give_birth() -> None:
-        end(heard(nursery.birth(jail.cell)))
+        end(heard(asked(nursery, jail)))
         with pytest.raises(JailFailed):
-            heard(nursery.birth(nowhere))
+            heard(nursery.birth("/sys/fs/cgroup/nowhere"))
 
     def resident_kib(pid: int) -> int:
         return int(field(pid, "RssAnon").split()[0])
@@ -233,11 +232,11 @@ def test_a_group_that_is_gone_is_told_and_the_nursery_goes_on(
 ) -> None:
     jail = build()
     with pytest.raises(JailFailed, match="/sys/fs/cgroup/nowhere/at-all") as raised:
-        heard(nursery.birth(Cell(jail.cell.tree, born_in="/sys/fs/cgroup/nowhere/at-all")))
+        heard(nursery.birth("/sys/fs/cgroup/nowhere/at-all"))
     assert (raised.value.step, raised.value.errno) == ("fork", errno.ENOENT)
     pid = nursery_pid(nursery)
     with pytest.raises(JailFailed, match=f"{os.getcwd()}") as raised:
-        heard(nursery.birth(Cell(jail.cell.tree, born_in=os.getcwd())))
+        heard(nursery.birth(os.getcwd()))
     assert (raised.value.step, raised.value.errno) == ("fork", errno.EBADF)
     with born(nursery, jail, "/bin/true") as child:
         execute(child)
@@ -246,7 +245,9 @@ def test_a_group_that_is_gone_is_told_and_the_nursery_goes_on(
 
 def test_a_tree_that_is_closed_is_an_error_of_the_order(nursery: Nursery) -> None:
     before = set(os.listdir("/proc/self/fd"))
+    child = heard(nursery.birth())
     with pytest.raises(OSError, match="Bad file descriptor"):
-        nursery.birth(Cell(-1))
+        child.enter(Cell(-1))
+    end(child)
     nursery.close()
     assert set(os.listdir("/proc/self/fd")) == before

@@ -14,7 +14,6 @@ import pytest
 
 from hypervisor import process
 from hypervisor.errors import JailFailed
-from hypervisor.jail import Cell
 from hypervisor.nursery import Nursery
 from kvmsec.linux import processes
 from kvmsec.linux.errors import ManyThreads
@@ -22,6 +21,7 @@ from kvmsec.node.waiting import readable
 from tests.root.hypervisor.jailed import (
     DEADLINE_S,
     Build,
+    asked,
     born,
     build,
     children_of,
@@ -48,7 +48,7 @@ def test_neither_the_nursery_nor_a_waiting_child_holds_anything_of_the_launchers
     with _many_open(tmp_path / "before"):
         nursery.begin()
         with _many_open(tmp_path / "after"):
-            child = heard(nursery.birth(build().cell))
+            child = heard(asked(nursery, build()))
             try:
                 pid = child.process.pid
                 wait_until(lambda: len(held_files(nursery_pid(nursery))) == 5)
@@ -95,7 +95,7 @@ def test_a_lock_is_free_as_soon_as_the_launcher_lets_it_go(
 ) -> None:
     with _many_open(tmp_path / "lock"):
         nursery.begin()
-        child = heard(nursery.birth(build().cell))
+        child = heard(asked(nursery, build()))
     end(child)
 
 
@@ -157,7 +157,7 @@ def test_a_launcher_that_has_threads_begins_no_nursery(
     other.start()
     try:
         with pytest.raises(ManyThreads, match="2 threads"):
-            nursery.birth(jail.cell)
+            asked(nursery, jail)
     finally:
         done.set()
         other.join()
@@ -197,8 +197,8 @@ def test_a_launcher_that_ignores_the_end_of_its_children_has_them_made(
             assert process.kill_and_wait(child.pidfd, DEADLINE_S)
             assert process.reap(child.pidfd) is None
         with pytest.raises(JailFailed, match="No such file"):
-            heard(nursery.birth(Cell(0, born_in="/sys/fs/cgroup/nowhere")))
-        nursery.birth(build().cell).close()
+            heard(nursery.birth("/sys/fs/cgroup/nowhere"))
+        asked(nursery, build()).close()
         pid = nursery_pid(nursery)
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: processes.identify(pid) is None)
@@ -211,7 +211,7 @@ def test_a_launcher_that_ignores_the_end_of_its_children_has_them_made(
 def test_a_launcher_whose_loop_runs_waits_for_many_at_once(nursery: Nursery, build: Build) -> None:
     async def start(number: int) -> process.Ended | None:
         jail = build()
-        child = nursery.birth(jail.cell)
+        child = asked(nursery, jail)
         assert await readable(child.line.fileno(), DEADLINE_S)
         child.hear()
         child.become(jail, "/bin/sh", ("sh", "-c", f"exit {number}"))

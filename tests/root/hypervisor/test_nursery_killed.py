@@ -23,6 +23,7 @@ from tests.root.hypervisor.jailed import (
     DEADLINE_S,
     SOMEBODY,
     Build,
+    asked,
     born,
     build,
     children_of,
@@ -32,6 +33,7 @@ from tests.root.hypervisor.jailed import (
     nursery_pid,
     orphans_come_here,
     the_launcher_is_as_before,
+    wait_until,
 )
 
 __all__ = ["build", "nursery", "the_launcher_is_as_before"]
@@ -71,7 +73,7 @@ def test_one_that_is_killed_with_an_order_in_its_queue_fails_the_start(
     nursery.begin()
     before = set(os.listdir("/proc/self/fd"))
     os.kill(nursery_pid(nursery), signal.SIGSTOP)
-    orders = [nursery.birth(jail.cell) for _ in range(3)]
+    orders = [asked(nursery, jail) for _ in range(3)]
     kill(nursery_pid(nursery))
     for child in orders:
         with pytest.raises(JailFailed, match="process that was to make a child is gone") as raised:
@@ -101,7 +103,7 @@ def test_one_that_is_killed_while_it_forks_makes_a_whole_child_or_none(
     monkeypatch.setattr(forking, "clone_sibling", clone_and_die)
     jail = build()
     before = set(os.listdir("/proc/self/fd"))
-    child = nursery.birth(jail.cell)
+    child = asked(nursery, jail)
     if not is_forked:
         with pytest.raises(JailFailed, match="is gone"):
             heard(child)
@@ -122,7 +124,7 @@ def test_one_that_is_killed_at_any_moment_leaves_a_whole_child_or_none(
     chance = random.Random(seed := random.randrange(1 << 32))
     for _ in range(60):
         nursery.begin()
-        child = nursery.birth(jail.cell)
+        child = asked(nursery, jail)
         time.sleep(chance.uniform(0, 0.004))
         os.kill(nursery_pid(nursery), signal.SIGKILL)
         try:
@@ -140,7 +142,7 @@ def test_one_that_is_closed_with_an_order_in_its_queue_fails_the_start(
     jail = build()
     nursery.begin()
     os.kill(nursery_pid(nursery), signal.SIGSTOP)
-    child = nursery.birth(jail.cell)
+    child = asked(nursery, jail)
     nursery.close()
     with pytest.raises(JailFailed, match="is gone"):
         heard(child)
@@ -157,7 +159,7 @@ def start_one(jail: Jail, mark: Mark) -> None:
     mark("begin")
     made.begin()
     mark("birth")
-    child = made.birth(jail.cell)
+    child = asked(made, jail)
     mark("hear")
     heard(child)
     mark("become")
@@ -314,11 +316,16 @@ def test_a_child_that_is_born_after_its_launchers_end_ends_by_itself(
     def clone_late(group: str | None) -> tuple[int, int]:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         nurseries.forking.syscalls.outlive_parent()  # It would be killed before it could make it.
+        Path("/proc/self/comm").write_text("late")
         time.sleep(0.1)
         made = late_clone(group)
         if made[0]:
             os._exit(0)
         return made
+
+    def has_come_there() -> bool:
+        nursery, *children = children_of(os.getpid())
+        return bool(children) or _program_of(nursery) == "late"
 
     if where == "made by the nursery":
         monkeypatch.setattr(forking, "clone_sibling", clone_late)
@@ -328,7 +335,7 @@ def test_a_child_that_is_born_after_its_launchers_end_ends_by_itself(
 
     def mark(name: str) -> None:
         if name == "hear":
-            time.sleep(0.05)
+            wait_until(has_come_there)
             os.kill(os.getpid(), signal.SIGKILL)
 
     with orphans_come_here():
@@ -363,7 +370,7 @@ def test_signals_to_the_launchers_group_end_neither_the_nursery_nor_a_waiting_ch
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, lambda *_: None)
         made = Nursery()
-        child = heard(made.birth(first.cell))
+        child = heard(asked(made, first))
         before = nursery_pid(made)
         os.write(say, b"w")
         os.read(told, 1)

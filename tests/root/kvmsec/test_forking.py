@@ -1,4 +1,4 @@
-"""The first process of a PID namespace: the caller's child, in its control group from birth."""
+"""The first process of a PID namespace, the caller's child: what it has, and what is refused."""
 
 import errno
 import gc
@@ -20,16 +20,14 @@ pytestmark = pytest.mark.root
 STATUS = 7
 
 
-Fork = Callable[[str | None], tuple[int, int]]
+Fork = Callable[[], tuple[int, int]]
 EITHER = pytest.mark.parametrize("fork", [forking.fork_init, forking.clone_init])
 
 
-def told_by_init(
-    function: Callable[[], object], cgroup: str | None = None, fork: Fork = forking.fork_init
-) -> str:
+def told_by_init(function: Callable[[], object], fork: Fork = forking.fork_init) -> str:
     """What a new first process returns from the function; its end is seen by its pidfd."""
     reader, writer = os.pipe()
-    pid, pidfd = fork(cgroup)
+    pid, pidfd = fork()
     if pid == 0:
         try:
             os.write(writer, str(function()).encode())
@@ -67,17 +65,11 @@ def test_the_callers_later_children_are_born_where_it_is() -> None:
     assert os.readlink("/proc/self/ns/pid_for_children") == own
 
 
-@EITHER
-def test_it_is_in_its_control_group_from_birth(group: Path, fork: Fork) -> None:
-    told = told_by_init(lambda: Path("/proc/self/cgroup").read_text(), str(group), fork)
-    assert f"0::/{group.name}\n" in told
-
-
 def test_a_group_that_is_missing_or_of_version_one_is_named(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     for path, number in ((tmp_path / "none", errno.ENOENT), (tmp_path, errno.EBADF)):
         with pytest.raises(OSError) as caught:
-            forking.fork_init(str(path))
+            forking.clone_sibling(str(path))
         assert (caught.value.errno, caught.value.filename) == (number, str(path))
     assert os.listdir("/proc/self/fd") == before
     assert told_by_init(lambda: "still able to") == "still able to"
@@ -91,7 +83,7 @@ def test_a_group_that_takes_no_process_is_named(group: Path) -> None:
     neither.mkdir()
     try:
         with pytest.raises(OSError, match=str(neither)) as caught:
-            forking.fork_init(str(neither))
+            forking.clone_sibling(str(neither))
     finally:
         neither.rmdir()
         threaded.rmdir()
@@ -166,7 +158,7 @@ def test_a_process_with_several_threads_is_refused(fork: Fork) -> None:
     thread.start()
     try:
         with pytest.raises(ManyThreads):
-            fork(None)
+            fork()
     finally:
         stop.set()
         thread.join()

@@ -1,6 +1,5 @@
 """An instance's limits: its wishes within what its node allows, and what may be missing."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from hypervisor.limits import UNLIMITED
 from hypervisor.machine import Limits, Machine
 from kvmsec.config import Config, LimitSettings, QemuSettings
 from kvmsec.model.security import SecurityModel
-from kvmsec.node.engine import Engine
 from kvmsec.node.grants import Lent
 from kvmsec.node.limits import (
     Allotment,
@@ -19,6 +17,7 @@ from kvmsec.node.limits import (
     allot,
     decide,
     largest_file_bytes,
+    memory_bytes,
     problems_of,
     require,
 )
@@ -121,10 +120,15 @@ def bounds(
     pools: tuple[int, ...] = (),
     **keys: Any,
 ) -> Allotment:
-    nothing: Any = None
-    engine = Engine(Path("/usr/bin/qemu"), nothing, nothing, "kvm", nothing)
-    config = Config(qemu=QemuSettings(extra_arguments=extra))
-    return allot(config, Machine(name="web", **keys), engine, (), model, pools)
+    return allot(config_with(*extra), Machine(name="web", **keys), model, pools)
+
+
+def memory(*extra: str, **keys: Any) -> int:
+    return memory_bytes(config_with(*extra), Machine(name="web", **keys), "kvm", ())
+
+
+def config_with(*extra: str) -> Config:
+    return Config(qemu=QemuSettings(extra_arguments=extra))
 
 
 def largest_file(**keys: Any) -> int:
@@ -153,15 +157,14 @@ def test_memory_of_huge_pages_is_a_file_and_the_only_ones_that_it_gets() -> None
 
 
 def test_the_margin_is_the_nodes_and_sizes_are_whole_pages() -> None:
-    memory = bounds(memory_mib=100).groups.memory_bytes
-    assert memory is not None
-    assert memory % (1 << 20) == 0
-    assert memory >> 20 == 100 + (64 + 3 + 1 + 2) + 64, "2 are for its output"
+    most = memory(memory_mib=100)
+    assert most % (1 << 20) == 0
+    assert most >> 20 == 100 + (64 + 3 + 1 + 2) + 64, "2 are for its output"
 
 
 def test_memory_that_is_to_be_locked_may_be_and_has_room_for_every_stack() -> None:
-    plain = bounds("-overcommit", "mem-lock=off,cpu-pm=on")
-    locked = bounds("-overcommit", "cpu-pm=on,mem-lock=on")
-    assert (plain.process.locked_bytes, locked.process.locked_bytes) == (8 << 20, UNLIMITED)
-    assert plain.groups.memory_bytes is not None
-    assert locked.groups.memory_bytes == plain.groups.memory_bytes + ((8 * 97 + 256) << 20)
+    plain = ("-overcommit", "mem-lock=off,cpu-pm=on")
+    locked = ("-overcommit", "cpu-pm=on,mem-lock=on")
+    lockable = [bounds(*extra).process.locked_bytes for extra in (plain, locked)]
+    assert lockable == [8 << 20, UNLIMITED]
+    assert memory(*locked) == memory(*plain) + ((8 * 97 + 256) << 20)
