@@ -46,7 +46,7 @@ from kvmsec.node.limits import Allotment, allot, memory_bytes
 
 READY: Final = "to the reply"
 RAW, SANDBOX = "raw QEMU", "its own -sandbox"
-PID_NAMESPACE: Final = "a child from Python, PID namespace"
+PID_NAMESPACE: Final = "a child from Python; PID, network, IPC, UTS"
 WHOLE: Final = "all else: draw, records, proof, monitor"
 MONITOR, LINE = 3, 4  # The descriptors that QEMU gets its sockets as.
 INSTANCE: Final = "bench"
@@ -156,6 +156,7 @@ async def _jailed(bench: Bench, nursery: Nursery, steps: Sequence[jail.Step]) ->
             listener.close()
         raw.greet(paths[0])
         ready_s = watch.lap()
+    nursery.prepare()  # As a node does once a start has ended.
     return {READY: ready_s}
 
 

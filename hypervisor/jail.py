@@ -1,7 +1,8 @@
 """What an instance's process is shut into, as one ordered list of steps.
 
 The steps run in a freshly forked child (`hypervisor.newborn`), which is already PID 1 of a PID
-namespace of its own. Each does one thing to the calling process, in an order that later steps rely
+namespace of its own, in a network, an IPC and a UTS namespace where nobody was before it
+(`kinds_made_before`). Each does one thing to the calling process, in an order that later steps rely
 on, and a failure of any of them ends the child before QEMU's first instruction. No step can be
 left out by a setting, but the last one on a host that lacks the library for it; what a test of the
 others may leave out is in `LOCKS`.
@@ -16,11 +17,12 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from attrs import evolve, field, frozen
 
+from hypervisor.errors import JailFailed
 from hypervisor.limits import ProcessLimits
 from hypervisor.seccomp import IO_SETUP, TICKET_BYTES, Filter
 from hypervisor.steps import Step, take
@@ -77,6 +79,11 @@ class Cell:
     def _require_known_locks(self, _: object, without: frozenset[str]) -> None:
         if unknown := without - LOCKS:
             raise ValueError(f"{sorted(unknown)} are no locks of a jail: {sorted(LOCKS)}")
+
+    @property
+    def kinds_made_before(self) -> int:
+        """See the function."""
+        return kinds_made_before(self.without_locks)
 
 
 @frozen
@@ -136,6 +143,24 @@ class Jail:
         return None if SECCOMP in self.cell.without_locks else self.system_calls
 
 
+def kinds_made_before(without_locks: Collection[str] = ()) -> int:
+    """The kinds of namespaces, as flags of unshare(2), that a child has before its first step.
+
+    They are the same whatever it becomes, so that they can be made before anybody asks for it: a
+    network takes the kernel a millisecond.
+    """
+    network = 0 if NETWORK_NAMESPACE in without_locks else namespaces.CLONE_NEWNET
+    return network | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS
+
+
+def make_namespaces(kinds: int) -> None:
+    """Have the calling process in new namespaces of these kinds. Raises JailFailed."""
+    try:
+        syscalls.unshare(kinds)
+    except OSError as error:
+        raise JailFailed("namespaces", error.errno or 0, str(error)) from error
+
+
 def _leave_session(cell: Cell) -> None:
     os.setsid()
 
@@ -160,14 +185,7 @@ def _limit_resources(cell: Cell) -> None:
 def _leave_namespaces(cell: Cell) -> None:
     # Root and working directory are the tree's from here on; it is copied, and never changed.
     syscalls.setns(cell.tree, namespaces.CLONE_NEWNS)
-    network = 0 if NETWORK_NAMESPACE in cell.without_locks else namespaces.CLONE_NEWNET
-    syscalls.unshare(
-        namespaces.CLONE_NEWNS
-        | network
-        | namespaces.CLONE_NEWIPC
-        | namespaces.CLONE_NEWUTS
-        | namespaces.CLONE_NEWCGROUP
-    )
+    syscalls.unshare(namespaces.CLONE_NEWNS | namespaces.CLONE_NEWCGROUP)
     os.umask(0)  # The modes that follow are meant, whatever the launcher's umask is.
 
 
@@ -266,7 +284,7 @@ CELL_STEPS: Final = (
     Step("session", _leave_session, "no controlling terminal to type into"),
     Step("cgroups", _join_cgroups, "counted and ended as one, before anything can be forked"),
     Step("limits", _limit_resources, "nothing without a bound, no core with a guest's memory"),
-    Step("namespaces", _leave_namespaces, "no path, network, IPC, name or cgroup of the node"),
+    Step("namespaces", _leave_namespaces, "no path and no cgroup of the node's"),
 )
 JAIL_STEPS: Final = (
     Step("file size", _limit_files, "the largest of its disks and of what it writes, no more"),

@@ -18,7 +18,15 @@ from attrs import evolve, frozen
 
 from hypervisor.descriptors import identity_of
 from hypervisor.errors import JailFailed
-from hypervisor.jail import Cell, Jail, duplicate_above, enter, enter_cell, execute
+from hypervisor.jail import (
+    Cell,
+    Jail,
+    duplicate_above,
+    enter,
+    enter_cell,
+    execute,
+    make_namespaces,
+)
 from kvmsec.linux import children, forking, processes, syscalls
 from kvmsec.linux.processes import ProcessId
 from kvmsec.linux.readiness import has_left, is_readable
@@ -271,7 +279,7 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
     def fork(ends: Ends) -> None:
         pid, pidfd = forking.clone_init()
         if pid == 0:
-            live(ends)
+            live(ends, jail.cell.kinds_made_before)
         os.close(pidfd)
 
     newborn = Newborn(fork)
@@ -292,10 +300,15 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
 # The child -----------------------------------------------------------------------------------
 
 
-def live(ends: Ends) -> NoReturn:
-    """The child's whole life as Python; it must never return into the code that forked it."""
+def live(ends: Ends, lacking: int = 0) -> NoReturn:
+    """The child's whole life as Python; it must never return into the code that forked it.
+
+    lacking: the kinds of namespaces that it was to be born in, and was not.
+    """
     try:
         try:
+            if lacking:
+                make_namespaces(lacking)
             line = ends.line.fileno()
             children.close_all_but({0, 1, 2, line, ends.report})
             _end_with_launcher(line)

@@ -5,8 +5,9 @@ while the child is there has to be copied first. The nursery is forked off once,
 has loaded what a start takes; it makes a child within the time that the launcher needs for other
 things. The child is the launcher's own (`forking.clone_sibling`), to wait for and to end with.
 
-It knows nothing and decides nothing. It ends with the launcher, and is made anew by the next start
-if it was killed.
+A child is born into namespaces that were made ahead for it, where that can be (`_Rooms`). The
+nursery knows nothing and decides nothing. It ends with the launcher, and is made anew by the next
+start if it was killed.
 """
 
 import contextlib
@@ -18,12 +19,17 @@ from pathlib import Path
 from typing import Final
 
 from hypervisor.errors import JailFailed
+from hypervisor.jail import kinds_made_before, make_namespaces
 from hypervisor.newborn import Ends, Newborn, live, prepare_decoders
-from kvmsec.linux import forking, syscalls
+from kvmsec.linux import forking, namespaces, syscalls
 from kvmsec.linux.children import Child, start_child
 
-_LIMIT_BYTES: Final = 4096  # PATH_MAX, linux/limits.h
-_NOWHERE: Final = b"-"  # No path of a group: that is absolute.
+_LIMIT_BYTES: Final = 4096 + 32  # PATH_MAX, linux/limits.h, and a number
+_NAMES: Final = {
+    namespaces.CLONE_NEWNET: "net",
+    namespaces.CLONE_NEWIPC: "ipc",
+    namespaces.CLONE_NEWUTS: "uts",
+}
 _NAME: Final = "kvmsec-nursery"  # What ps(1) shows of it, beside the launcher's command line.
 
 
@@ -49,16 +55,26 @@ class Nursery:
                 raise
         self._orders = orders
 
-    def birth(self, group: str | None = None) -> Newborn:
+    def birth(self, group: str | None = None, kinds: int | None = None) -> Newborn:
         """Ask for a child, which waits to be told its cell. Raises what `begin` does.
 
         group: the path of the version 2 control group that it is born in, by the one call that
-        needn't wait for the kernel's grace period; None where there is none.
+        needn't wait for the kernel's grace period; None where there is none. kinds: those of
+        `hypervisor.jail.kinds_made_before`, where a test leaves one out.
         """
-        return Newborn(lambda ends: self._ask(group, ends), cpus=os.sched_getaffinity(0))
+        order = _order(kinds_made_before() if kinds is None else kinds, group)
+        return Newborn(lambda ends: self._ask(order, ends), cpus=os.sched_getaffinity(0))
 
-    def _ask(self, group: str | None, ends: Ends) -> None:
-        order = _NOWHERE if group is None else os.fsencode(group)
+    def prepare(self) -> None:
+        """Have the next child's namespaces made now, when nobody waits for them.
+
+        Where that fails, or there is no nursery, they are made when the child is asked for.
+        """
+        if self._orders is not None:
+            with contextlib.suppress(OSError):
+                self._orders.send(_order(kinds_made_before()), socket.MSG_DONTWAIT)
+
+    def _ask(self, order: bytes, ends: Ends) -> None:
         self.begin()
         try:
             self._send(order, ends)
@@ -84,6 +100,11 @@ class Nursery:
         self._orders = self._child = None
 
 
+def _order(kinds: int, group: str | None = None) -> bytes:
+    """With a child's ends of its channels it is for that child, without them for the next one."""
+    return b"%d %s" % (kinds, os.fsencode(group or ""))
+
+
 def _serve(orders: socket.socket) -> None:
     """Make children until the launcher is gone."""
     gc.disable()  # There is nothing to collect, and to look for it would touch every page.
@@ -91,20 +112,28 @@ def _serve(orders: socket.socket) -> None:
     Path("/proc/self/comm").write_text(_NAME)
     syscalls.reset_signals()  # For the children: to do it there would touch fifty pages.
     prepare_decoders()
+    rooms = _Rooms()
+    rooms.try_to_prepare(kinds_made_before())
     while True:
         order, descriptors, _, _ = socket.recv_fds(orders, _LIMIT_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
         if not order:
             return
+        kinds, _, group = order.partition(b" ")
+        if not descriptors:
+            rooms.try_to_prepare(int(kinds))
+            continue
         line, report = descriptors
         ends = Ends(socket.socket(fileno=line), report)
         try:
-            _make_child(None if order == _NOWHERE else os.fsdecode(order), ends)
-        except OSError as error:
+            rooms.prepare(int(kinds))
+            _make_child(os.fsdecode(group) or None, ends)
+        except (OSError, JailFailed) as error:
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # The launcher may be gone.
-            ends.tell(JailFailed("fork", error.errno or 0, str(error)))
+            ends.tell(_failure_of(error))
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         finally:
             ends.close()
+            rooms.leave()
 
 
 def _make_child(group: str | None, ends: Ends) -> None:
@@ -112,3 +141,42 @@ def _make_child(group: str | None, ends: Ends) -> None:
     if pid == 0:
         live(ends)
     os.close(pidfd)
+
+
+def _failure_of(error: OSError | JailFailed) -> JailFailed:
+    if isinstance(error, JailFailed):
+        return error
+    return JailFailed("fork", error.errno or 0, str(error))
+
+
+class _Rooms:
+    """The nursery's own namespaces, and those that it goes to for the next child to be born in.
+
+    Each is for one child: the nursery leaves it as soon as that is there.
+    """
+
+    def __init__(self) -> None:
+        self._own = {
+            kind: os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            for kind, name in _NAMES.items()
+        }
+        self._prepared = 0
+
+    def prepare(self, kinds: int) -> None:
+        """Be in new ones of these kinds. Raises JailFailed, and OSError."""
+        if self._prepared == kinds:
+            return
+        self.leave()
+        make_namespaces(kinds)
+        self._prepared = kinds
+
+    def try_to_prepare(self, kinds: int) -> None:
+        with contextlib.suppress(JailFailed):  # A birth that wants them tells why there are none.
+            self.prepare(kinds)
+
+    def leave(self) -> None:
+        """Go back to its own. A nursery that can't ends: it would share what is a child's."""
+        for kind, own in self._own.items():
+            if self._prepared & kind:
+                syscalls.setns(own, kind)
+        self._prepared = 0

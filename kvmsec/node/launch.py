@@ -18,7 +18,7 @@ from attrs import evolve, frozen
 
 from hypervisor import cgroups, huge_pages, images, process
 from hypervisor.closure import require_trusted_parts
-from hypervisor.jail import Cell, Jail
+from hypervisor.jail import Cell, Jail, kinds_made_before
 from hypervisor.monitor import Monitor, MonitorClosed, MonitorUnreachable
 from hypervisor.newborn import Newborn
 from hypervisor.process import QemuGone
@@ -263,7 +263,8 @@ class _Start:
         self.record = evolve(self.record, cgroups=self.made.paths)
 
     def ask_for_child(self) -> None:
-        self.child = self.host.nursery.birth(self.made.unified)
+        kinds = kinds_made_before(self.without_locks)
+        self.child = self.host.nursery.birth(self.made.unified, kinds)
         self.opened.callback(self.child.close)
 
     def find_qemu(self) -> None:

@@ -84,6 +84,7 @@ class LocalNode:
             except BaseException as error:
                 self._watches.publish(name, InstanceState.STOPPED, str(error))
                 raise
+            self.host.nursery.prepare()
             records.forget(self.host.paths, name)
             self._watches.publish(name, InstanceState.RUNNING)
             self._watches.watch(record)

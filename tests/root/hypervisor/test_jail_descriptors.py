@@ -23,8 +23,10 @@ from tests.root.hypervisor.jailed import (
     Build,
     build,
     descriptor_limit,
+    is_asleep,
     running,
     the_launcher_is_as_before,
+    wait_until,
 )
 
 __all__ = ["build", "the_launcher_is_as_before"]
@@ -43,6 +45,7 @@ def test_exactly_the_granted_descriptors_arrive(build: Build, tmp_path: Path) ->
     jail = build(descriptors={3: grants[1], 4: grants[0], 7: grants[0]})
     try:
         with running(jail, "/bin/sleep", "60") as pid:
+            wait_until(lambda: is_asleep(pid))  # It has loaded its libraries then.
             held = {
                 int(name): os.stat(f"/proc/{pid}/fd/{name}")[1:3]
                 for name in os.listdir(f"/proc/{pid}/fd")
@@ -122,6 +125,7 @@ def test_a_launcher_with_many_descriptors_can_start_one(build: Build) -> None:
             jail = build(descriptors={3: high})
             assert high > 1023
             with running(jail, "/bin/sleep", "60") as pid:
+                wait_until(lambda: is_asleep(pid))
                 assert sorted(map(int, os.listdir(f"/proc/{pid}/fd"))) == [0, 1, 2, 3]
         finally:
             for descriptor in (*many, high, granted):

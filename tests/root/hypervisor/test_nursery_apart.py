@@ -51,10 +51,11 @@ def test_neither_the_nursery_nor_a_waiting_child_holds_anything_of_the_launchers
             child = heard(asked(nursery, build()))
             try:
                 pid = child.process.pid
-                wait_until(lambda: len(held_files(nursery_pid(nursery))) == 5)
+                wait_until(lambda: len(held_files(nursery_pid(nursery))) == 8)
                 of_nursery = sorted(held_files(nursery_pid(nursery)).values())
                 assert of_nursery[:3] == ["/dev/null"] * 3
-                assert [what.partition(":")[0] for what in of_nursery[3:]] == ["pipe", "socket"]
+                kinds = [what.partition(":")[0] for what in of_nursery[3:]]
+                assert kinds == ["ipc", "net", "pipe", "socket", "uts"]
                 wait_until(lambda: len(held_files(pid)) == 5)
                 of_child = sorted(held_files(pid).values())
                 assert of_child[:3] == ["/dev/null"] * 3

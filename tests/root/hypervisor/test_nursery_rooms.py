@@ -1,0 +1,170 @@
+"""The namespaces that a nursery makes ahead: each is one child's alone, and is left to it."""
+
+import errno
+import os
+import signal
+
+import pytest
+
+from hypervisor import jail as jails
+from hypervisor import nursery as nurseries
+from hypervisor.errors import JailFailed
+from hypervisor.jail import NETWORK_NAMESPACE, kinds_made_before
+from hypervisor.nursery import Nursery
+from kvmsec.linux import namespaces, syscalls
+from tests.root.hypervisor.jailed import (
+    Build,
+    asked,
+    born,
+    build,
+    end,
+    execute,
+    heard,
+    nursery,
+    nursery_pid,
+    the_launcher_is_as_before,
+    wait_until,
+)
+
+__all__ = ["build", "nursery", "the_launcher_is_as_before"]
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
+
+Rooms = dict[str, str]
+
+
+def rooms_of(pid: int | str) -> Rooms:
+    return {kind: os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("net", "ipc", "uts")}
+
+
+def wait_for_prepared(nursery: Nursery) -> Rooms:
+    """Those that the nursery has made ahead, and is in."""
+    own = rooms_of("self")
+    wait_until(lambda: not own.items() & rooms_of(nursery_pid(nursery)).items())
+    return rooms_of(nursery_pid(nursery))
+
+
+def wait_for_home(nursery: Nursery) -> None:
+    wait_until(lambda: rooms_of(nursery_pid(nursery)) == rooms_of("self"))
+
+
+def wait_for_end(pid: int) -> None:
+    """Its exit status is left for the launcher."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_child_has_what_was_made_ahead_and_has_it_alone(nursery: Nursery, build: Build) -> None:
+    nursery.begin()
+    made = wait_for_prepared(nursery)
+    child = heard(nursery.birth())
+    try:
+        assert rooms_of(child.process.pid) == made
+        wait_for_home(nursery)
+    finally:
+        end(child)
+
+
+def test_no_two_share_any_whether_made_ahead_or_not(nursery: Nursery) -> None:
+    children = []
+    try:
+        for is_prepared in (True, False, True, True, False, False):
+            if is_prepared:
+                nursery.begin()
+                nursery.prepare()
+                nursery.prepare()
+            children.append(heard(nursery.birth()))
+        found = [room for one in children for room in rooms_of(one.process.pid).values()]
+        assert len({*found, *rooms_of("self").values()}) == len(found) + 3
+        wait_for_home(nursery)
+    finally:
+        for one in children:
+            end(one)
+
+
+def test_what_is_made_ahead_is_kept_until_somebody_is_born_in_it(nursery: Nursery) -> None:
+    nursery.begin()
+    made = wait_for_prepared(nursery)
+    nursery.prepare()
+    child = heard(nursery.birth())
+    assert rooms_of(child.process.pid) == made
+    end(child)
+
+
+def test_a_child_for_a_test_of_other_locks_keeps_the_network_alone(
+    nursery: Nursery, build: Build
+) -> None:
+    nursery.begin()
+    wait_for_prepared(nursery)
+    jail = build(without_locks=frozenset({NETWORK_NAMESPACE}))
+    child = heard(nursery.birth(None, jail.cell.kinds_made_before))
+    try:
+        kept = rooms_of("self").items() & rooms_of(child.process.pid).items()
+        assert dict(kept).keys() == {"net"}
+    finally:
+        end(child)
+    with born(nursery, build(), "/bin/sleep", "60") as another:
+        execute(another)
+        assert not rooms_of("self").items() & rooms_of(another.process.pid).items()
+
+
+def test_to_prepare_without_a_nursery_begins_none_and_one_that_is_gone_is_no_error(
+    nursery: Nursery,
+) -> None:
+    nursery.prepare()
+    assert nursery._child is None
+    nursery.begin()
+    os.kill(nursery_pid(nursery), signal.SIGKILL)
+    wait_for_end(nursery_pid(nursery))
+    nursery.prepare()
+
+
+def test_a_nursery_that_is_stopped_holds_up_nobody_who_prepares(nursery: Nursery) -> None:
+    nursery.begin()
+    os.kill(nursery_pid(nursery), signal.SIGSTOP)
+    for _ in range(5000):
+        nursery.prepare()
+    os.kill(nursery_pid(nursery), signal.SIGCONT)
+    end(heard(nursery.birth()))
+
+
+def test_namespaces_that_can_not_be_made_are_told_and_the_nursery_goes_on(
+    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = [False, False, True]
+    late_unshare = syscalls.unshare
+
+    def unshare(flags: int) -> None:
+        if flags == kinds_made_before() and not allowed.pop(0):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        late_unshare(flags)
+
+    monkeypatch.setattr(jails.syscalls, "unshare", unshare)
+    nursery.begin()  # It tries, the first birth tries again, the second has them.
+    with pytest.raises(JailFailed) as raised:
+        heard(asked(nursery, build()))
+    assert (raised.value.step, raised.value.errno) == ("namespaces", errno.ENOSPC)
+    pid = nursery_pid(nursery)
+    with born(nursery, build(), "/bin/true") as child:
+        execute(child)
+    assert nursery_pid(nursery) == pid
+
+
+def test_a_nursery_that_can_not_leave_a_childs_namespaces_ends(
+    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_setns = syscalls.setns
+
+    def setns(descriptor: int, kind: int) -> None:
+        if kind == namespaces.CLONE_NEWIPC:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        late_setns(descriptor, kind)
+
+    monkeypatch.setattr(nurseries.syscalls, "setns", setns)
+    nursery.begin()
+    first = nursery_pid(nursery)
+    with born(nursery, build(), "/bin/true") as child:
+        wait_for_end(first)
+        execute(child)
+    with born(nursery, build(), "/bin/true") as child:
+        execute(child)
+    assert nursery_pid(nursery) != first
