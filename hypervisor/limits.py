@@ -1,4 +1,4 @@
-"""The resource limits of an instance's process: decided before the fork, set, and read back.
+"""The resource limits of an instance's process: told to it by its launcher, set, and read back.
 
 Each is hard and soft at once, so that a process that was taken over can't raise it. What isn't
 named here stays as the launcher has it: `stack` (the default size of QEMU's thread stacks), `cpu`,

@@ -30,6 +30,7 @@ _NAMES: Final = {
     namespaces.CLONE_NEWIPC: "ipc",
     namespaces.CLONE_NEWUTS: "uts",
 }
+_PREPARE: Final = b"prepare"
 _NAME: Final = "kvmsec-nursery"  # What ps(1) shows of it, beside the launcher's command line.
 
 
@@ -62,17 +63,18 @@ class Nursery:
         needn't wait for the kernel's grace period; None where there is none. kinds: those of
         `hypervisor.jail.kinds_made_before`, where a test leaves one out.
         """
-        order = _order(kinds_made_before() if kinds is None else kinds, group)
+        kinds = kinds_made_before() if kinds is None else kinds
+        order = b"%d %s" % (kinds, os.fsencode(group or ""))
         return Newborn(lambda ends: self._ask(order, ends), cpus=os.sched_getaffinity(0))
 
     def prepare(self) -> None:
-        """Have the next child's namespaces made now, when nobody waits for them.
+        """Have the next child's namespaces made now, while nobody may be waiting for them.
 
         Where that fails, or there is no nursery, they are made when the child is asked for.
         """
         if self._orders is not None:
             with contextlib.suppress(OSError):
-                self._orders.send(_order(kinds_made_before()), socket.MSG_DONTWAIT)
+                self._orders.send(_PREPARE, socket.MSG_DONTWAIT)
 
     def _ask(self, order: bytes, ends: Ends) -> None:
         self.begin()
@@ -100,11 +102,6 @@ class Nursery:
         self._orders = self._child = None
 
 
-def _order(kinds: int, group: str | None = None) -> bytes:
-    """With a child's ends of its channels it is for that child, without them for the next one."""
-    return b"%d %s" % (kinds, os.fsencode(group or ""))
-
-
 def _serve(orders: socket.socket) -> None:
     """Make children until the launcher is gone."""
     gc.disable()  # There is nothing to collect, and to look for it would touch every page.
@@ -118,11 +115,11 @@ def _serve(orders: socket.socket) -> None:
         order, descriptors, _, _ = socket.recv_fds(orders, _LIMIT_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
         if not order:
             return
-        kinds, _, group = order.partition(b" ")
-        if not descriptors:
-            rooms.try_to_prepare(int(kinds))
+        if order == _PREPARE:
+            rooms.try_to_prepare(kinds_made_before())
             continue
-        line, report = descriptors
+        kinds, _, group = order.partition(b" ")
+        line, report = descriptors  # Were there fewer, it would end: the next start has another.
         ends = Ends(socket.socket(fileno=line), report)
         try:
             rooms.prepare(int(kinds))
@@ -132,8 +129,10 @@ def _serve(orders: socket.socket) -> None:
             ends.tell(_failure_of(error))
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         finally:
-            ends.close()
+            # In this order: the launcher sees the report closed, and so QEMU started, no sooner
+            # than nobody but the child is there.
             rooms.leave()
+            ends.close()
 
 
 def _make_child(group: str | None, ends: Ends) -> None:
@@ -152,7 +151,7 @@ def _failure_of(error: OSError | JailFailed) -> JailFailed:
 class _Rooms:
     """The nursery's own namespaces, and those that it goes to for the next child to be born in.
 
-    Each is for one child: the nursery leaves it as soon as that is there.
+    Each is for one child: the nursery has left it before that becomes QEMU.
     """
 
     def __init__(self) -> None:

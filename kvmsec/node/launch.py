@@ -259,7 +259,7 @@ class _Start:
         )
         controllers = self.allotment.groups.controllers
         self.made = self.host.hierarchy.make(tag, name, parent, controllers)
-        # Written down with the uid: an empty group that no record names is found by its name.
+        # Written down with the uid: a group that no record names is found by its name.
         self.record = evolve(self.record, cgroups=self.made.paths)
 
     def ask_for_child(self) -> None:

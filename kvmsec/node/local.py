@@ -84,7 +84,8 @@ class LocalNode:
             except BaseException as error:
                 self._watches.publish(name, InstanceState.STOPPED, str(error))
                 raise
-            self.host.nursery.prepare()
+            finally:
+                self.host.nursery.prepare()  # For the next start.
             records.forget(self.host.paths, name)
             self._watches.publish(name, InstanceState.RUNNING)
             self._watches.watch(record)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hypervisor.images import ImageNotOpened
 from kvmsec.agent import InstanceState
 from kvmsec.errors import UidsInUse
 from kvmsec.linux import processes
@@ -20,6 +21,7 @@ from uidpool.ranges import UidRanges
 pytestmark = pytest.mark.kvm
 
 FLEET = 30
+NAMESPACES = ("mnt", "net", "ipc", "uts", "pid", "cgroup")
 SETTLED_S = 1.2  # Longer than a record must have stayed the same to be remembered.
 
 
@@ -31,6 +33,9 @@ def check_fleet(lab: Any) -> None:
     assert {one.uid for one in running.values()} == {*lab.pool}
     for one in running.values():
         assert processes.read_status(one.pid).uids == (one.uid,) * 4
+    for kind in NAMESPACES:
+        pids = (*(one.pid for one in running.values()), "self")
+        assert len({os.readlink(f"/proc/{pid}/ns/{kind}") for pid in pids}) == FLEET + 1
     assert {(one.uid, one.instance) for one in lab.leases()} == {
         (one.uid, one.name) for one in running.values()
     }
@@ -167,6 +172,31 @@ def test_a_start_and_a_stop_at_once_leave_it_running_or_stopped(lab):
             assert lab.instances()["web"].state is InstanceState.RUNNING
             lab.stop()
         assert not lab.leftovers()
+
+
+def test_a_start_is_born_into_what_was_made_after_the_one_before_even_if_that_failed(lab):
+    def rooms_of(pid: int | str) -> dict[str, str]:
+        return {kind: os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("net", "ipc", "uts")}
+
+    async def made_ahead(node: Any, *taken: int) -> dict[str, str]:
+        others = {room for pid in (*taken, "self") for room in rooms_of(pid).items()}
+        async with asyncio.timeout(10):
+            while (made := rooms_of(node.host.nursery._child.pid)).items() & others:
+                await asyncio.sleep(0.001)
+            return made
+
+    async def act(node: Any) -> None:
+        first = await node.start(lab.definition("first"))
+        await made_ahead(node, first.pid)
+        with pytest.raises(ImageNotOpened):
+            await node.start(lab.definition("none", disks=[{"path": str(lab.root / "none.img")}]))
+        made = await made_ahead(node, first.pid)
+        second = await node.start(lab.definition("second"))
+        assert rooms_of(second.pid) == made
+
+    lab.run(act)
+    for name in lab.instances():
+        lab.stop(name)
 
 
 def test_uids_that_leave_the_pool_while_starts_draw_are_held_by_nobody_or_stay(make_lab):

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import resource
 import signal
+import time
 
 import pytest
 
@@ -50,10 +52,10 @@ def wait_for_home(nursery: Nursery) -> None:
 
 def wait_for_end(pid: int) -> None:
     """Its exit status is left for the launcher."""
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    wait_until(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None)
 
 
-def test_a_child_has_what_was_made_ahead_and_has_it_alone(nursery: Nursery, build: Build) -> None:
+def test_a_child_has_what_was_made_ahead_and_has_it_alone(nursery: Nursery) -> None:
     nursery.begin()
     made = wait_for_prepared(nursery)
     child = heard(nursery.birth())
@@ -82,12 +84,46 @@ def test_no_two_share_any_whether_made_ahead_or_not(nursery: Nursery) -> None:
 
 
 def test_what_is_made_ahead_is_kept_until_somebody_is_born_in_it(nursery: Nursery) -> None:
-    nursery.begin()
+    end(heard(nursery.birth()))
+    wait_for_home(nursery)
+    nursery.prepare()
     made = wait_for_prepared(nursery)
     nursery.prepare()
     child = heard(nursery.birth())
     assert rooms_of(child.process.pid) == made
     end(child)
+
+
+def test_no_program_is_taken_for_started_before_the_nursery_has_left_it(
+    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_setns = syscalls.setns
+
+    def setns(descriptor: int, kind: int) -> None:
+        if kind in (namespaces.CLONE_NEWNET, namespaces.CLONE_NEWIPC, namespaces.CLONE_NEWUTS):
+            time.sleep(0.1)
+        late_setns(descriptor, kind)
+
+    monkeypatch.setattr(nurseries.syscalls, "setns", setns)
+    with born(nursery, build(), "/bin/sleep", "60") as child:
+        execute(child)
+        theirs = rooms_of(child.process.pid)
+        assert not theirs.items() & rooms_of(nursery_pid(nursery)).items()
+
+
+def test_a_birth_that_came_without_its_channels_ends_the_nursery_and_the_next_start_has_another(
+    nursery: Nursery, build: Build
+) -> None:
+    nursery.begin()
+    wait_for_prepared(nursery)
+    first = nursery_pid(nursery)
+    resource.prlimit(first, resource.RLIMIT_NOFILE, (3, 3))
+    with pytest.raises(JailFailed, match="the next start makes another"):
+        heard(asked(nursery, build()))
+    wait_for_end(first)
+    with born(nursery, build(), "/bin/true") as child:
+        execute(child)
+    assert nursery_pid(nursery) != first
 
 
 def test_a_child_for_a_test_of_other_locks_keeps_the_network_alone(
