@@ -272,6 +272,14 @@ class Hierarchy:
         paths = (f"{mount.path}/{below}" for mount in self.mounts)
         return InstanceCgroup(tuple(path for path in paths if os.path.isdir(path)))
 
+    def remove_empty_parents(self, tag: str, parent: str | None = None) -> None:
+        """Remove what was made to hold a tag's groups, wherever there is none in it.
+
+        A start that is about to make one there makes it again. Raises OSError.
+        """
+        for mount in self.mounts:
+            _remove_empty_parents(f"{mount.path}/{relative(tag, parent)}/{_PREFIX}")
+
     def leaked(
         self, tag: str, known: Collection[str], parent: str | None = None
     ) -> dict[str, InstanceCgroup]:

@@ -249,7 +249,10 @@ async def _remove_leaked_groups(host: Host, running: Collection[InstanceRecord])
     done = []
     names = records.names(host.paths)
     try:
-        if not _has_other_groups(host, running):
+        below = _counts_of_groups(host)
+        if not all(below) or not below:  # Killed between a parent and the group in it?
+            host.hierarchy.remove_empty_parents(host.paths.tag, host.config.cgroup.parent)
+        if not _has_other_groups(host, running, sum(below)):
             return []
         leaked = host.hierarchy.leaked(host.paths.tag, names, host.config.cgroup.parent)
     except (Fault, OSError) as error:
@@ -272,20 +275,30 @@ async def _remove_leaked_group(host: Host, name: str, group: InstanceCgroup) -> 
     return []
 
 
-def _has_other_groups(host: Host, running: Collection[InstanceRecord]) -> bool:
+def _has_other_groups(host: Host, running: Collection[InstanceRecord], there: int) -> bool:
     """Whether there are groups that are not of one who runs: counted, not listed.
 
-    Whoever runs is in its groups, so these are there; are there no more, there is no other. The
-    kernel tells how many a group has below it: two links of a directory are its own.
+    Whoever runs is in its groups, so these are there; are there no more, there is no other.
     """
-    below = relative(host.paths.tag, host.config.cgroup.parent)
-    tops = tuple(f"{mount.path}/{below}/" for mount in host.hierarchy.mounts)
-    known = sum(path.startswith(tops) for record in running for path in record.cgroups)
-    there = 0
-    for top in tops:
+    tops = _tops(host)
+    return there != sum(path.startswith(tops) for record in running for path in record.cgroups)
+
+
+def _counts_of_groups(host: Host) -> list[int]:
+    """How many groups this root has in each hierarchy where it has a parent for them.
+
+    The kernel tells how many a group has below it: two links of a directory are its own.
+    """
+    found = []
+    for top in _tops(host):
         with contextlib.suppress(FileNotFoundError):
-            there += os.stat(top).st_nlink - 2
-    return there != known
+            found.append(os.stat(top).st_nlink - 2)
+    return found
+
+
+def _tops(host: Host) -> tuple[str, ...]:
+    below = relative(host.paths.tag, host.config.cgroup.parent)
+    return tuple(f"{mount.path}/{below}/" for mount in host.hierarchy.mounts)
 
 
 async def _remove_group(group: InstanceCgroup) -> list[str]:

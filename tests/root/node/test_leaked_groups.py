@@ -47,6 +47,16 @@ def there(host: Host) -> list[str]:
     return list(host.hierarchy.leaked(host.paths.tag, (), host.config.cgroup.parent))
 
 
+def test_parents_without_a_group_go_where_one_was_killed_between_the_two(host: Host) -> None:
+    group = make(host, "guest")
+    parents = [Path(path).parent for path in group.paths]
+    group.remove()
+    for parent in parents:
+        parent.mkdir(exist_ok=True)
+    asyncio.run(reconcile(host))
+    assert not any(parent.exists() for parent in parents)
+
+
 def test_a_doctors_trial_group_is_left_while_it_is_at_work_and_removed_once_it_is_gone(
     host: Host, spawn: Callable[..., Child]
 ) -> None:
