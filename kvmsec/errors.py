@@ -281,6 +281,16 @@ class AlreadyRunning(KvmsecError):
         self.name = name
 
 
+class NotReady(KvmsecError):
+    """QEMU was not ready in time."""
+
+    def __init__(self, what: str, timeout_s: float) -> None:
+        super().__init__(
+            f"{what} within {timeout_s:g} s",
+            hint="give it longer with qemu.ready_timeout_s in kvmsec.toml, if the host is slow",
+        )
+
+
 class StartFailed(KvmsecError):
     """An instance did not start; everything that had been set up for it was taken back.
 

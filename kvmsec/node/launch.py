@@ -23,7 +23,7 @@ from hypervisor.monitor import Monitor, MonitorClosed, MonitorUnreachable
 from hypervisor.newborn import Newborn
 from hypervisor.process import QemuGone
 from kvmsec.agent import InstanceState
-from kvmsec.errors import KvmsecError, StartFailed
+from kvmsec.errors import NotReady, StartFailed
 from kvmsec.linux import processes, syscalls, unix_sockets
 from kvmsec.linux.errors import Fault
 from kvmsec.linux.locks import FileLock
@@ -119,16 +119,6 @@ async def _take_back(
     if start.machine.hugepages is not None:
         hint += "; the node must have enough free huge pages: sysctl vm.nr_hugepages"
     return StartFailed(name, f"QEMU {remains.why}", output=remains.words, hint=hint)
-
-
-class NotReady(KvmsecError):
-    """QEMU was not ready in time."""
-
-    def __init__(self, what: str, timeout_s: float) -> None:
-        super().__init__(
-            f"{what} within {timeout_s:g} s",
-            hint="give it longer with qemu.ready_timeout_s in kvmsec.toml, if the host is slow",
-        )
 
 
 class _Start:

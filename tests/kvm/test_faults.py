@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from hypervisor import process
-from hypervisor.errors import JailFailed
+from hypervisor.errors import JailFailed, QemuNotFound
 from hypervisor.newborn import Newborn
 from hypervisor.process import QemuGone
+from kvmsec.agent import InstanceState
 from kvmsec.errors import StartFailed
 from kvmsec.linux import command, files, namespaces
 from kvmsec.linux.errors import Fault
@@ -339,3 +340,29 @@ def test_a_kill_in_the_middle_of_any_write_leaves_no_half_of_it(lab, machine, mo
                 break
         assert number > 1, act
     check_nothing_is_left(lab)
+
+
+def test_a_qemu_that_is_not_there_is_told_wherever_one_looks_and_leaves_nothing(lab):
+    missing = lab.root / "no-qemu"
+
+    async def start(node: Any) -> list[InstanceState]:
+        heard = []
+
+        async def listen() -> None:
+            async for event in node.events():
+                heard.append(event.state)
+
+        listening = asyncio.create_task(listen())
+        await asyncio.sleep(0)
+        with pytest.raises(QemuNotFound, match=str(missing)) as caught:
+            await node.start(lab.definition(qemu=str(missing)))
+        assert "--qemu" in str(caught.value.hint)
+        async with asyncio.timeout(10):
+            while len(heard) < 2:
+                await asyncio.sleep(0.001)
+        listening.cancel()
+        return heard
+
+    assert lab.run(start) == [InstanceState.STARTING, InstanceState.STOPPED]
+    assert f"tried {missing}" in lab.run(lambda node: node.log("web")).kvmsec
+    assert not lab.leftovers()
