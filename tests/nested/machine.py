@@ -54,10 +54,12 @@ class Machine:
 
 @functools.cache
 def processor() -> tuple[str, ...]:
-    """How a host gets a processor with SVM or VT-x: the machine's own where that runs, or TCG's."""
+    """How a host gets processors with SVM or VT-x: the machine's own where they run, or TCG's."""
     if _nests() and runs_64_bit_guests(_LINUX):
-        return ("-accel", "kvm", "-cpu", "host")
-    return ("-accel", "tcg,thread=multi", "-cpu", "max")
+        return ("-accel", "kvm", "-cpu", "host", "-smp", "2")
+    # One alone: the kernel rewrites its own code as it runs (static keys), and a second emulated
+    # processor can still run what was there before, which panics the kernel.
+    return ("-accel", "tcg", "-cpu", "max", "-smp", "1")
 
 
 def is_emulated() -> bool:
@@ -77,7 +79,7 @@ def booted(
     console = directory / "console.log"
     console.touch()
     argv = [
-        *("qemu-system-x86_64", *processor(), "-M", "q35", "-smp", "2", "-m", str(memory_mib)),
+        *("qemu-system-x86_64", *processor(), "-M", "q35", "-m", str(memory_mib)),
         *("-nodefaults", "-no-user-config", "-display", "none", "-serial", f"file:{console}"),
         *options,
     ]

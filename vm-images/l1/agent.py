@@ -7,8 +7,6 @@ the boot's id.
 """
 
 import base64
-import contextlib
-import fcntl
 import json
 import os
 import select
@@ -18,7 +16,6 @@ import time
 from pathlib import Path
 
 PORT = "/dev/virtio-ports/kvmsec.agent"
-KVM_CREATE_VM = 0xAE01  # linux/include/uapi/linux/kvm.h
 
 
 def main() -> None:
@@ -27,10 +24,8 @@ def main() -> None:
     port = os.open(PORT, os.O_RDWR | os.O_CLOEXEC)
     say(port, boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip())
     heard = b""
-    machine = -1
     while True:
         piece = os.read(port, 65536)
-        machine = machine if machine >= 0 else hold_kvm()
         if not piece:  # Nobody is at the other end.
             time.sleep(0.1)
         heard += piece
@@ -43,22 +38,6 @@ def main() -> None:
                 say(port, id=order["id"], out=encoded(f"{error}\n".encode()))
                 status = 127
             say(port, id=order["id"], status=status)
-
-
-def hold_kvm() -> int:
-    """Have a virtual machine, an empty one, for as long as the agent lives; -1 without KVM.
-
-    With its first machine and after its last one KVM has the kernel patch its scheduler (preempt
-    notifiers, kernel/sched/core.c). QEMU's emulation with several threads may run the breakpoint
-    of such a patch a moment too late, which the kernel takes for an oops: so once a boot is enough.
-    """
-    with contextlib.suppress(OSError):
-        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            return fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
-        finally:
-            os.close(kvm)
-    return -1
 
 
 def run(port: int, order: dict) -> int | None:
