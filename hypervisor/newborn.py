@@ -27,7 +27,7 @@ from hypervisor.jail import (
     execute,
     make_namespaces,
 )
-from kvmsec.linux import children, forking, processes, syscalls
+from kvmsec.linux import children, forking, passing, processes, syscalls
 from kvmsec.linux.processes import ProcessId
 from kvmsec.linux.readiness import has_left, is_readable
 
@@ -36,8 +36,8 @@ _BORN: Final = b"b"
 _DESCRIPTORS: Final = b"d"
 _GO: Final = b"g"
 _EXECUTING: Final = b"x"
-_ALONE: Final = 125
-"""The exit status of a child whose launcher is gone."""
+ALONE: Final = 125
+"""The exit status of a child, or a spare, whose launcher is gone."""
 _GONE: Final = "the process that was to make a child is gone; the next start makes another"
 _KILLED: Final = "the process was killed before it could start QEMU"
 _MOST_AT_ONCE: Final = 253  # SCM_MAX_FD, linux/include/net/scm.h
@@ -160,9 +160,7 @@ class Newborn:
         """The child's own pidfd; None when the line closes first."""
         self._free_place()
         with contextlib.suppress(ConnectionResetError):
-            said, descriptors, _, _ = socket.recv_fds(
-                self.line, len(_BORN), 1, socket.MSG_CMSG_CLOEXEC
-            )
+            said, descriptors = passing.receive(self.line, len(_BORN), 1)
             if said and not descriptors:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             if said:
@@ -320,7 +318,7 @@ def live(ends: Ends, lacking: int = 0) -> NoReturn:
             ends = evolve(ends, report=duplicate_above(ends.report, above))
             _become(order, duplicate_above(line, above), ends.report)
         except ConnectionError:
-            os._exit(_ALONE)
+            os._exit(ALONE)
         except JailFailed as error:
             ends.tell(error)
         except OSError as error:
@@ -339,7 +337,7 @@ def _end_with_launcher(line: int) -> None:
     """
     syscalls.end_with_parent()
     if has_left(line):  # It was gone before; the first process of a namespace sees no parent.
-        os._exit(_ALONE)
+        os._exit(ALONE)
 
 
 def _say_that_it_lives(line: socket.socket) -> None:
@@ -370,11 +368,9 @@ def _hear(line: socket.socket) -> tuple[bytes, list[int]]:
     """One thing that the launcher says, and the descriptors that it sent before."""
     received: list[int] = []
     while True:
-        said, descriptors, _, _ = socket.recv_fds(
-            line, _LIMIT_BYTES, _MOST_AT_ONCE, socket.MSG_CMSG_CLOEXEC
-        )
+        said, descriptors = passing.receive(line, _LIMIT_BYTES, _MOST_AT_ONCE)
         if not said:
-            os._exit(_ALONE)
+            os._exit(ALONE)
         received += descriptors
         if said != _DESCRIPTORS:
             return said, received
@@ -391,7 +387,7 @@ def _become(order: _Order, line: int, report: int) -> None:
     enter(order.jail)
     _end_with_launcher(line)
     if os.read(line, len(_GO)) != _GO:
-        os._exit(_ALONE)
+        os._exit(ALONE)
     syscalls.outlive_parent()
     os.write(report, _EXECUTING)
     execute(order.jail, order.program, order.argv, _ENVIRONMENT)

@@ -2,35 +2,38 @@
 
 To fork a launcher takes the longer the more it has loaded, and each of its pages that it touches
 while the child is there has to be copied first. The nursery is forked off once, before a launcher
-has loaded what a start takes; it makes a child within the time that the launcher needs for other
-things. The child is the launcher's own (`forking.clone_sibling`), to wait for and to end with.
+has loaded what a start takes. It has a spare process ready at any time, which waits for an order in
+namespaces of its own, with all its memory its own already: for a network, and to copy, the kernel
+takes some milliseconds. With an order the spare goes on as the child: another process, in the
+instance's control group, in the same memory and where the spare was (`kvmsec.linux.in_place`).
 
-A child is born into namespaces that were made ahead for it, where that can be (`_Rooms`). The
-nursery knows nothing and decides nothing. It ends with the launcher, and is made anew by the next
-start if it was killed.
+Both are the launcher's own children, to wait for and to end with. Nursery and spare know nothing
+and decide nothing. They end with the launcher, and are made anew by the next start if somebody
+killed them.
 """
 
 import contextlib
+import errno
 import gc
 import os
 import signal
 import socket
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from hypervisor.errors import JailFailed
 from hypervisor.jail import kinds_made_before, make_namespaces
-from hypervisor.newborn import Ends, Newborn, live, prepare_decoders
-from kvmsec.linux import forking, namespaces, syscalls
+from hypervisor.newborn import ALONE, Ends, Newborn, live, prepare_decoders
+from kvmsec.linux import children, forking, in_place, passing, syscalls
 from kvmsec.linux.children import Child, start_child
+from kvmsec.linux.readiness import is_readable
 
-_LIMIT_BYTES: Final = 4096 + 32  # PATH_MAX, linux/limits.h, and a number
-_NAMES: Final = {
-    namespaces.CLONE_NEWNET: "net",
-    namespaces.CLONE_NEWIPC: "ipc",
-    namespaces.CLONE_NEWUTS: "uts",
-}
-_PREPARE: Final = b"prepare"
+_LIMIT_BYTES: Final = 4096 + 1  # PATH_MAX, linux/limits.h, and a letter
+_PREPARE: Final = b"p"
+_BIRTH: Final = b"b"
+_CHANNELS: Final = 2
+_USED: Final = b"u"
+_ENDING_S: Final = 1.0
 _NAME: Final = "kvmsec-nursery"  # What ps(1) shows of it, beside the launcher's command line.
 
 
@@ -40,142 +43,221 @@ class Nursery:
     def __init__(self) -> None:
         self._child: Child | None = None
         self._orders: socket.socket | None = None
+        self._kinds = 0
+        self._spares: list[int] = []
+        self._is_used = False
 
-    def begin(self) -> None:
-        """Make the process, where there is none. Raises ManyThreads, and OSError."""
-        if self._orders is not None:
+    def begin(self, kinds: int | None = None) -> None:
+        """Make the process, where there is none. Raises ManyThreads, and OSError.
+
+        kinds: of the namespaces that its children are born in; those of
+        `hypervisor.jail.kinds_made_before`, where a test does not leave one out.
+        """
+        kinds = kinds_made_before() if kinds is None else kinds
+        if self._orders is not None and self._kinds == kinds:
             return
+        self.close()
         orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
                 self._child = start_child(
-                    lambda: _serve(theirs), what="making children", keep=[theirs.fileno()]
+                    lambda: _serve(theirs, kinds), what="making children", keep=[theirs.fileno()]
                 )
             except BaseException:
                 orders.close()
                 raise
-        self._orders = orders
+        self._orders, self._kinds = orders, kinds
+        self._send_prepare(orders)
 
     def birth(self, group: str | None = None, kinds: int | None = None) -> Newborn:
         """Ask for a child, which waits to be told its cell. Raises what `begin` does.
 
         group: the path of the version 2 control group that it is born in, by the one call that
-        needn't wait for the kernel's grace period; None where there is none. kinds: those of
-        `hypervisor.jail.kinds_made_before`, where a test leaves one out.
+        needn't wait for the kernel's grace period; None where there is none. kinds: see `begin`.
         """
-        kinds = kinds_made_before() if kinds is None else kinds
-        order = b"%d %s" % (kinds, os.fsencode(group or ""))
-        return Newborn(lambda ends: self._ask(order, ends), cpus=os.sched_getaffinity(0))
+        order = _BIRTH + os.fsencode(group or "")
+        return Newborn(lambda ends: self._ask(order, ends, kinds), cpus=os.sched_getaffinity(0))
+
+    def dismiss(self) -> None:
+        """Kill the spares that children came from, once those have become QEMU, or failed to.
+
+        No sooner than it must be: to take their memory apart holds up a QEMU that is about to
+        start. It is `prepare` that waits for their end.
+        """
+        if self._orders is not None and self._is_used:
+            self._hear_of_spares(self._orders)
+            for pid in self._spares:
+                os.kill(pid, signal.SIGKILL)
 
     def prepare(self) -> None:
-        """Have the next child's namespaces made now, while nobody may be waiting for them.
+        """Have a spare made now, while nobody may be waiting for it, where the last was used.
 
-        Where that fails, or there is no nursery, they are made when the child is asked for.
+        For each birth, once it is over, whatever came of it. Where no spare can be made, or there
+        is no nursery, it is made when a child is asked for.
         """
-        if self._orders is not None:
-            with contextlib.suppress(OSError):
-                self._orders.send(_PREPARE, socket.MSG_DONTWAIT)
+        if self._orders is not None and self._is_used:
+            self._end_spares(self._orders)
+            self._send_prepare(self._orders)
 
-    def _ask(self, order: bytes, ends: Ends) -> None:
-        self.begin()
-        try:
-            self._send(order, ends)
-        except (BrokenPipeError, ConnectionResetError):  # It was killed.
-            self.close()
-            self.begin()
-            self._send(order, ends)
+    def _send_prepare(self, orders: socket.socket) -> None:
+        self._is_used = False
+        with contextlib.suppress(OSError):
+            orders.send(_PREPARE, socket.MSG_DONTWAIT)
 
-    def _send(self, order: bytes, ends: Ends) -> None:
-        assert self._child is not None and self._orders is not None
-        # The kernel would often wake it where the launcher runs, which then waits for the fork.
+    def _ask(self, order: bytes, ends: Ends, kinds: int | None) -> None:
+        if self._child is not None and is_readable(self._child.fileno(), 0):
+            self.close()  # It was killed.
+        self.begin(kinds)
+        assert self._orders is not None
+        self._hear_of_spares(self._orders)
+        # The kernel would often wake it where the launcher runs, which then waits for the birth.
         if others := os.sched_getaffinity(0) - {syscalls.current_cpu()}:
-            with contextlib.suppress(OSError):  # Gone, or not allowed there any more.
-                os.sched_setaffinity(self._child.pid, others)
-        socket.send_fds(self._orders, [order], [ends.line.fileno(), ends.report])
+            for pid in self._spares[-1:]:
+                with contextlib.suppress(OSError):  # Gone, or not allowed there any more.
+                    os.sched_setaffinity(pid, others)
+        self._is_used = True
+        with contextlib.suppress(ConnectionError):  # Killed just now: its channels tell it.
+            socket.send_fds(self._orders, [order], [ends.line.fileno(), ends.report])
+
+    def _hear_of_spares(self, orders: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # There is nothing more to hear.
+            while said := orders.recv(_LIMIT_BYTES, socket.MSG_DONTWAIT):
+                self._spares.append(int(said))
+        self._spares = [pid for pid in self._spares if not _has_ended(pid)]
+
+    def _end_spares(self, orders: socket.socket) -> None:
+        """Also one that was used and whose child waits: the child does not need it."""
+        self._hear_of_spares(orders)
+        for pid in self._spares:
+            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, pid, os.WEXITED)
+        self._spares.clear()
 
     def close(self) -> None:
-        """End the process; children of it live on."""
-        if self._orders is not None:
-            self._orders.close()
-        if self._child is not None:
-            self._child.close()
-        self._orders = self._child = None
+        """End the process and its spares; children of it live on."""
+        if self._orders is None or self._child is None:
+            return
+        self._orders.shutdown(socket.SHUT_WR)
+        self._end_spares(self._orders)
+        is_readable(self._child.fileno(), _ENDING_S)  # It may just have made one more.
+        self._child.close()
+        self._end_spares(self._orders)
+        self._orders.close()
+        self._child = self._orders = None
 
 
-def _serve(orders: socket.socket) -> None:
-    """Make children until the launcher is gone."""
+def _has_ended(pid: int) -> bool:
+    """Whether a child of the caller's has ended; it is collected, and its pid is free then."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None
+    except ChildProcessError:  # Somebody waits for any child, or SIGCHLD is ignored.
+        return True
+
+
+# The nursery ---------------------------------------------------------------------------------
+
+
+def _serve(orders: socket.socket, kinds: int) -> None:
+    """Have spares, one after the other, until the launcher is gone.
+
+    Orders are for the spare to read. The nursery looks for one only while there is none.
+    """
     gc.disable()  # There is nothing to collect, and to look for it would touch every page.
     os.chdir("/")  # The launcher's directory is not kept busy.
     Path("/proc/self/comm").write_text(_NAME)
-    syscalls.reset_signals()  # For the children: to do it there would touch fifty pages.
+    syscalls.reset_signals()  # For the children, which have no time for it.
     prepare_decoders()
-    rooms = _Rooms()
-    rooms.try_to_prepare(kinds_made_before())
-    while True:
-        order, descriptors, _, _ = socket.recv_fds(orders, _LIMIT_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
-        if not order:
-            return
-        if order == _PREPARE:
-            rooms.try_to_prepare(kinds_made_before())
-            continue
-        kinds, _, group = order.partition(b" ")
-        line, report = descriptors  # Were there fewer, it would end: the next start has another.
-        ends = Ends(socket.socket(fileno=line), report)
+    in_place.prepare()
+    while order := orders.recv(_LIMIT_BYTES, socket.MSG_PEEK):
+        is_asked = order != _PREPARE
+        if not is_asked:
+            orders.recv(_LIMIT_BYTES)
         try:
-            rooms.prepare(int(kinds))
-            _make_child(os.fsdecode(group) or None, ends)
-        except (OSError, JailFailed) as error:
-            signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # The launcher may be gone.
-            ends.tell(_failure_of(error))
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        finally:
-            # In this order: the launcher sees the report closed, and so QEMU started, no sooner
-            # than nobody but the child is there.
-            rooms.leave()
-            ends.close()
+            is_used = _have_spare(orders, kinds, is_asked=is_asked)
+        except OSError as error:
+            if is_asked:
+                _refuse(orders, error)
+        else:
+            if is_asked and not is_used:
+                _refuse(orders, JailFailed("fork", 0, "the process for it was killed"))
 
 
-def _make_child(group: str | None, ends: Ends) -> None:
-    pid, pidfd = forking.clone_sibling(group)
-    if pid == 0:
-        live(ends)
-    os.close(pidfd)
+def _have_spare(orders: socket.socket, kinds: int, *, is_asked: bool) -> bool:
+    """Make a spare, and wait for its end; says whether it took an order before. Raises OSError."""
+    # The spare has the end to read from as well: nobody is killed for having written there.
+    told, tell = os.pipe2(os.O_CLOEXEC)
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, told)
+        with contextlib.ExitStack() as theirs:
+            theirs.callback(os.close, tell)
+            if forking.clone_sibling() == 0:
+                children.close_all_but({0, 1, 2, orders.fileno(), told, tell})
+                _wait(orders, tell, kinds, is_asked=is_asked)
+        return os.read(told, len(_USED)) == _USED
 
 
-def _failure_of(error: OSError | JailFailed) -> JailFailed:
+def _refuse(orders: socket.socket, error: OSError | JailFailed) -> None:
+    """Tell whoever asked for a child that there is none, and why."""
+    ends = _take(orders)
     if isinstance(error, JailFailed):
-        return error
-    return JailFailed("fork", error.errno or 0, str(error))
+        ends.tell(error)
+    else:
+        ends.tell(JailFailed("fork", error.errno or 0, str(error)))
+    ends.close()
 
 
-class _Rooms:
-    """The nursery's own namespaces, and those that it goes to for the next child to be born in.
+def _look(orders: socket.socket) -> bytes:
+    """The next order, which stays there; b"" when the launcher is gone.
 
-    Each is for one child: the nursery has left it before that becomes QEMU.
+    Raises OSError where its channels have no numbers any more: a child would end for that, and be
+    nobody's, since it could not say that it was there.
     """
+    order, descriptors = passing.receive(orders, _LIMIT_BYTES, _CHANNELS, flags=socket.MSG_PEEK)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    if order.startswith(_BIRTH) and len(descriptors) < _CHANNELS:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return order
 
-    def __init__(self) -> None:
-        self._own = {
-            kind: os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
-            for kind, name in _NAMES.items()
-        }
-        self._prepared = 0
 
-    def prepare(self, kinds: int) -> None:
-        """Be in new ones of these kinds. Raises JailFailed, and OSError."""
-        if self._prepared == kinds:
-            return
-        self.leave()
-        make_namespaces(kinds)
-        self._prepared = kinds
+def _take(orders: socket.socket) -> Ends:
+    """Take an order that was looked at, with the child's ends of its channels."""
+    _, (line, report) = passing.receive(orders, _LIMIT_BYTES, _CHANNELS)
+    return Ends(socket.socket(fileno=line), report)
 
-    def try_to_prepare(self, kinds: int) -> None:
-        with contextlib.suppress(JailFailed):  # A birth that wants them tells why there are none.
-            self.prepare(kinds)
 
-    def leave(self) -> None:
-        """Go back to its own. A nursery that can't ends: it would share what is a child's."""
-        for kind, own in self._own.items():
-            if self._prepared & kind:
-                syscalls.setns(own, kind)
-        self._prepared = 0
+# The spare -----------------------------------------------------------------------------------
+
+
+def _wait(orders: socket.socket, tell: int, kinds: int, *, is_asked: bool) -> NoReturn:
+    """The spare's whole life, and the child's, which goes on where the spare was."""
+    try:
+        syscalls.end_with_parent()
+        orders.send(b"%d" % os.getpid())
+        lacking = kinds
+        with contextlib.suppress(JailFailed):  # Who asks for a child is told why there is none.
+            make_namespaces(kinds)
+            lacking = 0
+        if not is_asked:
+            in_place.copy_shared_pages()
+        while (order := _look(orders)) == _PREPARE:
+            orders.recv(_LIMIT_BYTES)  # It is prepared.
+        if not order:
+            os._exit(ALONE)
+        try:
+            if lacking:
+                make_namespaces(lacking)
+            forking.become_sibling_init(os.fsdecode(order.removeprefix(_BIRTH)) or None)
+        except (OSError, JailFailed) as error:
+            _refuse(orders, error)
+            os.write(tell, _USED)
+            os._exit(0)
+        # The child alone has the channels: its report closes as it becomes QEMU.
+        ends = _take(orders)
+        os.write(tell, _USED)
+        live(ends)
+    except ConnectionError:
+        os._exit(ALONE)
+    finally:
+        os._exit(1)

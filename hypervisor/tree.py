@@ -22,7 +22,7 @@ from hypervisor.closure import Closure
 from hypervisor.errors import JailFailed
 from hypervisor.identity import FileIdentity, still_hold
 from hypervisor.steps import Step, take
-from kvmsec.linux import namespaces, syscalls
+from kvmsec.linux import namespaces, passing, syscalls
 from kvmsec.linux.children import run_in_child
 
 OUTPUT: Final = "/output"
@@ -156,8 +156,7 @@ def build_tree(closure: Closure, mount_point: str) -> int:
         )
         if failure is not None:
             raise JailFailed(*failure)
-        _, (built,), _, _ = socket.recv_fds(ours, 1, 1)
-    os.set_inheritable(built, False)  # Python's recv_fds takes a flag for that, and drops it.
+        _, (built,) = passing.receive(ours, 1, 1)
     return built
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from kvmsec.linux import syscalls
+from kvmsec.linux import in_place, syscalls
 from kvmsec.linux.errors import ManyThreads
 from kvmsec.linux.namespaces import CLONE_NEWPID, CLONE_PARENT
 
@@ -55,20 +55,32 @@ def clone_init() -> tuple[int, int]:
     return _fork_init_by(_clone, syscalls.reset_signals)
 
 
-def clone_sibling(cgroup: str | None = None) -> tuple[int, int]:
-    """As `clone_init`, for a child of the caller's own parent (CLONE_PARENT).
+def clone_sibling() -> int:
+    """As `clone_init`, for a child of the caller's own parent (CLONE_PARENT); returns its pid.
 
-    That is told of its end as it would be of the caller's, and may wait for it. The child is a
-    member of the version 2 control group at `cgroup` from its birth: to join one later takes a
-    grace period of the kernel's, 5 to 10 ms on an idle host.
+    That is told of its end as it would be of the caller's, and may wait for it. The child is in the
+    caller's PID namespace.
 
     The caller is a process that does nothing else: signals stay as it has them, and it collects no
-    garbage. Raises OSError, which names the group where that is what was refused. See clone(2),
-    `clone3`, Linux 5.7.
+    garbage. Raises OSError. See clone(2), `clone3`.
+    """
+    pid, pidfd = syscalls.clone3(CLONE_PARENT)
+    if pid:
+        os.close(pidfd)
+    return pid
+
+
+def become_sibling_init(cgroup: str | None = None) -> None:
+    """Go on as the first process of a new PID namespace, a child of the caller's own parent.
+
+    See `in_place.become_child` for what becomes of the caller, which is as `clone_sibling` asks.
+    The child is a member of the version 2 control group at `cgroup` from its birth: to join one
+    later takes a grace period of the kernel's, 5 to 10 ms on an idle host. Raises OSError, which
+    names the group where that is what was refused.
     """
     group = -1 if cgroup is None else os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return syscalls.clone3(CLONE_NEWPID | CLONE_PARENT, group)
+        in_place.become_child(CLONE_NEWPID | CLONE_PARENT, group)
     except OSError as error:
         raise OSError(error.errno, error.strerror, cgroup) from None
     finally:

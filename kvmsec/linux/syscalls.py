@@ -103,7 +103,9 @@ def reset_signals() -> None:
         _libc.signal(number, None)  # SIGKILL and the C library's own two can't be changed.
 
 
-class _CloneArguments(ctypes.Structure):
+class CloneArguments(ctypes.Structure):
+    """What clone3(2) is told (`struct clone_args`, Linux 5.7)."""
+
     _fields_ = tuple(
         (name, ctypes.c_uint64)
         for name in (
@@ -111,6 +113,15 @@ class _CloneArguments(ctypes.Structure):
             *("tls", "set_tid", "set_tid_size", "cgroup"),
         )
     )
+
+    @classmethod
+    def of(cls, flags: int, cgroup: int, pidfd: int = 0) -> "CloneArguments":
+        """`cgroup` is a descriptor, or -1; `pidfd` the address of a place for one, where wanted."""
+        into = _CLONE_INTO_CGROUP if cgroup >= 0 else 0
+        # A sibling has the caller's own, and the kernel takes no other for it.
+        exit_signal = 0 if flags & _CLONE_PARENT else signal.SIGCHLD
+        flags |= into | (_CLONE_PIDFD if pidfd else 0)
+        return cls(flags=flags, pidfd=pidfd, exit_signal=exit_signal, cgroup=max(cgroup, 0))
 
 
 def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
@@ -120,13 +131,7 @@ def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
     own preparation for a fork is the caller's affair.
     """
     pidfd = ctypes.c_int(-1)
-    arguments = _CloneArguments(
-        flags=flags | _CLONE_PIDFD | (_CLONE_INTO_CGROUP if cgroup >= 0 else 0),
-        pidfd=ctypes.addressof(pidfd),
-        # A sibling has the caller's own, and the kernel takes no other for it.
-        exit_signal=0 if flags & _CLONE_PARENT else signal.SIGCHLD,
-        cgroup=max(cgroup, 0),
-    )
+    arguments = CloneArguments.of(flags, cgroup, ctypes.addressof(pidfd))
     size = ctypes.c_size_t(ctypes.sizeof(arguments))
     libc = _libc_that_keeps_the_lock()
     pid = _checked(libc.syscall(ctypes.c_long(_NR_CLONE3), ctypes.byref(arguments), size))
@@ -137,6 +142,16 @@ def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
 def _libc_that_keeps_the_lock() -> ctypes.PyDLL:
     """For a call that returns twice: the interpreter's lock is not given back meanwhile."""
     return ctypes.PyDLL(None, use_errno=True)
+
+
+def protect(address: int, size_bytes: int, protection: int) -> None:
+    """Say what may be done with some of the caller's memory (`mprotect(2)`)."""
+    _checked(_libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), protection))
+
+
+def advise(address: int, size_bytes: int, advice: int) -> bool:
+    """Tell the kernel what some of the caller's memory is for (`madvise(2)`); whether it could."""
+    return not _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), advice)
 
 
 def current_cpu() -> int:

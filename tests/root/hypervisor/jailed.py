@@ -148,6 +148,25 @@ def nursery_pid(nursery: Nursery) -> int:
     return nursery._child.pid
 
 
+def spares_of(nursery: Nursery) -> list[int]:
+    """Those that were made and have not ended, in their order: used ones too."""
+    assert nursery._orders is not None
+    nursery._hear_of_spares(nursery._orders)
+    return nursery._spares
+
+
+def wait_for_spare(nursery: Nursery) -> list[int]:
+    """Once there is any that has not ended."""
+    wait_until(lambda: bool(spares_of(nursery)))
+    return spares_of(nursery)
+
+
+def others_than(nursery: Nursery) -> list[int]:
+    """This process's children but the nursery and its spares."""
+    own = {nursery_pid(nursery), *spares_of(nursery)}
+    return [pid for pid in children_of(os.getpid()) if pid not in own]
+
+
 def children_of(pid: int) -> list[int]:
     """Its children, zombies too; a process that is gone has none."""
     try:

@@ -35,7 +35,8 @@ from tests.root.hypervisor.jailed import (
     held_files,
     is_asleep,
     nursery,
-    nursery_pid,
+    others_than,
+    spares_of,
     the_launcher_is_as_before,
     wait_until,
 )
@@ -49,12 +50,13 @@ STEP_NAMES = [step.name for step in (*CELL_STEPS, *JAIL_STEPS)]
 
 @contextmanager
 def nothing_is_left(nursery: Nursery) -> Iterator[None]:
-    """No descriptor and no child of the launcher's, but the nursery."""
+    """No descriptor and no child of the launcher's, but the nursery and a spare."""
     nursery.begin()
     before = set(os.listdir("/proc/self/fd"))
     yield
     assert set(os.listdir("/proc/self/fd")) == before
-    assert children_of(os.getpid()) == [nursery_pid(nursery)]
+    nursery.prepare()
+    wait_until(lambda: not others_than(nursery) and len(spares_of(nursery)) == 1)
 
 
 def failure_of(child: Newborn) -> JailFailed:

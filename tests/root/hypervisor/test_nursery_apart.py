@@ -32,8 +32,10 @@ from tests.root.hypervisor.jailed import (
     held_files,
     nursery,
     nursery_pid,
+    spares_of,
     status_of_end,
     the_launcher_is_as_before,
+    wait_for_spare,
     wait_until,
 )
 
@@ -51,21 +53,29 @@ def test_neither_the_nursery_nor_a_waiting_child_holds_anything_of_the_launchers
             child = heard(asked(nursery, build()))
             try:
                 pid = child.process.pid
-                wait_until(lambda: len(held_files(nursery_pid(nursery))) == 8)
-                of_nursery = sorted(held_files(nursery_pid(nursery)).values())
-                assert of_nursery[:3] == ["/dev/null"] * 3
-                kinds = [what.partition(":")[0] for what in of_nursery[3:]]
-                assert kinds == ["ipc", "net", "pipe", "socket", "uts"]
+                made, (spare,) = nursery_pid(nursery), spares_of(nursery)
+                wait_until(lambda: len(held_files(made)) == 5)
                 wait_until(lambda: len(held_files(pid)) == 5)
-                of_child = sorted(held_files(pid).values())
-                assert of_child[:3] == ["/dev/null"] * 3
-                assert [what.partition(":")[0] for what in of_child[3:]] == ["pipe", "socket"]
+                found = {one: sorted(held_files(one).values()) for one in (made, spare, pid)}
+                for held in found.values():
+                    assert held[:3] == ["/dev/null"] * 3
+                kinds = {
+                    one: [what.partition(":")[0] for what in held[3:]]
+                    for one, held in found.items()
+                }
+                assert kinds == {
+                    made: ["pipe", "socket"],
+                    spare: ["pipe", "pipe", "socket"],
+                    pid: ["pipe", "socket"],
+                }
                 # Neither end of the launcher's, nor what the nursery takes its orders by.
                 own = {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
                        if os.path.lexists(f"/proc/self/fd/{name}")}  # fmt: skip
                 sockets = {what for what in own if what.startswith("socket:")}
-                assert not sockets & {*of_nursery, *of_child}
-                assert not set(of_nursery[3:]) & set(of_child[3:])
+                for held in found.values():
+                    assert not sockets & {*held}
+                for one in (made, spare):
+                    assert not set(found[one][3:]) & set(found[pid][3:])
             finally:
                 end(child)
 
@@ -100,14 +110,16 @@ def test_a_lock_is_free_as_soon_as_the_launcher_lets_it_go(
     end(child)
 
 
-def test_it_is_kept_off_the_launchers_processor_and_its_children_are_not(
+def test_a_spare_is_kept_off_the_launchers_processor_and_its_child_is_not(
     nursery: Nursery, build: Build
 ) -> None:
     own = os.sched_getaffinity(0)
+    nursery.begin()
+    wait_for_spare(nursery)
     with born(nursery, build(), "/bin/sleep", "60") as child:
         execute(child)
         assert os.sched_getaffinity(child.process.pid) == own
-        apart = os.sched_getaffinity(nursery_pid(nursery))
+        apart = os.sched_getaffinity(spares_of(nursery)[-1])
     assert apart < own if len(own) > 1 else apart == own
 
 

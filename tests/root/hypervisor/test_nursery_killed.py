@@ -11,13 +11,12 @@ import pytest
 
 from hypervisor import jail as jails
 from hypervisor import newborn as newborns
-from hypervisor import nursery as nurseries
 from hypervisor import process
 from hypervisor.errors import JailFailed
 from hypervisor.jail import Jail
 from hypervisor.nursery import Nursery
 from hypervisor.steps import Step
-from kvmsec.linux import forking, processes
+from kvmsec.linux import forking, processes, syscalls
 from kvmsec.linux.readiness import is_readable
 from tests.root.hypervisor.jailed import (
     DEADLINE_S,
@@ -28,11 +27,16 @@ from tests.root.hypervisor.jailed import (
     build,
     children_of,
     end,
+    execute,
     heard,
     nursery,
     nursery_pid,
     orphans_come_here,
+    others_than,
+    spares_of,
+    status_of_end,
     the_launcher_is_as_before,
+    wait_for_spare,
     wait_until,
 )
 
@@ -52,18 +56,37 @@ def kill(pid: int) -> None:
 # The nursery ---------------------------------------------------------------------------------
 
 
+def kill_spares(nursery: Nursery) -> None:
+    for pid in wait_for_spare(nursery):
+        kill(pid)
+
+
 def test_one_that_is_killed_between_two_births_is_made_anew(nursery: Nursery, build: Build) -> None:
     with born(nursery, build(), "/bin/sleep", "60") as first:
-        first.release()
-        first.executed()
-        killed = nursery_pid(nursery)
-        kill(killed)
+        execute(first)
+        nursery.prepare()
+        killed = (nursery_pid(nursery), *wait_for_spare(nursery))
+        kill(killed[0])
         with born(nursery, build(), "/bin/true") as second:
-            assert nursery_pid(nursery) != killed
-            assert processes.identify(killed) is None, "its zombie was taken"
-            second.release()
-            second.executed()
+            assert nursery_pid(nursery) != killed[0]
+            assert [*map(processes.identify, killed)] == [None, None], "no zombie of them is left"
+            execute(second)
         assert processes.is_alive(first.process)
+
+
+def test_a_spare_that_is_killed_is_made_anew_for_who_asks(nursery: Nursery, build: Build) -> None:
+    nursery.begin()
+    kill_spares(nursery)
+    with born(nursery, build(), "/bin/true") as child:
+        execute(child)
+
+
+def test_a_used_spare_that_is_killed_leaves_its_child_alone(nursery: Nursery, build: Build) -> None:
+    with born(nursery, build(), "/bin/sh", "-c", "exit 3") as child:
+        (used,) = spares_of(nursery)
+        kill(used)
+        execute(child)
+        assert status_of_end(child) == process.Ended(3, None)
 
 
 def test_one_that_is_killed_with_an_order_in_its_queue_fails_the_start(
@@ -71,8 +94,10 @@ def test_one_that_is_killed_with_an_order_in_its_queue_fails_the_start(
 ) -> None:
     jail = build()
     nursery.begin()
+    wait_for_spare(nursery)
     before = set(os.listdir("/proc/self/fd"))
     os.kill(nursery_pid(nursery), signal.SIGSTOP)
+    kill_spares(nursery)
     orders = [asked(nursery, jail) for _ in range(3)]
     kill(nursery_pid(nursery))
     for child in orders:
@@ -81,24 +106,22 @@ def test_one_that_is_killed_with_an_order_in_its_queue_fails_the_start(
         assert raised.value.step == "fork"
         assert not child.is_known
     assert set(os.listdir("/proc/self/fd")) == before
-    assert children_of(os.getpid()) == [nursery_pid(nursery)]
+    assert others_than(nursery) == []
     with born(nursery, jail, "/bin/true") as child:
-        child.release()
-        child.executed()
+        execute(child)
 
 
 @pytest.mark.parametrize("is_forked", [False, True])
 def test_one_that_is_killed_while_it_forks_makes_a_whole_child_or_none(
     nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch, *, is_forked: bool
 ) -> None:
-    """Right before the call, and right after it: the child is there then, whoever made it."""
+    """Right before the call, and right after it: the spare is there then, whoever made it."""
     clone = forking.clone_sibling
 
-    def clone_and_die(group: str | None) -> tuple[int, int]:
-        made = clone(group) if is_forked else (1, -1)
-        if made[0]:
+    def clone_and_die() -> int:
+        if pid := clone() if is_forked else 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return made
+        return pid
 
     monkeypatch.setattr(forking, "clone_sibling", clone_and_die)
     jail = build()
@@ -109,8 +132,7 @@ def test_one_that_is_killed_while_it_forks_makes_a_whole_child_or_none(
             heard(child)
     else:
         heard(child).become(jail, "/bin/true", ("true",))
-        child.release()
-        child.executed()
+        execute(child)
         end(child)
     nursery.close()
     assert set(os.listdir("/proc/self/fd")) == before
@@ -301,34 +323,31 @@ def test_a_child_that_is_released_early_takes_no_step_after_its_launchers_end(
     assert (taken, left) == (set(), [])
 
 
-@pytest.mark.parametrize("where", ["made by the nursery", "asked whether its launcher is there"])
+@pytest.mark.parametrize("where", ["made by the spare", "asked whether its launcher is there"])
 def test_a_child_that_is_born_after_its_launchers_end_ends_by_itself(
     build: Build, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Nothing signals its launcher's end to it: that was before it asked to be told."""
     late_end = newborns._end_with_launcher
-    late_clone = forking.clone_sibling
+    late_birth = forking.become_sibling_init
 
     def end_with_launcher(line: int) -> None:
         time.sleep(0.1)
         late_end(line)
 
-    def clone_late(group: str | None) -> tuple[int, int]:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        nurseries.forking.syscalls.outlive_parent()  # It would be killed before it could make it.
+    def be_born_late(group: str | None) -> None:
+        syscalls.outlive_parent()  # It would be killed before it could make it.
+        signal.alarm(1)
         Path("/proc/self/comm").write_text("late")
         time.sleep(0.1)
-        made = late_clone(group)
-        if made[0]:
-            os._exit(0)
-        return made
+        late_birth(group)
 
     def has_come_there() -> bool:
-        nursery, *children = children_of(os.getpid())
-        return bool(children) or _program_of(nursery) == "late"
+        found = children_of(os.getpid())
+        return len(found) > 2 or "late" in map(_program_of, found)
 
-    if where == "made by the nursery":
-        monkeypatch.setattr(forking, "clone_sibling", clone_late)
+    if where == "made by the spare":
+        monkeypatch.setattr(forking, "become_sibling_init", be_born_late)
     else:
         monkeypatch.setattr(newborns, "_end_with_launcher", end_with_launcher)
     jail = build()
@@ -342,7 +361,7 @@ def test_a_child_that_is_born_after_its_launchers_end_ends_by_itself(
         os.waitpid(launch(lambda: start_one(jail, mark)), 0)
         ended = _ends_of_children()
     assert process.Ended(125, None) in ended
-    assert len(ended) == 2, "the other is the nursery"
+    assert len(ended) == 3, "the others are the nursery and its spare"
 
 
 def _ends_of_children() -> list[process.Ended | None]:

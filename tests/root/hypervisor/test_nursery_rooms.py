@@ -1,19 +1,18 @@
-"""The namespaces that a nursery makes ahead: each is one child's alone, and is left to it."""
+"""The namespaces that a spare makes ahead of a birth: each is one child's alone."""
 
 import errno
 import os
 import resource
 import signal
-import time
+from pathlib import Path
 
 import pytest
 
 from hypervisor import jail as jails
-from hypervisor import nursery as nurseries
 from hypervisor.errors import JailFailed
 from hypervisor.jail import NETWORK_NAMESPACE, kinds_made_before
 from hypervisor.nursery import Nursery
-from kvmsec.linux import namespaces, syscalls
+from kvmsec.linux import syscalls
 from tests.root.hypervisor.jailed import (
     Build,
     asked,
@@ -24,7 +23,9 @@ from tests.root.hypervisor.jailed import (
     heard,
     nursery,
     nursery_pid,
+    spares_of,
     the_launcher_is_as_before,
+    wait_for_spare,
     wait_until,
 )
 
@@ -40,14 +41,11 @@ def rooms_of(pid: int | str) -> Rooms:
 
 
 def wait_for_prepared(nursery: Nursery) -> Rooms:
-    """Those that the nursery has made ahead, and is in."""
+    """Those that the next child is born in: its spare has made them."""
     own = rooms_of("self")
-    wait_until(lambda: not own.items() & rooms_of(nursery_pid(nursery)).items())
-    return rooms_of(nursery_pid(nursery))
-
-
-def wait_for_home(nursery: Nursery) -> None:
-    wait_until(lambda: rooms_of(nursery_pid(nursery)) == rooms_of("self"))
+    spare = wait_for_spare(nursery)[-1]
+    wait_until(lambda: not own.items() & rooms_of(spare).items())
+    return rooms_of(spare)
 
 
 def wait_for_end(pid: int) -> None:
@@ -55,15 +53,16 @@ def wait_for_end(pid: int) -> None:
     wait_until(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None)
 
 
-def test_a_child_has_what_was_made_ahead_and_has_it_alone(nursery: Nursery) -> None:
+def test_a_child_has_what_was_made_ahead_and_has_it_alone(nursery: Nursery, build: Build) -> None:
     nursery.begin()
     made = wait_for_prepared(nursery)
-    child = heard(nursery.birth())
-    try:
+    with born(nursery, build(), "/bin/sleep", "60") as child:
         assert rooms_of(child.process.pid) == made
-        wait_for_home(nursery)
-    finally:
-        end(child)
+        assert not made.items() & rooms_of(nursery_pid(nursery)).items()
+        execute(child)
+        nursery.dismiss()
+        wait_until(lambda: spares_of(nursery) == [])
+        assert rooms_of(child.process.pid) == made
 
 
 def test_no_two_share_any_whether_made_ahead_or_not(nursery: Nursery) -> None:
@@ -77,7 +76,7 @@ def test_no_two_share_any_whether_made_ahead_or_not(nursery: Nursery) -> None:
             children.append(heard(nursery.birth()))
         found = [room for one in children for room in rooms_of(one.process.pid).values()]
         assert len({*found, *rooms_of("self").values()}) == len(found) + 3
-        wait_for_home(nursery)
+        assert rooms_of(nursery_pid(nursery)) == rooms_of("self")
     finally:
         for one in children:
             end(one)
@@ -85,8 +84,9 @@ def test_no_two_share_any_whether_made_ahead_or_not(nursery: Nursery) -> None:
 
 def test_what_is_made_ahead_is_kept_until_somebody_is_born_in_it(nursery: Nursery) -> None:
     end(heard(nursery.birth()))
-    wait_for_home(nursery)
+    (used,) = spares_of(nursery)
     nursery.prepare()
+    wait_until(lambda: spares_of(nursery) not in ([], [used]))
     made = wait_for_prepared(nursery)
     nursery.prepare()
     child = heard(nursery.birth())
@@ -94,33 +94,28 @@ def test_what_is_made_ahead_is_kept_until_somebody_is_born_in_it(nursery: Nurser
     end(child)
 
 
-def test_no_program_is_taken_for_started_before_the_nursery_has_left_it(
-    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    late_setns = syscalls.setns
-
-    def setns(descriptor: int, kind: int) -> None:
-        if kind in (namespaces.CLONE_NEWNET, namespaces.CLONE_NEWIPC, namespaces.CLONE_NEWUTS):
-            time.sleep(0.1)
-        late_setns(descriptor, kind)
-
-    monkeypatch.setattr(nurseries.syscalls, "setns", setns)
-    with born(nursery, build(), "/bin/sleep", "60") as child:
-        execute(child)
-        theirs = rooms_of(child.process.pid)
-        assert not theirs.items() & rooms_of(nursery_pid(nursery)).items()
-
-
-def test_a_birth_that_came_without_its_channels_ends_the_nursery_and_the_next_start_has_another(
+def test_a_spare_without_numbers_for_a_births_channels_leaves_it_to_the_next(
     nursery: Nursery, build: Build
 ) -> None:
     nursery.begin()
-    wait_for_prepared(nursery)
+    (spare,) = wait_for_spare(nursery)
+    resource.prlimit(spare, resource.RLIMIT_NOFILE, (3, 3))
+    with born(nursery, build(), "/bin/true") as child:
+        assert spare not in spares_of(nursery)
+        execute(child)
+
+
+def test_a_nursery_without_any_ends_and_the_next_start_has_another(
+    nursery: Nursery, build: Build
+) -> None:
+    nursery.begin()
     first = nursery_pid(nursery)
-    resource.prlimit(first, resource.RLIMIT_NOFILE, (3, 3))
+    for pid in (*wait_for_spare(nursery), first):
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3))
     with pytest.raises(JailFailed, match="the next start makes another"):
         heard(asked(nursery, build()))
     wait_for_end(first)
+    nursery.prepare()
     with born(nursery, build(), "/bin/true") as child:
         execute(child)
     assert nursery_pid(nursery) != first
@@ -156,51 +151,36 @@ def test_to_prepare_without_a_nursery_begins_none_and_one_that_is_gone_is_no_err
 
 def test_a_nursery_that_is_stopped_holds_up_nobody_who_prepares(nursery: Nursery) -> None:
     nursery.begin()
-    os.kill(nursery_pid(nursery), signal.SIGSTOP)
+    stopped = (nursery_pid(nursery), *wait_for_spare(nursery))
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
     for _ in range(5000):
         nursery.prepare()
-    os.kill(nursery_pid(nursery), signal.SIGCONT)
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
     end(heard(nursery.birth()))
 
 
 def test_namespaces_that_can_not_be_made_are_told_and_the_nursery_goes_on(
-    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch
+    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    allowed = [False, False, True]
+    is_allowed = tmp_path / "allowed"
     late_unshare = syscalls.unshare
 
     def unshare(flags: int) -> None:
-        if flags == kinds_made_before() and not allowed.pop(0):
+        if flags == kinds_made_before() and not is_allowed.exists():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         late_unshare(flags)
 
     monkeypatch.setattr(jails.syscalls, "unshare", unshare)
-    nursery.begin()  # It tries, the first birth tries again, the second has them.
+    nursery.begin()
     with pytest.raises(JailFailed) as raised:
         heard(asked(nursery, build()))
     assert (raised.value.step, raised.value.errno) == ("namespaces", errno.ENOSPC)
     pid = nursery_pid(nursery)
+    nursery.prepare()
+    wait_until(lambda: len(spares_of(nursery)) == 1)
+    is_allowed.touch()  # The spare could not have them; the birth tries again.
     with born(nursery, build(), "/bin/true") as child:
         execute(child)
     assert nursery_pid(nursery) == pid
-
-
-def test_a_nursery_that_can_not_leave_a_childs_namespaces_ends(
-    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    late_setns = syscalls.setns
-
-    def setns(descriptor: int, kind: int) -> None:
-        if kind == namespaces.CLONE_NEWIPC:
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-        late_setns(descriptor, kind)
-
-    monkeypatch.setattr(nurseries.syscalls, "setns", setns)
-    nursery.begin()
-    first = nursery_pid(nursery)
-    with born(nursery, build(), "/bin/true") as child:
-        wait_for_end(first)
-        execute(child)
-    with born(nursery, build(), "/bin/true") as child:
-        execute(child)
-    assert nursery_pid(nursery) != first

@@ -69,7 +69,7 @@ def test_a_group_that_is_missing_or_of_version_one_is_named(tmp_path: Path) -> N
     before = os.listdir("/proc/self/fd")
     for path, number in ((tmp_path / "none", errno.ENOENT), (tmp_path, errno.EBADF)):
         with pytest.raises(OSError) as caught:
-            forking.clone_sibling(str(path))
+            forking.become_sibling_init(str(path))
         assert (caught.value.errno, caught.value.filename) == (number, str(path))
     assert os.listdir("/proc/self/fd") == before
     assert told_by_init(lambda: "still able to") == "still able to"
@@ -83,7 +83,7 @@ def test_a_group_that_takes_no_process_is_named(group: Path) -> None:
     neither.mkdir()
     try:
         with pytest.raises(OSError, match=str(neither)) as caught:
-            forking.clone_sibling(str(neither))
+            forking.become_sibling_init(str(neither))
     finally:
         neither.rmdir()
         threaded.rmdir()

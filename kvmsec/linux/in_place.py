@@ -1,0 +1,99 @@
+"""A fork without a copy: the child goes on in the memory of its parent, which then only sleeps.
+
+As with vfork(2) the kernel holds the parent until the child has executed a program, or has ended.
+But a child of vfork(2) may not return from the function that called it, since its parent comes back
+to the same stack. Here the parent never comes back: a few instructions of its own, which need no
+stack, let it sleep for ever. So the child may do whatever the parent could have done, and nobody
+takes the memory apart before the parent is killed.
+"""
+
+import ctypes
+import mmap
+import os
+import signal
+from functools import cache
+from typing import Any, Final
+
+from kvmsec.linux import syscalls
+from kvmsec.linux.syscalls import CloneArguments
+
+_CLONE_VM: Final = 0x100
+_CLONE_VFORK: Final = 0x4000
+_MADV_POPULATE_WRITE: Final = 23
+_CODE: Final = {
+    "x86_64": (
+        b"\xb8\xb3\x01\x00\x00"  # mov  $435, %eax    clone3(rdi, rsi)
+        b"\x0f\x05"  # syscall
+        b"\x85\xc0"  # test %eax, %eax
+        b"\x7f\x01"  # jg   1f             in the parent
+        b"\xc3"  # ret                    in the child, and after an error
+        b"\xb8\x22\x00\x00\x00"  # 1: mov $34, %eax   pause()
+        b"\x0f\x05"  # syscall
+        b"\xeb\xf7"  # jmp  1b
+    )
+}
+"""By `os.uname().machine`, for a Python of 64 bits."""
+
+
+def become_child(flags: int, cgroup: int = -1) -> None:
+    """Return in a child that was made by clone3(2) with these flags, and never in the caller.
+
+    The caller has one thread, and sleeps from then on until it is killed. Where this is not
+    possible (another processor, or nobody may execute memory that was written) the child has a copy
+    of the memory.
+
+    `cgroup` is a descriptor of a version 2 control group for it to be born in, or -1. Raises
+    OSError, in the caller, which then goes on.
+    """
+    clone = _clone_or_sleep()
+    if clone is None:
+        pid, _ = syscalls.clone3(flags, cgroup)
+        while pid:
+            signal.pause()
+        return
+    arguments = CloneArguments.of(flags | _CLONE_VM | _CLONE_VFORK, cgroup)
+    result = clone(ctypes.byref(arguments), ctypes.sizeof(arguments))
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+
+
+def prepare() -> None:
+    """Make what `become_child` needs, for the caller and all whom it forks."""
+    _clone_or_sleep()
+
+
+@cache
+def _clone_or_sleep() -> Any:
+    """The instructions as a function; None where they can't be had."""
+    code = _CODE.get(os.uname().machine)
+    if code is None or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return None
+    _page().write(code)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(_page()))
+    try:
+        syscalls.protect(address, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC)
+    except OSError:
+        return None
+    # A PYFUNCTYPE keeps the interpreter's lock, which the child then has as the caller had it.
+    return ctypes.PYFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_size_t)(address)
+
+
+@cache
+def _page() -> mmap.mmap:
+    """Where the instructions are, for as long as the process lives."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return mmap.mmap(-1, mmap.PAGESIZE, private, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def copy_shared_pages() -> None:
+    """Copy now what a fork left to be copied when it is first written to, where the kernel can.
+
+    madvise(2), MADV_POPULATE_WRITE, Linux 5.14.
+    """
+    with open("/proc/self/maps") as maps:
+        lines = maps.read().splitlines()
+    for line in lines:
+        addresses, mode = line.split()[:2]
+        if mode == "rw-p":
+            start, end = (int(one, 16) for one in addresses.split("-"))
+            syscalls.advise(start, end - start, _MADV_POPULATE_WRITE)
