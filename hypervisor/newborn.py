@@ -32,7 +32,8 @@ from kvmsec.linux.processes import ProcessId
 from kvmsec.linux.readiness import has_left, is_readable
 
 _ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
-_BORN: Final = b"b"
+BORN: Final = b"b"
+"""What a child says first of all: that it is there."""
 _DESCRIPTORS: Final = b"d"
 _GO: Final = b"g"
 _EXECUTING: Final = b"x"
@@ -73,11 +74,7 @@ def prepare_decoders() -> None:
 
 @frozen
 class Ends:
-    """The child's ends of the channels to its launcher.
-
-    The socket is made before the fork: each page that Python touches for it would have to be copied
-    after that.
-    """
+    """The child's ends of the channels to its launcher."""
 
     line: socket.socket
     report: int
@@ -94,6 +91,21 @@ class Ends:
         told = {"step": failure.step, "errno": failure.errno, "detail": said}
         with contextlib.suppress(BrokenPipeError):
             os.write(self.report, msgspec.json.encode(told))
+
+
+@frozen
+class Origin:
+    """What a child goes on from: a pidfd of that, and where it says that the child is there."""
+
+    pidfd: int
+    told: int
+
+    def hold(self) -> set[int]:
+        return {self.pidfd, self.told}
+
+    def close(self) -> None:
+        for descriptor in self.hold():
+            os.close(descriptor)
 
 
 class Newborn:
@@ -116,13 +128,15 @@ class Newborn:
             self._report, report = os.pipe2(os.O_CLOEXEC)
             undo.callback(os.close, self._report)
             theirs.callback(os.close, report)
-            # Kept for its pidfd: a child that is there must be heard of, whatever else is open.
-            self._place = os.dup(self._report)
-            undo.callback(os.close, self._place)
+            # Kept for its word: a child that is there must be heard of, whatever else is open.
+            self._places = [os.dup(self._report)]
+            undo.callback(self._free_places)
+            self._places.append(os.dup(self._report))
             ask(Ends(line, report))
             undo.pop_all()
         self._cpus = cpus
         self.pidfd = -1
+        self._origin = -1
         self.process: ProcessId
 
     @property
@@ -136,41 +150,50 @@ class Newborn:
         Raises JailFailed where there is no child, ProcessLookupError where /proc shows none, and
         OSError; no child is left then.
         """
-        pidfd = self._first_word()
-        if pidfd is None:
+        word = self._first_word()
+        if not word:
             raise _failure(_words(self._report)) or JailFailed("fork", 0, _GONE)
+        pidfd, *origin = word
         process = None
         try:
             pid = processes.pid_of(pidfd)
             process = None if pid is None else processes.identify(pid)
         finally:
             if process is None:
-                _end(pidfd)
+                _end_all(word)
         if process is None:
             # Ended already, and not kept for us: SIGCHLD is ignored.
             raise _failure(_words(self._report)) or ProcessLookupError(
                 "/proc does not show the new process: is it mounted?"
             )
         self.pidfd, self.process = pidfd, process
+        self._origin = origin[0] if origin else -1
         if self._cpus:
             with contextlib.suppress(OSError):  # None of them is left: it stays where it may be.
                 os.sched_setaffinity(process.pid, self._cpus)
 
-    def _first_word(self) -> int | None:
-        """The child's own pidfd; None when the line closes first."""
-        self._free_place()
+    def _first_word(self) -> list[int]:
+        """Pidfds of the child and of what it came from; none when the line closes first."""
+        self._free_places()
         with contextlib.suppress(ConnectionResetError):
-            said, descriptors = passing.receive(self.line, len(_BORN), 1)
+            said, descriptors = passing.receive(self.line, len(BORN), 2)
             if said and not descriptors:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            if said:
-                return descriptors[0]
-        return None
+            return descriptors
+        return []
 
-    def _free_place(self) -> None:
-        if self._place >= 0:
-            os.close(self._place)
-            self._place = -1
+    def _free_places(self) -> None:
+        while self._places:
+            os.close(self._places.pop())
+
+    def leave_origin(self) -> None:
+        """Kill the process that it came from, which only sleeps: it runs nothing any more then.
+
+        No sooner than it must be, since to take its memory apart holds up a QEMU that starts.
+        `close` waits for its end.
+        """
+        if self._origin >= 0:
+            processes.kill(self._origin)
 
     def enter(self, cell: Cell) -> None:
         """Have it take the first steps, and wait for the rest. Raises OSError."""
@@ -223,14 +246,17 @@ class Newborn:
         _require_executed(self._report)
 
     def close(self) -> None:
-        """Free the channels. A child that was heard of is not touched; any other is ended."""
+        """Free the channels, and end the process that the child came from.
+
+        A child that was heard of is not touched; any other is ended.
+        """
         if self._report < 0:
             return
         if not self.is_known and is_readable(self.line.fileno(), _BIRTH_S):
-            unknown = self._first_word()
-            if unknown is not None:
-                _end(unknown)
-        self._free_place()
+            _end_all(self._first_word())
+        if self._origin >= 0:
+            _end_all([self._origin])
+        self._free_places()
         self.line.close()
         os.close(self._report)
         self._report = -1
@@ -260,11 +286,12 @@ def _failure(words: bytes) -> JailFailed | None:
     return JailFailed(str(step), int(number), str(detail))
 
 
-def _end(pidfd: int) -> None:
-    processes.kill(pidfd)
-    with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    os.close(pidfd)
+def _end_all(pidfds: Sequence[int]) -> None:
+    for pidfd in pidfds:
+        processes.kill(pidfd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
 
 
 def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
@@ -289,7 +316,7 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
         newborn.become(jail, program, argv)
     except BaseException:
         if newborn.is_known:
-            _end(newborn.pidfd)
+            _end_all([newborn.pidfd])
         newborn.close()
         raise
     return newborn
@@ -298,19 +325,21 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
 # The child -----------------------------------------------------------------------------------
 
 
-def live(ends: Ends, lacking: int = 0) -> NoReturn:
+def live(ends: Ends, lacking: int = 0, origin: Origin | None = None) -> NoReturn:
     """The child's whole life as Python; it must never return into the code that forked it.
 
-    lacking: the kinds of namespaces that it was to be born in, and was not.
+    lacking: the kinds of namespaces that it was to be born in, and was not. origin: what it came
+    from, which is the launcher's to end.
     """
     try:
         try:
             if lacking:
                 make_namespaces(lacking)
             line = ends.line.fileno()
-            children.close_all_but({0, 1, 2, line, ends.report})
+            held = origin.hold() if origin else set()
+            children.close_all_but({0, 1, 2, line, ends.report, *held})
             _end_with_launcher(line)
-            _say_that_it_lives(ends.line)
+            _say_that_it_lives(ends.line, origin)
             _enter_cell(ends.line)
             order = _receive_order(ends.line)
             # Above every number that the jail hands out, so that neither is overwritten.
@@ -340,11 +369,14 @@ def _end_with_launcher(line: int) -> None:
         os._exit(ALONE)
 
 
-def _say_that_it_lives(line: socket.socket) -> None:
+def _say_that_it_lives(line: socket.socket, origin: Origin | None) -> None:
     """By a descriptor of this very process: its pid here is another than the launcher's for it."""
     pidfd = os.pidfd_open(os.getpid())
-    socket.send_fds(line, [_BORN], [pidfd])
+    socket.send_fds(line, [BORN], [pidfd] if origin is None else [pidfd, origin.pidfd])
     os.close(pidfd)
+    if origin is not None:
+        os.write(origin.told, BORN)
+        origin.close()
 
 
 def _enter_cell(line: socket.socket) -> None:

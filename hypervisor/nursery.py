@@ -21,20 +21,38 @@ import socket
 from pathlib import Path
 from typing import Final, NoReturn
 
+from attrs import frozen
+
 from hypervisor.errors import JailFailed
 from hypervisor.jail import kinds_made_before, make_namespaces
-from hypervisor.newborn import ALONE, Ends, Newborn, live, prepare_decoders
-from kvmsec.linux import children, forking, in_place, passing, syscalls
+from hypervisor.newborn import ALONE, BORN, Ends, Newborn, Origin, live, prepare_decoders
+from kvmsec.linux import children, forking, in_place, passing, processes, syscalls
 from kvmsec.linux.children import Child, start_child
 from kvmsec.linux.readiness import is_readable
 
-_LIMIT_BYTES: Final = 4096 + 1  # PATH_MAX, linux/limits.h, and a letter
-_PREPARE: Final = b"p"
-_BIRTH: Final = b"b"
+_LIMIT_BYTES: Final = 4096 + 32  # PATH_MAX, linux/limits.h, and a number
+_PREPARE: Final = b"prepare"
 _CHANNELS: Final = 2
-_USED: Final = b"u"
 _ENDING_S: Final = 1.0
 _NAME: Final = "kvmsec-nursery"  # What ps(1) shows of it, beside the launcher's command line.
+
+
+@frozen
+class _Spare:
+    """A spare that a launcher was told of: its child, used or not."""
+
+    pid: int
+    pidfd: int
+
+    def has_ended(self) -> bool:
+        """Whether it has; it is collected, and no descriptor of it is left then."""
+        try:
+            if os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG) is None:
+                return False
+        except ChildProcessError:  # Collected, by whoever ended it, or since SIGCHLD is ignored.
+            pass
+        os.close(self.pidfd)
+        return True
 
 
 class Nursery:
@@ -44,8 +62,8 @@ class Nursery:
         self._child: Child | None = None
         self._orders: socket.socket | None = None
         self._kinds = 0
-        self._spares: list[int] = []
-        self._is_used = False
+        self._births = 0
+        self._spares: list[_Spare] = []
 
     def begin(self, kinds: int | None = None) -> None:
         """Make the process, where there is none. Raises ManyThreads, and OSError.
@@ -67,7 +85,7 @@ class Nursery:
                 orders.close()
                 raise
         self._orders, self._kinds = orders, kinds
-        self._send_prepare(orders)
+        self.prepare()
 
     def birth(self, group: str | None = None, kinds: int | None = None) -> Newborn:
         """Ask for a child, which waits to be told its cell. Raises what `begin` does.
@@ -75,34 +93,19 @@ class Nursery:
         group: the path of the version 2 control group that it is born in, by the one call that
         needn't wait for the kernel's grace period; None where there is none. kinds: see `begin`.
         """
-        order = _BIRTH + os.fsencode(group or "")
+        self._births += 1
+        order = b"%d %s" % (self._births, os.fsencode(group or ""))
         return Newborn(lambda ends: self._ask(order, ends, kinds), cpus=os.sched_getaffinity(0))
 
-    def dismiss(self) -> None:
-        """Kill the spares that children came from, once those have become QEMU, or failed to.
-
-        No sooner than it must be: to take their memory apart holds up a QEMU that is about to
-        start. It is `prepare` that waits for their end.
-        """
-        if self._orders is not None and self._is_used:
-            self._hear_of_spares(self._orders)
-            for pid in self._spares:
-                os.kill(pid, signal.SIGKILL)
-
     def prepare(self) -> None:
-        """Have a spare made now, while nobody may be waiting for it, where the last was used.
+        """Have a spare made now, where there is none, while nobody may be waiting for it.
 
-        For each birth, once it is over, whatever came of it. Where no spare can be made, or there
-        is no nursery, it is made when a child is asked for.
+        Where that fails, or there is no nursery, it is made when a child is asked for.
         """
-        if self._orders is not None and self._is_used:
-            self._end_spares(self._orders)
-            self._send_prepare(self._orders)
-
-    def _send_prepare(self, orders: socket.socket) -> None:
-        self._is_used = False
-        with contextlib.suppress(OSError):
-            orders.send(_PREPARE, socket.MSG_DONTWAIT)
+        if self._orders is not None:
+            self._hear_of_spares(self._orders)
+            with contextlib.suppress(OSError):
+                self._orders.send(_PREPARE, socket.MSG_DONTWAIT)
 
     def _ask(self, order: bytes, ends: Ends, kinds: int | None) -> None:
         if self._child is not None and is_readable(self._child.fileno(), 0):
@@ -112,27 +115,25 @@ class Nursery:
         self._hear_of_spares(self._orders)
         # The kernel would often wake it where the launcher runs, which then waits for the birth.
         if others := os.sched_getaffinity(0) - {syscalls.current_cpu()}:
-            for pid in self._spares[-1:]:
+            for spare in self._spares[-1:]:
                 with contextlib.suppress(OSError):  # Gone, or not allowed there any more.
-                    os.sched_setaffinity(pid, others)
-        self._is_used = True
-        with contextlib.suppress(ConnectionError):  # Killed just now: its channels tell it.
+                    os.sched_setaffinity(spare.pid, others)
+        # One that was killed just now tells it by its end: the channels close.
+        with contextlib.suppress(ConnectionError):
             socket.send_fds(self._orders, [order], [ends.line.fileno(), ends.report])
 
     def _hear_of_spares(self, orders: socket.socket) -> None:
         with contextlib.suppress(OSError):  # There is nothing more to hear.
-            while said := orders.recv(_LIMIT_BYTES, socket.MSG_DONTWAIT):
-                self._spares.append(int(said))
-        self._spares = [pid for pid in self._spares if not _has_ended(pid)]
-
-    def _end_spares(self, orders: socket.socket) -> None:
-        """Also one that was used and whose child waits: the child does not need it."""
-        self._hear_of_spares(orders)
-        for pid in self._spares:
-            os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PID, pid, os.WEXITED)
-        self._spares.clear()
+            while True:
+                # What there is no number for is heard of later.
+                said, descriptors = passing.receive(
+                    orders, _LIMIT_BYTES, 1, flags=socket.MSG_PEEK | socket.MSG_DONTWAIT
+                )
+                if not descriptors:
+                    break
+                self._spares.append(_Spare(int(said), *descriptors))
+                orders.recv(_LIMIT_BYTES)
+        self._spares = [spare for spare in self._spares if not spare.has_ended()]
 
     def close(self) -> None:
         """End the process and its spares; children of it live on."""
@@ -146,13 +147,14 @@ class Nursery:
         self._orders.close()
         self._child = self._orders = None
 
-
-def _has_ended(pid: int) -> bool:
-    """Whether a child of the caller's has ended; it is collected, and its pid is free then."""
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None
-    except ChildProcessError:  # Somebody waits for any child, or SIGCHLD is ignored.
-        return True
+    def _end_spares(self, orders: socket.socket) -> None:
+        """Also one that was used and whose child waits: the child does not need it."""
+        self._hear_of_spares(orders)
+        for spare in self._spares:
+            processes.kill(spare.pidfd)
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, spare.pidfd, os.WEXITED | os.WNOWAIT)
+        self._spares = [spare for spare in self._spares if not spare.has_ended()]
 
 
 # The nursery ---------------------------------------------------------------------------------
@@ -169,42 +171,39 @@ def _serve(orders: socket.socket, kinds: int) -> None:
     syscalls.reset_signals()  # For the children, which have no time for it.
     prepare_decoders()
     in_place.prepare()
-    while order := orders.recv(_LIMIT_BYTES, socket.MSG_PEEK):
-        is_asked = order != _PREPARE
-        if not is_asked:
+    last = b""
+    while order := _look(orders):
+        if order == _PREPARE:
             orders.recv(_LIMIT_BYTES)
+        elif order == last:
+            _refuse(orders, JailFailed("fork", 0, "the process for it was killed"))
+            continue
+        last = order
         try:
-            is_used = _have_spare(orders, kinds, is_asked=is_asked)
+            _have_spare(orders, kinds, is_asked=order != _PREPARE)
         except OSError as error:
-            if is_asked:
+            if order != _PREPARE:
                 _refuse(orders, error)
-        else:
-            if is_asked and not is_used:
-                _refuse(orders, JailFailed("fork", 0, "the process for it was killed"))
 
 
-def _have_spare(orders: socket.socket, kinds: int, *, is_asked: bool) -> bool:
-    """Make a spare, and wait for its end; says whether it took an order before. Raises OSError."""
+def _have_spare(orders: socket.socket, kinds: int, *, is_asked: bool) -> None:
+    """Make a spare; return once it has made a child that is there, or will make none.
+
+    Raises OSError.
+    """
     # The spare has the end to read from as well: nobody is killed for having written there.
     told, tell = os.pipe2(os.O_CLOEXEC)
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, told)
         with contextlib.ExitStack() as theirs:
             theirs.callback(os.close, tell)
-            if forking.clone_sibling() == 0:
-                children.close_all_but({0, 1, 2, orders.fileno(), told, tell})
-                _wait(orders, tell, kinds, is_asked=is_asked)
-        return os.read(told, len(_USED)) == _USED
-
-
-def _refuse(orders: socket.socket, error: OSError | JailFailed) -> None:
-    """Tell whoever asked for a child that there is none, and why."""
-    ends = _take(orders)
-    if isinstance(error, JailFailed):
-        ends.tell(error)
-    else:
-        ends.tell(JailFailed("fork", error.errno or 0, str(error)))
-    ends.close()
+            pid, pidfd = forking.clone_sibling()
+            if pid == 0:
+                _wait(orders, (told, tell), kinds, is_asked=is_asked)
+            undo.callback(os.close, pidfd)
+        socket.send_fds(orders, [b"%d" % pid], [pidfd])
+        if os.read(told, len(BORN)) != BORN:
+            processes.kill(pidfd)  # Its child has ended before it could tell what it came from.
 
 
 def _look(orders: socket.socket) -> bytes:
@@ -216,7 +215,7 @@ def _look(orders: socket.socket) -> bytes:
     order, descriptors = passing.receive(orders, _LIMIT_BYTES, _CHANNELS, flags=socket.MSG_PEEK)
     for descriptor in descriptors:
         os.close(descriptor)
-    if order.startswith(_BIRTH) and len(descriptors) < _CHANNELS:
+    if order and order != _PREPARE and len(descriptors) < _CHANNELS:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     return order
 
@@ -227,18 +226,30 @@ def _take(orders: socket.socket) -> Ends:
     return Ends(socket.socket(fileno=line), report)
 
 
+def _refuse(orders: socket.socket, error: OSError | JailFailed) -> None:
+    """Tell whoever asked for a child that there is none, and why."""
+    ends = _take(orders)
+    if not isinstance(error, JailFailed):
+        error = JailFailed("fork", error.errno or 0, str(error))
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # It may not wait any more.
+    ends.tell(error)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    ends.close()
+
+
 # The spare -----------------------------------------------------------------------------------
 
 
-def _wait(orders: socket.socket, tell: int, kinds: int, *, is_asked: bool) -> NoReturn:
+def _wait(orders: socket.socket, pipe: tuple[int, int], kinds: int, *, is_asked: bool) -> NoReturn:
     """The spare's whole life, and the child's, which goes on where the spare was."""
     try:
+        children.close_all_but({0, 1, 2, orders.fileno(), *pipe})
         syscalls.end_with_parent()
-        orders.send(b"%d" % os.getpid())
         lacking = kinds
         with contextlib.suppress(JailFailed):  # Who asks for a child is told why there is none.
             make_namespaces(kinds)
             lacking = 0
+        origin = Origin(os.pidfd_open(os.getpid()), pipe[1])
         if not is_asked:
             in_place.copy_shared_pages()
         while (order := _look(orders)) == _PREPARE:
@@ -248,15 +259,12 @@ def _wait(orders: socket.socket, tell: int, kinds: int, *, is_asked: bool) -> No
         try:
             if lacking:
                 make_namespaces(lacking)
-            forking.become_sibling_init(os.fsdecode(order.removeprefix(_BIRTH)) or None)
+            forking.become_sibling_init(os.fsdecode(order.partition(b" ")[2]) or None)
         except (OSError, JailFailed) as error:
             _refuse(orders, error)
-            os.write(tell, _USED)
             os._exit(0)
         # The child alone has the channels: its report closes as it becomes QEMU.
-        ends = _take(orders)
-        os.write(tell, _USED)
-        live(ends)
+        live(_take(orders), origin=origin)
     except ConnectionError:
         os._exit(ALONE)
     finally:

@@ -55,8 +55,8 @@ def clone_init() -> tuple[int, int]:
     return _fork_init_by(_clone, syscalls.reset_signals)
 
 
-def clone_sibling() -> int:
-    """As `clone_init`, for a child of the caller's own parent (CLONE_PARENT); returns its pid.
+def clone_sibling() -> tuple[int, int]:
+    """As `clone_init`, for a child of the caller's own parent (CLONE_PARENT).
 
     That is told of its end as it would be of the caller's, and may wait for it. The child is in the
     caller's PID namespace.
@@ -64,10 +64,7 @@ def clone_sibling() -> int:
     The caller is a process that does nothing else: signals stay as it has them, and it collects no
     garbage. Raises OSError. See clone(2), `clone3`.
     """
-    pid, pidfd = syscalls.clone3(CLONE_PARENT)
-    if pid:
-        os.close(pidfd)
-    return pid
+    return syscalls.clone3(CLONE_PARENT)
 
 
 def become_sibling_init(cgroup: str | None = None) -> None:

@@ -4,6 +4,7 @@ The calls above 423 have the same number on every architecture; the others go by
 """
 
 import ctypes
+import mmap
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -152,6 +153,16 @@ def protect(address: int, size_bytes: int, protection: int) -> None:
 def advise(address: int, size_bytes: int, advice: int) -> bool:
     """Tell the kernel what some of the caller's memory is for (`madvise(2)`); whether it could."""
     return not _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), advice)
+
+
+def resident_pages(address: int, size_bytes: int) -> bytes:
+    """A byte for each page of some of the caller's memory: odd where it is there (`mincore(2)`).
+
+    Raises OSError for what is mapped no more.
+    """
+    found = ctypes.create_string_buffer(-(-size_bytes // mmap.PAGESIZE))
+    _checked(_libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), found))
+    return found.raw
 
 
 def current_cpu() -> int:

@@ -347,7 +347,7 @@ class _Start:
         self.monitor = await Monitor.connect(self.files.qmp_socket, timeout_s=timeout_s)
 
     def verify(self) -> None:
-        self.host.nursery.dismiss()  # From now on it is alone in what it was born in.
+        self.child.leave_origin()
         # Its groups first: when it has left them because it ended, the second look says so.
         problems = self.cgroup.problems_of(self.child.process.pid)
         problems += process.confinement_problems(self.child)

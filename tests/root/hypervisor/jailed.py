@@ -152,7 +152,7 @@ def spares_of(nursery: Nursery) -> list[int]:
     """Those that were made and have not ended, in their order: used ones too."""
     assert nursery._orders is not None
     nursery._hear_of_spares(nursery._orders)
-    return nursery._spares
+    return [spare.pid for spare in nursery._spares]
 
 
 def wait_for_spare(nursery: Nursery) -> list[int]:
@@ -327,3 +327,14 @@ def execute(child: Newborn) -> None:
 def status_of_end(child: Newborn) -> process.Ended | None:
     assert select.select([child.pidfd], [], [], DEADLINE_S)[0]
     return process.reap(child.pidfd)
+
+
+def kill(pid: int) -> None:
+    """Kill a child of this process's, and return when it is dead; it isn't reaped."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def kill_spares(nursery: Nursery) -> None:
+    for pid in wait_for_spare(nursery):
+        kill(pid)

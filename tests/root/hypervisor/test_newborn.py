@@ -38,6 +38,7 @@ from tests.root.hypervisor.jailed import (
     others_than,
     spares_of,
     the_launcher_is_as_before,
+    wait_for_spare,
     wait_until,
 )
 
@@ -52,11 +53,12 @@ STEP_NAMES = [step.name for step in (*CELL_STEPS, *JAIL_STEPS)]
 def nothing_is_left(nursery: Nursery) -> Iterator[None]:
     """No descriptor and no child of the launcher's, but the nursery and a spare."""
     nursery.begin()
+    wait_for_spare(nursery)
     before = set(os.listdir("/proc/self/fd"))
     yield
-    assert set(os.listdir("/proc/self/fd")) == before
     nursery.prepare()
     wait_until(lambda: not others_than(nursery) and len(spares_of(nursery)) == 1)
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def failure_of(child: Newborn) -> JailFailed:

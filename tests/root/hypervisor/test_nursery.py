@@ -222,8 +222,8 @@ def test_a_nursery_does_not_grow_with_its_births(nursery: Nursery, build: Build)
     before_kib = resident_kib(pid)
     for _ in range(50):
         give_birth()
-    # The null device, its orders, its result, and what it waits for a spare's use with.
-    wait_until(lambda: len(held_files(pid)) == 3 + 1 + 1 + 1)
+    # The null device, its orders, its result, and by what it knows its spare and the spare's use.
+    wait_until(lambda: len(held_files(pid)) == 3 + 1 + 1 + 2)
     assert resident_kib(pid) - before_kib <= 32
 
 

@@ -65,7 +65,7 @@ def test_neither_the_nursery_nor_a_waiting_child_holds_anything_of_the_launchers
                 }
                 assert kinds == {
                     made: ["pipe", "socket"],
-                    spare: ["pipe", "pipe", "socket"],
+                    spare: ["anon_inode", "pipe", "pipe", "socket"],
                     pid: ["pipe", "socket"],
                 }
                 # Neither end of the launcher's, nor what the nursery takes its orders by.

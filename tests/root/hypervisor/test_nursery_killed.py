@@ -29,12 +29,12 @@ from tests.root.hypervisor.jailed import (
     end,
     execute,
     heard,
+    kill,
+    kill_spares,
     nursery,
     nursery_pid,
     orphans_come_here,
     others_than,
-    spares_of,
-    status_of_end,
     the_launcher_is_as_before,
     wait_for_spare,
     wait_until,
@@ -47,18 +47,7 @@ pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_befo
 ENDING_S = 2.0
 
 
-def kill(pid: int) -> None:
-    """Kill a child of this process's, and return when it is dead; it isn't reaped."""
-    os.kill(pid, signal.SIGKILL)
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-
-
 # The nursery ---------------------------------------------------------------------------------
-
-
-def kill_spares(nursery: Nursery) -> None:
-    for pid in wait_for_spare(nursery):
-        kill(pid)
 
 
 def test_one_that_is_killed_between_two_births_is_made_anew(nursery: Nursery, build: Build) -> None:
@@ -74,28 +63,13 @@ def test_one_that_is_killed_between_two_births_is_made_anew(nursery: Nursery, bu
         assert processes.is_alive(first.process)
 
 
-def test_a_spare_that_is_killed_is_made_anew_for_who_asks(nursery: Nursery, build: Build) -> None:
-    nursery.begin()
-    kill_spares(nursery)
-    with born(nursery, build(), "/bin/true") as child:
-        execute(child)
-
-
-def test_a_used_spare_that_is_killed_leaves_its_child_alone(nursery: Nursery, build: Build) -> None:
-    with born(nursery, build(), "/bin/sh", "-c", "exit 3") as child:
-        (used,) = spares_of(nursery)
-        kill(used)
-        execute(child)
-        assert status_of_end(child) == process.Ended(3, None)
-
-
 def test_one_that_is_killed_with_an_order_in_its_queue_fails_the_start(
     nursery: Nursery, build: Build
 ) -> None:
     jail = build()
     nursery.begin()
-    wait_for_spare(nursery)
     before = set(os.listdir("/proc/self/fd"))
+    wait_for_spare(nursery)
     os.kill(nursery_pid(nursery), signal.SIGSTOP)
     kill_spares(nursery)
     orders = [asked(nursery, jail) for _ in range(3)]
@@ -118,10 +92,11 @@ def test_one_that_is_killed_while_it_forks_makes_a_whole_child_or_none(
     """Right before the call, and right after it: the spare is there then, whoever made it."""
     clone = forking.clone_sibling
 
-    def clone_and_die() -> int:
-        if pid := clone() if is_forked else 1:
+    def clone_and_die() -> tuple[int, int]:
+        made = clone() if is_forked else (1, -1)
+        if made[0]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return pid
+        return made
 
     monkeypatch.setattr(forking, "clone_sibling", clone_and_die)
     jail = build()

@@ -60,7 +60,7 @@ def test_a_child_has_what_was_made_ahead_and_has_it_alone(nursery: Nursery, buil
         assert rooms_of(child.process.pid) == made
         assert not made.items() & rooms_of(nursery_pid(nursery)).items()
         execute(child)
-        nursery.dismiss()
+        child.leave_origin()
         wait_until(lambda: spares_of(nursery) == [])
         assert rooms_of(child.process.pid) == made
 
@@ -84,9 +84,7 @@ def test_no_two_share_any_whether_made_ahead_or_not(nursery: Nursery) -> None:
 
 def test_what_is_made_ahead_is_kept_until_somebody_is_born_in_it(nursery: Nursery) -> None:
     end(heard(nursery.birth()))
-    (used,) = spares_of(nursery)
     nursery.prepare()
-    wait_until(lambda: spares_of(nursery) not in ([], [used]))
     made = wait_for_prepared(nursery)
     nursery.prepare()
     child = heard(nursery.birth())

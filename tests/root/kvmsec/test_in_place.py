@@ -180,14 +180,12 @@ def test_where_nobody_may_execute_what_was_written_the_child_has_a_copy(
         raise PermissionError(errno.EACCES, "as SELinux does without execmem")
 
     in_place._clone_or_sleep.cache_clear()
-    in_place._page.cache_clear()
     monkeypatch.setattr(syscalls, "protect", refuse)
     try:
         with pair(lambda _: signal.pause() and None) as two:
             assert not share_memory(two.caller, two.child)
     finally:
         in_place._clone_or_sleep.cache_clear()
-        in_place._page.cache_clear()
 
 
 def test_what_a_fork_left_to_be_copied_is_copied() -> None:

@@ -1,0 +1,144 @@
+"""A spare, and the child that goes on where it was: whose end touches whom."""
+
+import mmap
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from hypervisor import newborn as newborns
+from hypervisor import process
+from hypervisor.errors import JailFailed
+from hypervisor.nursery import Nursery
+from kvmsec.linux import forking, syscalls
+from tests.root.hypervisor.jailed import (
+    Build,
+    asked,
+    born,
+    build,
+    children_of,
+    end,
+    execute,
+    heard,
+    kill,
+    kill_spares,
+    nursery,
+    nursery_pid,
+    others_than,
+    spares_of,
+    status_of_end,
+    the_launcher_is_as_before,
+    wait_for_spare,
+)
+
+__all__ = ["build", "nursery", "the_launcher_is_as_before"]
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
+
+
+def test_a_spare_that_is_killed_is_made_anew_for_who_asks(nursery: Nursery, build: Build) -> None:
+    nursery.begin()
+    kill_spares(nursery)
+    with born(nursery, build(), "/bin/true") as child:
+        execute(child)
+
+
+def test_a_birth_whose_spare_is_killed_as_often_is_told_and_the_nursery_goes_on(
+    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_allowed = mmap.mmap(-1, 1)  # Shared with the nursery and all that come from it.
+    late_birth = forking.become_sibling_init
+
+    def be_born_or_killed(group: str | None) -> None:
+        if not is_allowed[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        late_birth(group)
+
+    monkeypatch.setattr(forking, "become_sibling_init", be_born_or_killed)
+    with pytest.raises(JailFailed, match="the process for it was killed"):
+        heard(asked(nursery, build()))
+    pid = nursery_pid(nursery)
+    is_allowed[0] = 1
+    with born(nursery, build(), "/bin/true") as child:
+        execute(child)
+    assert nursery_pid(nursery) == pid
+
+
+def test_a_child_that_is_killed_before_its_word_leaves_no_spare_and_the_nursery_goes_on(
+    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_allowed = mmap.mmap(-1, 1)  # Shared with the nursery and all that come from it.
+    late_end = newborns._end_with_launcher
+
+    def be_killed(line: int) -> None:
+        if not is_allowed[0]:
+            os.abort()  # It is the first of its namespace: a signal of its own would be ignored.
+        late_end(line)
+
+    monkeypatch.setattr(newborns, "_end_with_launcher", be_killed)
+    monkeypatch.setattr(syscalls, "reset_signals", _reset_signals_and_dump_no_core)
+    with pytest.raises(JailFailed, match="is gone"):
+        heard(asked(nursery, build()))
+    is_allowed[0] = 1
+    pid = nursery_pid(nursery)
+    with born(nursery, build(), "/bin/true") as child:
+        execute(child)
+    assert nursery_pid(nursery) == pid
+    (killed,) = others_than(nursery)
+    os.waitpid(killed, 0)  # Nobody was told of it.
+
+
+def _reset_signals_and_dump_no_core(reset: Callable[[], None] = syscalls.reset_signals) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    reset()
+
+
+def test_an_order_that_nobody_waits_for_any_more_costs_no_other(
+    nursery: Nursery, build: Build
+) -> None:
+    nursery.begin()
+    (spare,) = wait_for_spare(nursery)
+    os.kill(spare, signal.SIGSTOP)
+    stale = nursery.birth("/sys/fs/cgroup/nowhere")
+    stale.line.close()
+    os.close(stale._report)
+    os.kill(spare, signal.SIGCONT)
+    pid = nursery_pid(nursery)
+    with born(nursery, build(), "/bin/true") as child:
+        execute(child)
+    assert nursery_pid(nursery) == pid
+    stale._report = -1
+    stale._free_places()
+
+
+def test_the_end_of_one_birth_touches_no_other_at_any_moment(
+    nursery: Nursery, build: Build
+) -> None:
+    jails_ = [build(), build()]
+    for step in range(30):
+        with born(nursery, jails_[0], "/bin/true") as first:
+            execute(first)
+            second = asked(nursery, jails_[1])
+            time.sleep(step * 0.0003)
+            first.leave_origin()
+        nursery.prepare()
+        heard(second).become(jails_[1], "/bin/sleep", ("sleep", "60"))
+        execute(second)
+        second.leave_origin()
+        second.close()
+        inside = os.readlink(f"/proc/{second.process.pid}/ns/net")
+        others = [pid for pid in children_of(os.getpid()) if pid != second.process.pid]
+        assert inside not in {os.readlink(f"/proc/{pid}/ns/net") for pid in others}
+        end(second)
+        jails_ = [build(), build()]
+
+
+def test_a_used_spare_that_is_killed_leaves_its_child_alone(nursery: Nursery, build: Build) -> None:
+    with born(nursery, build(), "/bin/sh", "-c", "exit 3") as child:
+        (used,) = spares_of(nursery)
+        kill(used)
+        execute(child)
+        assert status_of_end(child) == process.Ended(3, None)
