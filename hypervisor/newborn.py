@@ -44,6 +44,8 @@ _KILLED: Final = "the process was killed before it could start QEMU"
 _MOST_AT_ONCE: Final = 253  # SCM_MAX_FD, linux/include/net/scm.h
 _LIMIT_BYTES: Final = 1 << 18  # The kernel's own is less, unless net.core.wmem_default was raised.
 _BIRTH_S: Final = 10.0
+_UNCHARGED_BYTES: Final = 64 << 10
+"""Of an instance's boot files, where to charge them to its group would cost 3 ms of its start."""
 
 
 @frozen
@@ -95,13 +97,13 @@ class Ends:
 
 @frozen
 class Origin:
-    """What a child goes on from: a pidfd of that, and where it says that the child is there."""
+    """What a child goes on from: a pidfd of that, and where it tells that the child is there."""
 
     pidfd: int
-    told: int
+    tell: int
 
     def hold(self) -> set[int]:
-        return {self.pidfd, self.told}
+        return {self.pidfd, self.tell}
 
     def close(self) -> None:
         for descriptor in self.hold():
@@ -160,7 +162,7 @@ class Newborn:
             process = None if pid is None else processes.identify(pid)
         finally:
             if process is None:
-                _end_all(word)
+                end_all(word)
         if process is None:
             # Ended already, and not kept for us: SIGCHLD is ignored.
             raise _failure(_words(self._report)) or ProcessLookupError(
@@ -195,6 +197,11 @@ class Newborn:
         if self._origin >= 0:
             processes.kill(self._origin)
 
+    def _end_origin(self) -> None:
+        if self._origin >= 0:
+            end_all([self._origin])
+            self._origin = -1
+
     def enter(self, cell: Cell) -> None:
         """Have it take the first steps, and wait for the rest. Raises OSError."""
         self._tell(msgspec.msgpack.encode(cell), (cell.tree,))
@@ -202,10 +209,12 @@ class Newborn:
     def become(self, jail: Jail, program: str, argv: Sequence[str]) -> None:
         """Have it shut itself in, with these descriptors and no other, and wait for `release`.
 
-        It was told the jail's cell before. Raises JailFailed for what no message holds, and
-        OSError; the child is there then.
+        It was heard of, and told the jail's cell, before. Raises JailFailed for what no message
+        holds, and OSError; the child is there then.
         """
         self.jail = jail
+        if sum(file.size_bytes for file in jail.boot_files) > _UNCHARGED_BYTES:
+            self._end_origin()  # The copies would be charged to it.
         # Looked up now: the launcher closes its own copies before QEMU's are checked.
         self.granted = frozenset(map(identity_of, (*jail.descriptors.values(), jail.log)))
         held = jail.held
@@ -253,9 +262,8 @@ class Newborn:
         if self._report < 0:
             return
         if not self.is_known and is_readable(self.line.fileno(), _BIRTH_S):
-            _end_all(self._first_word())
-        if self._origin >= 0:
-            _end_all([self._origin])
+            end_all(self._first_word())
+        self._end_origin()
         self._free_places()
         self.line.close()
         os.close(self._report)
@@ -286,7 +294,8 @@ def _failure(words: bytes) -> JailFailed | None:
     return JailFailed(str(step), int(number), str(detail))
 
 
-def _end_all(pidfds: Sequence[int]) -> None:
+def end_all(pidfds: Sequence[int]) -> None:
+    """Kill children of the caller's, collect them, and close these descriptors of them."""
     for pidfd in pidfds:
         processes.kill(pidfd)
         with contextlib.suppress(ChildProcessError):
@@ -316,7 +325,7 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
         newborn.become(jail, program, argv)
     except BaseException:
         if newborn.is_known:
-            _end_all([newborn.pidfd])
+            end_all([newborn.pidfd])
         newborn.close()
         raise
     return newborn
@@ -375,7 +384,8 @@ def _say_that_it_lives(line: socket.socket, origin: Origin | None) -> None:
     socket.send_fds(line, [BORN], [pidfd] if origin is None else [pidfd, origin.pidfd])
     os.close(pidfd)
     if origin is not None:
-        os.write(origin.told, BORN)
+        with contextlib.suppress(BrokenPipeError):  # The nursery is gone.
+            os.write(origin.tell, BORN)
         origin.close()
 
 

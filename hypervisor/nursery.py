@@ -2,9 +2,9 @@
 
 To fork a launcher takes the longer the more it has loaded, and each of its pages that it touches
 while the child is there has to be copied first. The nursery is forked off once, before a launcher
-has loaded what a start takes. It has a spare process ready at any time, which waits for an order in
-namespaces of its own, with all its memory its own already: for a network, and to copy, the kernel
-takes some milliseconds. With an order the spare goes on as the child: another process, in the
+has loaded what a start takes. Between two starts it has a spare process ready, which waits for an
+order in namespaces of its own, with all its memory its own already: for a network, and to copy, the
+kernel takes some milliseconds. With an order the spare goes on as the child: another process in the
 instance's control group, in the same memory and where the spare was (`kvmsec.linux.in_place`).
 
 Both are the launcher's own children, to wait for and to end with. Nursery and spare know nothing
@@ -16,8 +16,10 @@ import contextlib
 import errno
 import gc
 import os
+import select
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -25,10 +27,10 @@ from attrs import frozen
 
 from hypervisor.errors import JailFailed
 from hypervisor.jail import kinds_made_before, make_namespaces
-from hypervisor.newborn import ALONE, BORN, Ends, Newborn, Origin, live, prepare_decoders
+from hypervisor.newborn import ALONE, BORN, Ends, Newborn, Origin, end_all, live, prepare_decoders
 from kvmsec.linux import children, forking, in_place, passing, processes, syscalls
 from kvmsec.linux.children import Child, start_child
-from kvmsec.linux.readiness import is_readable
+from kvmsec.linux.readiness import has_left, is_readable
 
 _LIMIT_BYTES: Final = 4096 + 32  # PATH_MAX, linux/limits.h, and a number
 _PREPARE: Final = b"prepare"
@@ -68,12 +70,12 @@ class Nursery:
     def begin(self, kinds: int | None = None) -> None:
         """Make the process, where there is none. Raises ManyThreads, and OSError.
 
-        kinds: of the namespaces that its children are born in; those of
-        `hypervisor.jail.kinds_made_before`, where a test does not leave one out.
+        kinds: of the namespaces that its children are born in, all that there are for a new one
+        if that is not said. One for others is closed before.
         """
-        kinds = kinds_made_before() if kinds is None else kinds
-        if self._orders is not None and self._kinds == kinds:
+        if self._orders is not None and kinds in (None, self._kinds):
             return
+        kinds = kinds_made_before() if kinds is None else kinds
         self.close()
         orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -91,8 +93,10 @@ class Nursery:
         """Ask for a child, which waits to be told its cell. Raises what `begin` does.
 
         group: the path of the version 2 control group that it is born in, by the one call that
-        needn't wait for the kernel's grace period; None where there is none. kinds: see `begin`.
+        needn't wait for the kernel's grace period; None where there is none. kinds: of the
+        namespaces that it is born in, all that there are unless a test leaves one out.
         """
+        kinds = kinds_made_before() if kinds is None else kinds
         self._births += 1
         order = b"%d %s" % (self._births, os.fsencode(group or ""))
         return Newborn(lambda ends: self._ask(order, ends, kinds), cpus=os.sched_getaffinity(0))
@@ -107,7 +111,7 @@ class Nursery:
             with contextlib.suppress(OSError):
                 self._orders.send(_PREPARE, socket.MSG_DONTWAIT)
 
-    def _ask(self, order: bytes, ends: Ends, kinds: int | None) -> None:
+    def _ask(self, order: bytes, ends: Ends, kinds: int) -> None:
         if self._child is not None and is_readable(self._child.fileno(), 0):
             self.close()  # It was killed.
         self.begin(kinds)
@@ -118,7 +122,8 @@ class Nursery:
             for spare in self._spares[-1:]:
                 with contextlib.suppress(OSError):  # Gone, or not allowed there any more.
                     os.sched_setaffinity(spare.pid, others)
-        # One that was killed just now tells it by its end: the channels close.
+        # One that was killed just now tells it by its end: the channels close, once no spare of its
+        # has the socket, with them in its queue, any more.
         with contextlib.suppress(ConnectionError):
             socket.send_fds(self._orders, [order], [ends.line.fileno(), ends.report])
 
@@ -140,8 +145,14 @@ class Nursery:
         if self._orders is None or self._child is None:
             return
         self._orders.shutdown(socket.SHUT_WR)
-        self._end_spares(self._orders)
-        is_readable(self._child.fileno(), _ENDING_S)  # It may just have made one more.
+        poll = select.poll()
+        for one in (self._orders, self._child):
+            poll.register(one, select.POLLIN)
+        deadline = time.monotonic() + _ENDING_S
+        # It may just make one more, which says so first of all.
+        while not is_readable(self._child.fileno(), 0) and time.monotonic() < deadline:
+            self._end_spares(self._orders)
+            poll.poll(_ENDING_S * 1000)
         self._child.close()
         self._end_spares(self._orders)
         self._orders.close()
@@ -150,11 +161,8 @@ class Nursery:
     def _end_spares(self, orders: socket.socket) -> None:
         """Also one that was used and whose child waits: the child does not need it."""
         self._hear_of_spares(orders)
-        for spare in self._spares:
-            processes.kill(spare.pidfd)
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PIDFD, spare.pidfd, os.WEXITED | os.WNOWAIT)
-        self._spares = [spare for spare in self._spares if not spare.has_ended()]
+        end_all([spare.pidfd for spare in self._spares])
+        self._spares = []
 
 
 # The nursery ---------------------------------------------------------------------------------
@@ -163,14 +171,14 @@ class Nursery:
 def _serve(orders: socket.socket, kinds: int) -> None:
     """Have spares, one after the other, until the launcher is gone.
 
-    Orders are for the spare to read. The nursery looks for one only while there is none.
+    Orders are for the spare to read. The nursery looks for one only while no spare waits for any.
     """
     gc.disable()  # There is nothing to collect, and to look for it would touch every page.
     os.chdir("/")  # The launcher's directory is not kept busy.
     Path("/proc/self/comm").write_text(_NAME)
     syscalls.reset_signals()  # For the children, which have no time for it.
     prepare_decoders()
-    in_place.prepare()
+    in_place.is_possible()
     last = b""
     while order := _look(orders):
         if order == _PREPARE:
@@ -201,7 +209,6 @@ def _have_spare(orders: socket.socket, kinds: int, *, is_asked: bool) -> None:
             if pid == 0:
                 _wait(orders, (told, tell), kinds, is_asked=is_asked)
             undo.callback(os.close, pidfd)
-        socket.send_fds(orders, [b"%d" % pid], [pidfd])
         if os.read(told, len(BORN)) != BORN:
             processes.kill(pidfd)  # Its child has ended before it could tell what it came from.
 
@@ -245,12 +252,15 @@ def _wait(orders: socket.socket, pipe: tuple[int, int], kinds: int, *, is_asked:
     try:
         children.close_all_but({0, 1, 2, orders.fileno(), *pipe})
         syscalls.end_with_parent()
+        if has_left(orders.fileno()):  # It was gone before.
+            os._exit(ALONE)
+        origin = Origin(os.pidfd_open(os.getpid()), pipe[1])
+        socket.send_fds(orders, [b"%d" % os.getpid()], [origin.pidfd])
         lacking = kinds
         with contextlib.suppress(JailFailed):  # Who asks for a child is told why there is none.
             make_namespaces(kinds)
             lacking = 0
-        origin = Origin(os.pidfd_open(os.getpid()), pipe[1])
-        if not is_asked:
+        if not is_asked and in_place.is_possible():
             in_place.copy_shared_pages()
         while (order := _look(orders)) == _PREPARE:
             orders.recv(_LIMIT_BYTES)  # It is prepared.

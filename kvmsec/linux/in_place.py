@@ -54,6 +54,10 @@ def become_child(flags: int, cgroup: int = -1) -> None:
     processor, or nobody may execute memory that was written) the child has a copy of the memory,
     and the caller sleeps at once.
 
+    What the child makes the kernel allocate for its memory and in a tmpfs is charged to the
+    caller's control groups, until the caller is killed or the child executes a program (the
+    memory's owner, linux/mm/memcontrol.c).
+
     `cgroup` is a descriptor of a version 2 control group for it to be born in, or -1. Raises
     OSError, in the caller, which then goes on.
     """
@@ -71,9 +75,9 @@ def become_child(flags: int, cgroup: int = -1) -> None:
         raise OSError(-result, os.strerror(-result))
 
 
-def prepare() -> None:
-    """Make what `become_child` needs, for the caller and all whom it forks."""
-    _clone_or_sleep()
+def is_possible() -> bool:
+    """Whether caller and child share their memory; what it takes is there then, for forks too."""
+    return _clone_or_sleep() is not None
 
 
 @cache

@@ -286,7 +286,8 @@ class _Start:
         )
         self.child.enter(self.cell)
 
-    def tell_jail(self) -> None:
+    async def tell_jail(self) -> None:
+        await self._hear_of_child()
         extra = self.host.config.qemu.extra_arguments
         placed = place(self.engine, self.machine, self.lent, extra)
         jail = Jail(
@@ -313,8 +314,7 @@ class _Start:
     def check_programs(self) -> None:
         require_trusted_parts(self.engine.closure)
 
-    async def release(self) -> None:
-        await self._hear_of_child()
+    def release(self) -> None:
         self.note()
         image_holdings.publish(self.host.paths, self.record)
         self.child.release()

@@ -6,12 +6,15 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from hypervisor import newborn as newborns
 from hypervisor import process
+from hypervisor.cgroups import Hierarchy
 from hypervisor.errors import JailFailed
+from hypervisor.jail import BootFile
 from hypervisor.nursery import Nursery
 from kvmsec.linux import forking, syscalls
 from tests.root.hypervisor.jailed import (
@@ -112,6 +115,30 @@ def test_an_order_that_nobody_waits_for_any_more_costs_no_other(
     assert nursery_pid(nursery) == pid
     stale._report = -1
     stale._free_places()
+
+
+def test_what_a_child_copies_is_charged_to_its_group(
+    nursery: Nursery, build: Build, tmp_path: Path
+) -> None:
+    size_bytes = 8 << 20
+    (tmp_path / "initrd").write_bytes(os.urandom(size_bytes))
+    group = Hierarchy.detect().create(f"kvmsec_test_{os.getpid()}", "guest")
+    file = os.open(tmp_path / "initrd", os.O_RDONLY)
+    try:
+        copied = (BootFile(file, size_bytes, "initrd"),)
+        jail = build(cgroups=group.tasks_files, boot_files=copied)
+        nursery.begin()
+        wait_for_spare(nursery)
+        with born(nursery, jail, "/bin/sleep", "60", group=group.unified) as child:
+            execute(child)
+            (memory,) = [path for path in group.paths if Path(path, "memory.stat").exists()]
+            lines = Path(memory, "memory.stat").read_text().splitlines()
+            charged = dict(line.split() for line in lines)
+            assert int(charged["shmem"]) >= size_bytes
+    finally:
+        os.close(file)
+        group.kill(5)
+        group.remove()
 
 
 def test_the_end_of_one_birth_touches_no_other_at_any_moment(
