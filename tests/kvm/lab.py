@@ -22,6 +22,7 @@ from kvmsec.linux import command, namespaces, relay
 from tests.kvm.census import census, descriptors, ends_by, running
 from tests.kvm.rival import Rival
 from tests.kvm.serial_line import Line
+from tests.root.hypervisor.jailed import spares_of, wait_until
 from uidpool import provision
 from uidpool.ranges import UidRanges
 from uidpool.snapshot import Snapshot
@@ -32,6 +33,7 @@ DOMAIN = "guestkeeper"
 DOMAIN_UID = 245900
 DEADLINE_S = 30.0
 ENDING_S = 5.0
+PIDFD = "anon_inode:[pidfd]"  # As /proc/PID/fd has it.
 
 
 class Lab:
@@ -48,8 +50,10 @@ class Lab:
 
     def note_what_is_there(self, node: Node | None = None) -> None:
         """Take what is there now for nobody's leftovers, with what a node keeps until it closes."""
+        self._nursery = None
         if node is not None:
-            node.host.nursery.begin()
+            self._nursery = node.host.nursery
+            self._nursery.begin()
         self._before = running()
         self._interfaces = sorted(name for _, name in socket.if_nameindex())
         self._descriptors = descriptors()
@@ -160,6 +164,8 @@ class Lab:
         """
         paths = self.paths
         relay.collect_ended(ENDING_S)
+        spares = self._spares() if is_node_open else []
+        descriptors_before = {*self._descriptors, *(f"{one.pidfd} {PIDFD}" for one in spares)}
         found = {
             "files": [*map(str, paths.instances.rglob("*")), *map(str, paths.locks.iterdir())],
             "half-written files": self._half_written(),
@@ -175,9 +181,9 @@ class Lab:
                 one
                 for one in descriptors()
                 # A node keeps its trees until it is closed (tests/kvm/test_upgrades.py).
-                if one not in self._descriptors and not (is_node_open and " mnt:[" in one)
+                if one not in descriptors_before and not (is_node_open and " mnt:[" in one)
             ],
-            "processes": self._processes_left(),
+            "processes": self._processes_left({one.pid for one in spares}),
         }  # fmt: skip
         return {what: left for what, left in found.items() if left}
 
@@ -185,13 +191,23 @@ class Lab:
         lines = Path("/proc/self/mounts").read_text().splitlines()
         return [line for line in lines if line.split()[1].startswith(f"{self.root}/")]
 
-    def _processes_left(self) -> list[str]:
+    def _spares(self) -> list[Any]:
+        """What a node that is noted has ready for its next start: one process, and no more."""
+        if self._nursery is None:
+            return []
+        self._nursery.prepare()
+        wait_until(lambda: len(spares_of(self._nursery)) == 1)
+        return self._nursery._spares
+
+    def _processes_left(self, spares: set[int]) -> list[str]:
         with contextlib.suppress(ChildProcessError):
             # A node that is closed collects nobody whose end it did not see to.
             while os.waitpid(-1, os.WNOHANG)[0]:
                 continue
         end = time.monotonic() + ENDING_S
-        new = [(pid, what) for pid, what in running().items() if pid not in self._before]
+        new = [
+            (pid, what) for pid, what in running().items() if pid not in {*self._before, *spares}
+        ]
         return [f"{pid} {what}" for pid, what in new if not ends_by(pid, end)]
 
     def rules(self) -> str:
