@@ -121,7 +121,5 @@ def copy_shared_pages() -> None:
             found = syscalls.resident_pages(start, end - start)
         for run in _RESIDENT.finditer(found):
             first, size = (one * mmap.PAGESIZE for one in (run.start(), len(run[0])))
-            if size > left:
-                return
-            left -= size
-            syscalls.advise(start + first, size, _MADV_POPULATE_WRITE)
+            syscalls.advise(start + first, min(size, left), _MADV_POPULATE_WRITE)
+            left -= min(size, left)
