@@ -32,8 +32,9 @@ from kvmsec.linux import children, forking, in_place, passing, processes, syscal
 from kvmsec.linux.children import Child, start_child
 from kvmsec.linux.readiness import has_left, is_readable
 
-_LIMIT_BYTES: Final = 4096 + 32  # PATH_MAX, linux/limits.h, and a number
-_PREPARE: Final = b"prepare"
+_LIMIT_BYTES: Final = 4096 + 1  # PATH_MAX, linux/limits.h, and a letter
+_PREPARE: Final = b"p"
+_BIRTH: Final = b"b"
 _CHANNELS: Final = 2
 _ENDING_S: Final = 1.0
 _NAME: Final = "kvmsec-nursery"  # What ps(1) shows of it, beside the launcher's command line.
@@ -46,8 +47,8 @@ class _Spare:
     pid: int
     pidfd: int
 
-    def has_ended(self) -> bool:
-        """Whether it has; it is collected, and no descriptor of it is left then."""
+    def collect(self) -> bool:
+        """Whether it has ended; no descriptor of it is left then."""
         try:
             if os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG) is None:
                 return False
@@ -64,7 +65,6 @@ class Nursery:
         self._child: Child | None = None
         self._orders: socket.socket | None = None
         self._kinds = 0
-        self._births = 0
         self._spares: list[_Spare] = []
 
     def begin(self, kinds: int | None = None) -> None:
@@ -97,8 +97,7 @@ class Nursery:
         namespaces that it is born in, all that there are unless a test leaves one out.
         """
         kinds = kinds_made_before() if kinds is None else kinds
-        self._births += 1
-        order = b"%d %s" % (self._births, os.fsencode(group or ""))
+        order = _BIRTH + os.fsencode(group or "")
         return Newborn(lambda ends: self._ask(order, ends, kinds), cpus=os.sched_getaffinity(0))
 
     def prepare(self) -> None:
@@ -122,8 +121,7 @@ class Nursery:
             for spare in self._spares[-1:]:
                 with contextlib.suppress(OSError):  # Gone, or not allowed there any more.
                     os.sched_setaffinity(spare.pid, others)
-        # One that was killed just now tells it by its end: the channels close, once no spare of its
-        # has the socket, with them in its queue, any more.
+        # One that was killed just now tells it by its end: the channels close.
         with contextlib.suppress(ConnectionError):
             socket.send_fds(self._orders, [order], [ends.line.fileno(), ends.report])
 
@@ -138,7 +136,7 @@ class Nursery:
                     break
                 self._spares.append(_Spare(int(said), *descriptors))
                 orders.recv(_LIMIT_BYTES)
-        self._spares = [spare for spare in self._spares if not spare.has_ended()]
+        self._spares = [spare for spare in self._spares if not spare.collect()]
 
     def close(self) -> None:
         """End the process and its spares; children of it live on."""
@@ -168,10 +166,18 @@ class Nursery:
 # The nursery ---------------------------------------------------------------------------------
 
 
+@frozen
+class _Order:
+    """What a launcher wants: a child, in this group and with these ends; or a spare, without."""
+
+    group: str | None = None
+    ends: Ends | None = None
+
+
 def _serve(orders: socket.socket, kinds: int) -> None:
     """Have spares, one after the other, until the launcher is gone.
 
-    Orders are for the spare to read. The nursery looks for one only while no spare waits for any.
+    Whoever waits for an order takes it: the spare, or the nursery while no spare does.
     """
     gc.disable()  # There is nothing to collect, and to look for it would touch every page.
     os.chdir("/")  # The launcher's directory is not kept busy.
@@ -179,78 +185,69 @@ def _serve(orders: socket.socket, kinds: int) -> None:
     syscalls.reset_signals()  # For the children, which have no time for it.
     prepare_decoders()
     in_place.is_possible()
-    last = b""
-    while order := _look(orders):
-        if order == _PREPARE:
-            orders.recv(_LIMIT_BYTES)
-        elif order == last:
-            _refuse(orders, JailFailed("fork", 0, "the process for it was killed"))
-            continue
-        last = order
-        try:
-            _have_spare(orders, kinds, is_asked=order != _PREPARE)
-        except OSError as error:
-            if order != _PREPARE:
-                _refuse(orders, error)
+    while (order := _hear(orders)) is not None:
+        _have_spare(orders, order, kinds)
 
 
-def _have_spare(orders: socket.socket, kinds: int, *, is_asked: bool) -> None:
-    """Make a spare; return once it has made a child that is there, or will make none.
+def _hear(orders: socket.socket) -> _Order | None:
+    """The next order; None when the launcher is gone.
 
-    Raises OSError.
+    Raises OSError where its channels have no numbers any more: the launcher sees them closed.
     """
+    said, descriptors = passing.receive(orders, _LIMIT_BYTES, _CHANNELS)
+    if not said:
+        return None
+    if said == _PREPARE:
+        return _Order()
+    if len(descriptors) < _CHANNELS:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    line, report = descriptors
+    group = os.fsdecode(said.removeprefix(_BIRTH)) or None
+    return _Order(group, Ends(socket.socket(fileno=line), report))
+
+
+def _have_spare(orders: socket.socket, order: _Order, kinds: int) -> None:
+    """Make a spare; return once it has made a child that is there, or will make none."""
     # The spare has the end to read from as well: nobody is killed for having written there.
     told, tell = os.pipe2(os.O_CLOEXEC)
-    with contextlib.ExitStack() as undo:
-        undo.callback(os.close, told)
+    with contextlib.ExitStack() as ours:
+        ours.callback(os.close, told)
         with contextlib.ExitStack() as theirs:
             theirs.callback(os.close, tell)
-            pid, pidfd = forking.clone_sibling()
+            if order.ends is not None:
+                theirs.callback(order.ends.close)
+            try:
+                pid, pidfd = forking.clone_sibling()
+            except OSError as error:
+                _refuse(order.ends, error)
+                return
             if pid == 0:
-                _wait(orders, (told, tell), kinds, is_asked=is_asked)
-            undo.callback(os.close, pidfd)
+                _wait(orders, (told, tell), order, kinds)
+            ours.callback(os.close, pidfd)
         if os.read(told, len(BORN)) != BORN:
             processes.kill(pidfd)  # Its child has ended before it could tell what it came from.
 
 
-def _look(orders: socket.socket) -> bytes:
-    """The next order, which stays there; b"" when the launcher is gone.
-
-    Raises OSError where its channels have no numbers any more: a child would end for that, and be
-    nobody's, since it could not say that it was there.
-    """
-    order, descriptors = passing.receive(orders, _LIMIT_BYTES, _CHANNELS, flags=socket.MSG_PEEK)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    if order and order != _PREPARE and len(descriptors) < _CHANNELS:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    return order
-
-
-def _take(orders: socket.socket) -> Ends:
-    """Take an order that was looked at, with the child's ends of its channels."""
-    _, (line, report) = passing.receive(orders, _LIMIT_BYTES, _CHANNELS)
-    return Ends(socket.socket(fileno=line), report)
-
-
-def _refuse(orders: socket.socket, error: OSError | JailFailed) -> None:
+def _refuse(ends: Ends | None, error: OSError | JailFailed) -> None:
     """Tell whoever asked for a child that there is none, and why."""
-    ends = _take(orders)
+    if ends is None:
+        return
     if not isinstance(error, JailFailed):
         error = JailFailed("fork", error.errno or 0, str(error))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # It may not wait any more.
     ends.tell(error)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    ends.close()
 
 
 # The spare -----------------------------------------------------------------------------------
 
 
-def _wait(orders: socket.socket, pipe: tuple[int, int], kinds: int, *, is_asked: bool) -> NoReturn:
+def _wait(orders: socket.socket, pipe: tuple[int, int], order: _Order, kinds: int) -> NoReturn:
     """The spare's whole life, and the child's, which goes on where the spare was."""
     try:
-        children.close_all_but({0, 1, 2, orders.fileno(), *pipe})
+        ends = order.ends
+        channels = set() if ends is None else {ends.line.fileno(), ends.report}
+        children.close_all_but({0, 1, 2, orders.fileno(), *pipe, *channels})
         syscalls.end_with_parent()
         if has_left(orders.fileno()):  # It was gone before.
             os._exit(ALONE)
@@ -260,21 +257,22 @@ def _wait(orders: socket.socket, pipe: tuple[int, int], kinds: int, *, is_asked:
         with contextlib.suppress(JailFailed):  # Who asks for a child is told why there is none.
             make_namespaces(kinds)
             lacking = 0
-        if not is_asked and in_place.is_possible():
+        if order.ends is None and in_place.is_possible():
             in_place.copy_shared_pages()
-        while (order := _look(orders)) == _PREPARE:
-            orders.recv(_LIMIT_BYTES)  # It is prepared.
-        if not order:
-            os._exit(ALONE)
+        while order.ends is None:
+            heard = _hear(orders)
+            if heard is None:
+                os._exit(ALONE)
+            order = heard
+        orders.close()  # It is the nursery's from now on.
         try:
             if lacking:
                 make_namespaces(lacking)
-            forking.become_sibling_init(os.fsdecode(order.partition(b" ")[2]) or None)
+            forking.become_sibling_init(order.group)
         except (OSError, JailFailed) as error:
-            _refuse(orders, error)
+            _refuse(order.ends, error)
             os._exit(0)
-        # The child alone has the channels: its report closes as it becomes QEMU.
-        live(_take(orders), origin=origin)
+        live(order.ends, origin=origin)
     except ConnectionError:
         os._exit(ALONE)
     finally:

@@ -85,6 +85,21 @@ def test_one_that_is_killed_with_an_order_in_its_queue_fails_the_start(
         execute(child)
 
 
+def test_one_that_is_killed_beside_a_used_spare_tells_who_waits_at_once(
+    nursery: Nursery, build: Build
+) -> None:
+    """What a spare holds until its child's exec keeps no other start's channels open."""
+    waits, asks = build(), build()
+    with born(nursery, waits, "/bin/true") as first:
+        os.kill(nursery_pid(nursery), signal.SIGSTOP)
+        second = asked(nursery, asks)
+        kill(nursery_pid(nursery))
+        assert is_readable(second.line.fileno(), 1)
+        with pytest.raises(JailFailed, match="is gone"):
+            heard(second)
+        execute(first)
+
+
 @pytest.mark.parametrize("is_forked", [False, True])
 def test_one_that_is_killed_while_it_forks_makes_a_whole_child_or_none(
     nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch, *, is_forked: bool

@@ -21,6 +21,7 @@ from tests.root.hypervisor.jailed import (
     end,
     execute,
     heard,
+    kill_spares,
     nursery,
     nursery_pid,
     spares_of,
@@ -92,15 +93,17 @@ def test_what_is_made_ahead_is_kept_until_somebody_is_born_in_it(nursery: Nurser
     end(child)
 
 
-def test_a_spare_without_numbers_for_a_births_channels_leaves_it_to_the_next(
+def test_a_spare_without_numbers_for_a_births_channels_is_told_and_the_nursery_goes_on(
     nursery: Nursery, build: Build
 ) -> None:
     nursery.begin()
-    (spare,) = wait_for_spare(nursery)
+    pid, (spare,) = nursery_pid(nursery), wait_for_spare(nursery)
     resource.prlimit(spare, resource.RLIMIT_NOFILE, (3, 3))
+    with pytest.raises(JailFailed, match="the next start makes another"):
+        heard(asked(nursery, build()))
     with born(nursery, build(), "/bin/true") as child:
-        assert spare not in spares_of(nursery)
         execute(child)
+    assert nursery_pid(nursery) == pid
 
 
 def test_a_nursery_without_any_ends_and_the_next_start_has_another(
@@ -108,8 +111,8 @@ def test_a_nursery_without_any_ends_and_the_next_start_has_another(
 ) -> None:
     nursery.begin()
     first = nursery_pid(nursery)
-    for pid in (*wait_for_spare(nursery), first):
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3))
+    kill_spares(nursery)
+    resource.prlimit(first, resource.RLIMIT_NOFILE, (3, 3))
     with pytest.raises(JailFailed, match="the next start makes another"):
         heard(asked(nursery, build()))
     wait_for_end(first)

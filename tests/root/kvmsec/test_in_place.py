@@ -87,7 +87,9 @@ def state_of(pid: int) -> str:
 
 
 def wait_for_pause(pid: int) -> None:
+    """It sleeps, and has no descriptor then."""
     wait_until(lambda: Path(f"/proc/{pid}/syscall").read_text().split()[0] == NR_PAUSE)
+    assert os.listdir(f"/proc/{pid}/fd") == []
 
 
 @pytest.fixture(params=[True, False], ids=["in place", "copied"])
@@ -168,8 +170,8 @@ def test_a_caller_that_is_killed_leaves_the_child_alone() -> None:
 
 @BOTH_WAYS
 def test_what_the_kernel_refuses_is_raised_in_the_caller_which_goes_on() -> None:
-    with pytest.raises(OSError) as raised:
-        in_place.become_child(0, os.open("/dev/null", os.O_RDONLY))
+    with open("/dev/null") as no_group, pytest.raises(OSError) as raised:
+        in_place.become_child(0, no_group.fileno())
     assert raised.value.errno == errno.EBADF
 
 
