@@ -1,6 +1,6 @@
 """What an instance's process is shut into, as one ordered list of steps.
 
-The steps run in a freshly forked child (`hypervisor.newborn`), which is already PID 1 of a PID
+The steps run in a freshly forked child (`hypervisor.child`), which is already PID 1 of a PID
 namespace of its own, in a network, an IPC and a UTS namespace where no other child ever was
 (`kinds_made_before`). Each does one thing to the calling process, in an order that later steps rely
 on, and a failure of any of them ends the child before QEMU's first instruction. No step can be

@@ -1,8 +1,6 @@
-"""The only place that starts QEMU: a child that shuts itself in and is told what to become.
+"""The launcher's side of the only place that starts QEMU: a child that is told what to become.
 
-The two talk over channels of the child's own. On the line, a socket, the child says first of all
-that it is there, then is told its cell, then its jail and its command line, and at last to go. On
-the report, a pipe, it says what failed; that closes as the child becomes QEMU.
+The other side, and what the two say, is `hypervisor.child`.
 """
 
 import contextlib
@@ -10,112 +8,42 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
-from typing import Final, NoReturn
+from typing import Final
 
 import msgspec
-from attrs import evolve, frozen
 
+from hypervisor.child import (
+    BORN,
+    DESCRIPTORS,
+    EXECUTING,
+    GO,
+    LIMIT_BYTES,
+    MOST_AT_ONCE,
+    Ends,
+    Order,
+    live,
+)
 from hypervisor.descriptors import identity_of
 from hypervisor.errors import JailFailed
-from hypervisor.jail import (
-    Cell,
-    Jail,
-    duplicate_above,
-    enter,
-    enter_cell,
-    execute,
-    make_namespaces,
-)
-from kvmsec.linux import children, forking, passing, processes, syscalls
+from hypervisor.jail import Cell, Jail
+from kvmsec.linux import forking, passing, processes
+from kvmsec.linux.children import end_all
 from kvmsec.linux.processes import ProcessId
-from kvmsec.linux.readiness import has_left, is_readable
+from kvmsec.linux.readiness import is_readable
 
-_ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
-BORN: Final = b"b"
-"""What a child says first of all: that it is there."""
-_DESCRIPTORS: Final = b"d"
-_GO: Final = b"g"
-_EXECUTING: Final = b"x"
-ALONE: Final = 125
-"""The exit status of a child, or a spare, whose launcher is gone."""
 _GONE: Final = "the process that was to make a child is gone; the next start makes another"
 _KILLED: Final = "the process was killed before it could start QEMU"
-_MOST_AT_ONCE: Final = 253  # SCM_MAX_FD, linux/include/net/scm.h
-_LIMIT_BYTES: Final = 1 << 18  # The kernel's own is less, unless net.core.wmem_default was raised.
 _BIRTH_S: Final = 10.0
 _UNCHARGED_BYTES: Final = 64 << 10
 """Of an instance's boot files, where to charge them to its group would cost 3 ms of its start."""
 
 
-@frozen
-class _Order:
-    """What a child is to become; `held` are the numbers of the descriptors that come with it."""
-
-    jail: Jail
-    program: str
-    argv: tuple[str, ...]
-    held: tuple[int, ...]
-
-
-@cache
-def _cell_decoder() -> msgspec.msgpack.Decoder[Cell]:
-    return msgspec.msgpack.Decoder(Cell)
-
-
-@cache
-def _order_decoder() -> msgspec.msgpack.Decoder[_Order]:
-    return msgspec.msgpack.Decoder(_Order)
-
-
-def prepare_decoders() -> None:
-    """Make what reads a cell and an order, which takes a fifth of a millisecond for each."""
-    _cell_decoder()
-    _order_decoder()
-
-
-@frozen
-class Ends:
-    """The child's ends of the channels to its launcher."""
-
-    line: socket.socket
-    report: int
-
-    def close(self) -> None:
-        """Close them in a process that isn't the child."""
-        self.line.close()
-        os.close(self.report)
-
-    def tell(self, failure: JailFailed) -> None:
-        """Say what failed, to whoever waits for the child to become QEMU."""
-        # A path may be no text.
-        said = failure.detail[:1024].encode(errors="backslashreplace").decode()
-        told = {"step": failure.step, "errno": failure.errno, "detail": said}
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self.report, msgspec.json.encode(told))
-
-
-@frozen
-class Origin:
-    """What a child goes on from: a pidfd of that, and where it tells that the child is there."""
-
-    pidfd: int
-    tell: int
-
-    def hold(self) -> set[int]:
-        return {self.pidfd, self.tell}
-
-    def close(self) -> None:
-        for descriptor in self.hold():
-            os.close(descriptor)
-
-
 class Newborn:
     """A child that waits, shut in more and more, until it is released and becomes QEMU.
 
-    It is asked for, told its cell and what to become, and released, in this order. Some time before
-    the last it is heard of, and the launcher writes down whose process it is. Should the launcher
-    die before, the kernel ends the child with it: no unknown QEMU can be left behind.
+    It is asked for, told its cell, heard of, told what to become, and released, in this order.
+    Before the last the launcher writes down whose process it is. Should the launcher die before,
+    the kernel ends the child with it: no unknown QEMU can be left behind.
     """
 
     def __init__(self, ask: Callable[[Ends], None], cpus: Collection[int] = ()) -> None:
@@ -218,9 +146,9 @@ class Newborn:
         # Looked up now: the launcher closes its own copies before QEMU's are checked.
         self.granted = frozenset(map(identity_of, (*jail.descriptors.values(), jail.log)))
         held = jail.held
-        order = msgspec.msgpack.encode(_Order(jail, program, tuple(argv), held))
+        order = msgspec.msgpack.encode(Order(jail, program, tuple(argv), held))
         try:
-            if len(order) > _LIMIT_BYTES:
+            if len(order) > LIMIT_BYTES:
                 raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
             self._tell(order, held)
         except OSError as error:
@@ -231,9 +159,9 @@ class Newborn:
 
     def _tell(self, order: bytes, descriptors: Sequence[int]) -> None:
         try:
-            for start in range(0, len(descriptors), _MOST_AT_ONCE):
-                some = descriptors[start : start + _MOST_AT_ONCE]
-                socket.send_fds(self.line, [_DESCRIPTORS], some)
+            for start in range(0, len(descriptors), MOST_AT_ONCE):
+                some = descriptors[start : start + MOST_AT_ONCE]
+                socket.send_fds(self.line, [DESCRIPTORS], some)
             self.line.send(order)
         except (BrokenPipeError, ConnectionResetError):
             pass  # It failed already: `executed` says where.
@@ -241,7 +169,7 @@ class Newborn:
     def release(self) -> None:
         """Let it execute QEMU once its jail stands. If it failed before, `executed` says where."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.line.send(_GO)
+            self.line.send(GO)
 
     def fileno(self) -> int:
         """A descriptor that is readable once the child has become QEMU, or failed to."""
@@ -272,7 +200,7 @@ class Newborn:
 
 def _require_executed(report: int) -> None:
     words = _words(report)
-    if words != _EXECUTING:
+    if words != EXECUTING:
         raise _failure(words) or JailFailed("exec", 0, _KILLED)
 
 
@@ -287,20 +215,11 @@ def _words(report: int) -> bytes:
 def _failure(words: bytes) -> JailFailed | None:
     """What failed, in a child's words; None when it said nothing of the kind."""
     try:
-        failure = msgspec.json.decode(words.removeprefix(_EXECUTING))
+        failure = msgspec.json.decode(words.removeprefix(EXECUTING))
         step, number, detail = failure["step"], failure["errno"], failure["detail"]
     except (ValueError, TypeError, KeyError):
         return None
     return JailFailed(str(step), int(number), str(detail))
-
-
-def end_all(pidfds: Sequence[int]) -> None:
-    """Kill children of the caller's, collect them, and close these descriptors of them."""
-    for pidfd in pidfds:
-        processes.kill(pidfd)
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        os.close(pidfd)
 
 
 def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
@@ -329,107 +248,3 @@ def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:
         newborn.close()
         raise
     return newborn
-
-
-# The child -----------------------------------------------------------------------------------
-
-
-def live(ends: Ends, lacking: int = 0, origin: Origin | None = None) -> NoReturn:
-    """The child's whole life as Python; it must never return into the code that forked it.
-
-    lacking: the kinds of namespaces that it was to be born in, and was not. origin: what it came
-    from, which is the launcher's to end.
-    """
-    try:
-        try:
-            if lacking:
-                make_namespaces(lacking)
-            line = ends.line.fileno()
-            held = origin.hold() if origin else set()
-            children.close_all_but({0, 1, 2, line, ends.report, *held})
-            _end_with_launcher(line)
-            _say_that_it_lives(ends.line, origin)
-            _enter_cell(ends.line)
-            order = _receive_order(ends.line)
-            # Above every number that the jail hands out, so that neither is overwritten.
-            above = max(order.jail.descriptors, default=2) + 1
-            ends = evolve(ends, report=duplicate_above(ends.report, above))
-            _become(order, duplicate_above(line, above), ends.report)
-        except ConnectionError:
-            os._exit(ALONE)
-        except JailFailed as error:
-            ends.tell(error)
-        except OSError as error:
-            ends.tell(JailFailed("exec", error.errno or 0, str(error)))
-        except BaseException as error:
-            ends.tell(JailFailed("jail", 0, repr(error)))
-    finally:
-        os._exit(126)
-
-
-def _end_with_launcher(line: int) -> None:
-    """Be ended as soon as the launcher is; said again whenever ids change, which undoes it.
-
-    Once its launcher is gone another command may clean the uid and lease it anew: the child must
-    not take it after that.
-    """
-    syscalls.end_with_parent()
-    if has_left(line):  # It was gone before; the first process of a namespace sees no parent.
-        os._exit(ALONE)
-
-
-def _say_that_it_lives(line: socket.socket, origin: Origin | None) -> None:
-    """By a descriptor of this very process: its pid here is another than the launcher's for it."""
-    pidfd = os.pidfd_open(os.getpid())
-    socket.send_fds(line, [BORN], [pidfd] if origin is None else [pidfd, origin.pidfd])
-    os.close(pidfd)
-    if origin is not None:
-        with contextlib.suppress(BrokenPipeError):  # The nursery is gone.
-            os.write(origin.tell, BORN)
-        origin.close()
-
-
-def _enter_cell(line: socket.socket) -> None:
-    said, received = _hear(line)
-    _require_all(received, 1)
-    (tree,) = received
-    enter_cell(evolve(_cell_decoder().decode(said), tree=tree))
-    os.close(tree)
-
-
-def _receive_order(line: socket.socket) -> _Order:
-    """What the launcher wants, with the descriptors by the numbers that they have here."""
-    said, received = _hear(line)
-    order = _order_decoder().decode(said)
-    _require_all(received, len(order.held))
-    jail = order.jail.renumbered(dict(zip(order.held, received, strict=True)))
-    return evolve(order, jail=jail)
-
-
-def _hear(line: socket.socket) -> tuple[bytes, list[int]]:
-    """One thing that the launcher says, and the descriptors that it sent before."""
-    received: list[int] = []
-    while True:
-        said, descriptors = passing.receive(line, _LIMIT_BYTES, _MOST_AT_ONCE)
-        if not said:
-            os._exit(ALONE)
-        received += descriptors
-        if said != _DESCRIPTORS:
-            return said, received
-
-
-def _require_all(received: Collection[int], wanted: int) -> None:
-    if len(received) < wanted:  # The kernel leaves out what has no number any more.
-        detail = f"{wanted} are granted: too many for its limit of open files"
-        raise JailFailed("descriptors", errno.EMFILE, detail)
-
-
-def _become(order: _Order, line: int, report: int) -> None:
-    _end_with_launcher(line)  # Before it takes the uid, and after.
-    enter(order.jail)
-    _end_with_launcher(line)
-    if os.read(line, len(_GO)) != _GO:
-        os._exit(ALONE)
-    syscalls.outlive_parent()
-    os.write(report, _EXECUTING)
-    execute(order.jail, order.program, order.argv, _ENVIRONMENT)

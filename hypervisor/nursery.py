@@ -25,11 +25,12 @@ from typing import Final, NoReturn
 
 from attrs import frozen
 
+from hypervisor.child import ALONE, BORN, Ends, Origin, live, prepare_decoders
 from hypervisor.errors import JailFailed
 from hypervisor.jail import kinds_made_before, make_namespaces
-from hypervisor.newborn import ALONE, BORN, Ends, Newborn, Origin, end_all, live, prepare_decoders
+from hypervisor.newborn import Newborn
 from kvmsec.linux import children, forking, in_place, passing, processes, syscalls
-from kvmsec.linux.children import Child, start_child
+from kvmsec.linux.children import Child, end_all, start_child
 from kvmsec.linux.readiness import has_left, is_readable
 
 _LIMIT_BYTES: Final = 4096 + 1  # PATH_MAX, linux/limits.h, and a letter

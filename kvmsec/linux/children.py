@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 
@@ -115,6 +115,15 @@ class Child:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def end_all(pidfds: Sequence[int]) -> None:
+    """Kill children of the caller's, collect them, and close these descriptors of them."""
+    for pidfd in pidfds:
+        processes.kill(pidfd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
 
 
 def start_child(

@@ -1,4 +1,4 @@
-"""Disk images in a directory of root's, made by the qemu-img that is installed."""
+"""Disk images in a directory of root's, made by the qemu-img that is installed; and jails."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,6 +8,9 @@ import pytest
 
 from hypervisor.images import ImageFile
 from kvmsec.linux import command
+from tests.root.hypervisor.jailed import build, nursery, the_launcher_is_as_before
+
+__all__ = ["build", "nursery", "the_launcher_is_as_before"]
 
 MakeQcow2 = Callable[..., ImageFile]
 

@@ -27,18 +27,14 @@ from tests.root.hypervisor.jailed import (
     SOMEBODY,
     Build,
     binds_of,
-    build,
     failure_of,
     field,
     held_by,
     mounts_of,
     running,
     said,
-    the_launcher_is_as_before,
     tree_of,
 )
-
-__all__ = ["build", "the_launcher_is_as_before"]
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
 

@@ -21,15 +21,11 @@ from tests.root.hypervisor.jailed import (
     DEADLINE_S,
     SOMEBODY,
     Build,
-    build,
     descriptor_limit,
     is_asleep,
     running,
-    the_launcher_is_as_before,
     wait_until,
 )
-
-__all__ = ["build", "the_launcher_is_as_before"]
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
 

@@ -27,16 +27,12 @@ from tests.root.hypervisor.jailed import (
     PROGRAMS,
     Build,
     binds_of,
-    build,
     failure_of,
     newborn,
     orphans_come_here,
     running,
     said,
-    the_launcher_is_as_before,
 )
-
-__all__ = ["build", "the_launcher_is_as_before"]
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
 

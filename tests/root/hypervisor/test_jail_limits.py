@@ -18,16 +18,12 @@ from tests.root.hypervisor.jailed import (
     ROOT,
     SOMEBODY,
     Build,
-    build,
     failure_of,
     held_by,
     newborn,
     running,
     said,
-    the_launcher_is_as_before,
 )
-
-__all__ = ["build", "the_launcher_is_as_before"]
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
 

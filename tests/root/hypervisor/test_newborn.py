@@ -27,22 +27,17 @@ from tests.root.hypervisor.jailed import (
     Build,
     asked,
     born,
-    build,
     children_of,
     descriptor_limit,
     end,
     heard,
     held_files,
     is_asleep,
-    nursery,
     others_than,
     spares_of,
-    the_launcher_is_as_before,
     wait_for_spare,
     wait_until,
 )
-
-__all__ = ["build", "nursery", "the_launcher_is_as_before"]
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
 

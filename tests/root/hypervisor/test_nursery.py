@@ -29,7 +29,6 @@ from tests.root.hypervisor.jailed import (
     Build,
     asked,
     born,
-    build,
     children_of,
     end,
     execute,
@@ -39,14 +38,10 @@ from tests.root.hypervisor.jailed import (
     is_asleep,
     mounts_of,
     newborn,
-    nursery,
     nursery_pid,
     status_of_end,
-    the_launcher_is_as_before,
     wait_until,
 )
-
-__all__ = ["build", "nursery", "the_launcher_is_as_before"]
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
 

@@ -23,23 +23,18 @@ from tests.root.hypervisor.jailed import (
     Build,
     asked,
     born,
-    build,
     children_of,
     end,
     execute,
     field,
     heard,
     held_files,
-    nursery,
     nursery_pid,
     spares_of,
     status_of_end,
-    the_launcher_is_as_before,
     wait_for_spare,
     wait_until,
 )
-
-__all__ = ["build", "nursery", "the_launcher_is_as_before"]
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
 

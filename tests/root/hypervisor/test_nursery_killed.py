@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hypervisor import child as child_side
 from hypervisor import jail as jails
-from hypervisor import newborn as newborns
 from hypervisor import process
 from hypervisor.errors import JailFailed
 from hypervisor.jail import Jail
@@ -24,23 +24,18 @@ from tests.root.hypervisor.jailed import (
     Build,
     asked,
     born,
-    build,
     children_of,
     end,
     execute,
     heard,
     kill,
     kill_spares,
-    nursery,
     nursery_pid,
     orphans_come_here,
     others_than,
-    the_launcher_is_as_before,
     wait_for_spare,
     wait_until,
 )
-
-__all__ = ["build", "nursery", "the_launcher_is_as_before"]
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
 
@@ -318,7 +313,7 @@ def test_a_child_that_is_born_after_its_launchers_end_ends_by_itself(
     build: Build, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Nothing signals its launcher's end to it: that was before it asked to be told."""
-    late_end = newborns._end_with_launcher
+    late_end = child_side._end_with_launcher
     late_birth = forking.become_sibling_init
 
     def end_with_launcher(line: int) -> None:
@@ -339,7 +334,7 @@ def test_a_child_that_is_born_after_its_launchers_end_ends_by_itself(
     if where == "made by the spare":
         monkeypatch.setattr(forking, "become_sibling_init", be_born_late)
     else:
-        monkeypatch.setattr(newborns, "_end_with_launcher", end_with_launcher)
+        monkeypatch.setattr(child_side, "_end_with_launcher", end_with_launcher)
     jail = build()
 
     def mark(name: str) -> None:

@@ -17,20 +17,15 @@ from tests.root.hypervisor.jailed import (
     Build,
     asked,
     born,
-    build,
     end,
     execute,
     heard,
     kill_spares,
-    nursery,
     nursery_pid,
     spares_of,
-    the_launcher_is_as_before,
     wait_for_spare,
     wait_until,
 )
-
-__all__ = ["build", "nursery", "the_launcher_is_as_before"]
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
 
@@ -98,6 +93,8 @@ def test_a_spare_without_numbers_for_a_births_channels_is_told_and_the_nursery_g
 ) -> None:
     nursery.begin()
     pid, (spare,) = nursery_pid(nursery), wait_for_spare(nursery)
+    recvmsg = "47"  # linux/arch/x86/entry/syscalls/syscall_64.tbl
+    wait_until(lambda: Path(f"/proc/{spare}/syscall").read_text().split()[0] == recvmsg)
     resource.prlimit(spare, resource.RLIMIT_NOFILE, (3, 3))
     with pytest.raises(JailFailed, match="the next start makes another"):
         heard(asked(nursery, build()))

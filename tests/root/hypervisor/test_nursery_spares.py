@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor import newborn as newborns
+from hypervisor import child as child_side
 from hypervisor import process
 from hypervisor.cgroups import Hierarchy
 from hypervisor.errors import JailFailed
@@ -21,23 +21,18 @@ from tests.root.hypervisor.jailed import (
     Build,
     asked,
     born,
-    build,
     children_of,
     end,
     execute,
     heard,
     kill,
     kill_spares,
-    nursery,
     nursery_pid,
     others_than,
     spares_of,
     status_of_end,
-    the_launcher_is_as_before,
     wait_for_spare,
 )
-
-__all__ = ["build", "nursery", "the_launcher_is_as_before"]
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
 
@@ -74,14 +69,14 @@ def test_a_child_that_is_killed_before_its_word_leaves_no_spare_and_the_nursery_
     nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_allowed = mmap.mmap(-1, 1)  # Shared with the nursery and all that come from it.
-    late_end = newborns._end_with_launcher
+    late_end = child_side._end_with_launcher
 
     def be_killed(line: int) -> None:
         if not is_allowed[0]:
             os.abort()  # It is the first of its namespace: a signal of its own would be ignored.
         late_end(line)
 
-    monkeypatch.setattr(newborns, "_end_with_launcher", be_killed)
+    monkeypatch.setattr(child_side, "_end_with_launcher", be_killed)
     monkeypatch.setattr(syscalls, "reset_signals", _reset_signals_and_dump_no_core)
     with pytest.raises(JailFailed, match="is gone"):
         heard(asked(nursery, build()))

@@ -15,7 +15,6 @@ from tests.root.hypervisor.jailed import (
     PROGRAMS,
     Build,
     binds_of,
-    build,
     failure_of,
     field,
     held_by,
@@ -23,8 +22,6 @@ from tests.root.hypervisor.jailed import (
     running,
     said,
 )
-
-__all__ = ["build"]
 
 pytestmark = pytest.mark.root
 

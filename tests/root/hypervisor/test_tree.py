@@ -23,15 +23,11 @@ from tests.root.hypervisor.jailed import (
     PROGRAMS,
     Build,
     binds_of,
-    build,
     closure_of,
     mounts_of,
     running,
     said,
-    the_launcher_is_as_before,
 )
-
-__all__ = ["build", "the_launcher_is_as_before"]
 
 MS_SHARED = 1 << 20  # mount(2)
 
