@@ -31,9 +31,10 @@ _LEAST_DESCRIPTORS: Final = 1024
 def memory_mib(machine: Machine, accelerator: Literal["kvm", "tcg"], *, files_bytes: int) -> int:
     """The most memory that a machine's QEMU takes, the guest's own included.
 
-    `files_bytes`: what of its in-memory filesystems is charged to it, which are the boot files
-    and its output. The page cache of images that aren't opened with O_DIRECT is charged as well
-    and has what is left, since the kernel takes it back before it kills.
+    `files_bytes`: what of its in-memory filesystems is charged to it at most, which are the boot
+    files (see `Newborn.become`) and its output. The page cache of images that aren't opened with
+    O_DIRECT is charged as well and has what is left, since the kernel takes it back before it
+    kills.
 
     Measured with QEMU 7.2 on Linux 6.18 (memory.max_usage_in_bytes less the guest's memory, all of
     that touched; the same to 1 MiB in repeated runs), and what is set aside for it:
