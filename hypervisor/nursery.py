@@ -38,6 +38,8 @@ _PREPARE: Final = b"p"
 _BIRTH: Final = b"b"
 _CHANNELS: Final = 2
 _ENDING_S: Final = 1.0
+_LULL_S: Final = 0.05
+"""Without an order, until a spare copies its pages: starts in a row would wait for that."""
 _NAME: Final = "kvmsec-nursery"  # What ps(1) shows of it, beside the launcher's command line.
 
 
@@ -258,9 +260,11 @@ def _wait(orders: socket.socket, pipe: tuple[int, int], order: _Order, kinds: in
         with contextlib.suppress(JailFailed):  # Who asks for a child is told why there is none.
             make_namespaces(kinds)
             lacking = 0
-        if order.ends is None and in_place.is_possible():
-            in_place.copy_shared_pages()
+        is_copied = not in_place.is_possible()  # The child has a copy of everything then.
         while order.ends is None:
+            if not is_copied and not is_readable(orders.fileno(), _LULL_S):
+                in_place.copy_shared_pages()
+                is_copied = True
             heard = _hear(orders)
             if heard is None:
                 os._exit(ALONE)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from hypervisor import child as child_side
+from hypervisor import nursery as nursery_module
 from hypervisor import process
 from hypervisor.cgroups import Hierarchy
 from hypervisor.errors import JailFailed
 from hypervisor.jail import BootFile
 from hypervisor.nursery import Nursery
-from kvmsec.linux import forking, syscalls
+from kvmsec.linux import forking, in_place, syscalls
 from tests.root.hypervisor.jailed import (
     Build,
     asked,
@@ -32,6 +33,7 @@ from tests.root.hypervisor.jailed import (
     spares_of,
     status_of_end,
     wait_for_spare,
+    wait_until,
 )
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("the_launcher_is_as_before")]
@@ -42,6 +44,42 @@ def test_a_spare_that_is_killed_is_made_anew_for_who_asks(nursery: Nursery, buil
     kill_spares(nursery)
     with born(nursery, build(), "/bin/true") as child:
         execute(child)
+
+
+def test_a_spare_that_nobody_needs_at_once_copies_its_pages_ahead(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nursery_module, "_LULL_S", 0.5)
+    nursery.begin()
+    (spare,) = wait_for_spare(nursery)
+    shared_kib = _shared_kib(spare)
+    assert shared_kib > 1024  # With nothing copied yet: it was forked just now.
+    wait_until(lambda: _shared_kib(spare) < shared_kib / 10)
+
+
+def test_a_spare_copies_nothing_while_starts_come_in_a_row(
+    nursery: Nursery, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = mmap.mmap(-1, 1)  # Shared with the nursery and all that come from it.
+
+    def count() -> None:
+        copies[0] += 1
+
+    monkeypatch.setattr(nursery_module, "_LULL_S", 0.5)
+    monkeypatch.setattr(in_place, "copy_shared_pages", count)
+    for _ in range(3):
+        with born(nursery, build(), "/bin/true") as child:
+            execute(child)
+        nursery.prepare()
+    assert copies[0] == 0
+    nursery.prepare()  # Said twice, as by starts that overlap.
+    wait_until(lambda: copies[0] == 1)
+
+
+def _shared_kib(pid: int) -> int:
+    """What a fork left to be copied at the first touch (proc_pid_smaps(5))."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(rollup.partition("Shared_Dirty:")[2].split()[0])
 
 
 def test_a_birth_whose_spare_is_killed_is_told_and_the_nursery_goes_on(
