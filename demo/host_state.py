@@ -11,6 +11,7 @@ from typing import ClassVar, Final, Self
 
 from attrs import frozen
 
+from kvmsec.linux import processes
 from kvmsec.paths import Paths
 
 HOST_DIRECTORIES: Final = (Path("/run/kvmsec"), Path("/var/lib/kvmsec"))
@@ -103,9 +104,15 @@ def _files(uids: Container[int]) -> Iterator[str]:
 
 
 def _processes(root: Path, tag: str, uids: Container[int]) -> Iterator[str]:
-    """What runs for this root: other programs of the host come and go meanwhile."""
+    """What runs for this root: other programs of the host come and go meanwhile.
+
+    What has ended is none, though nobody collects it: in a container its first process may not.
+    """
     place = f"KVMSEC_ROOT={root}".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
+    for pid in processes.pids():
+        entry, status = Path(f"/proc/{pid}"), processes.read_status(pid)
+        if status is None or status.is_zombie:
+            continue
         with contextlib.suppress(OSError):
             is_ours = (
                 entry.stat().st_uid in uids
@@ -113,7 +120,7 @@ def _processes(root: Path, tag: str, uids: Container[int]) -> Iterator[str]:
                 or place in (entry / "environ").read_bytes()
             )
             if is_ours:
-                yield f"{entry.name} {(entry / 'comm').read_text().strip()}"
+                yield f"{pid} {status.name}"
 
 
 def _mounts() -> Iterator[str]:
