@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -46,11 +46,8 @@ class Newborn:
     the kernel ends the child with it: no unknown QEMU can be left behind.
     """
 
-    def __init__(self, ask: Callable[[Ends], None], cpus: Collection[int] = ()) -> None:
-        """`ask` has a child made that goes through `live`; raises what that raises.
-
-        cpus: the processors that it is to run on, should it be born to fewer.
-        """
+    def __init__(self, ask: Callable[[Ends], None]) -> None:
+        """`ask` has a child made that goes through `live`; raises what that raises."""
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
             self.line, line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(self.line.close)
@@ -64,7 +61,7 @@ class Newborn:
             self._places.append(os.dup(self._report))
             ask(Ends(line, report))
             undo.pop_all()
-        self._cpus = cpus
+        self._words = b""
         self.pidfd = -1
         self._origin = -1
         self.process: ProcessId
@@ -82,7 +79,7 @@ class Newborn:
         """
         word = self._first_word()
         if not word:
-            raise _failure(_words(self._report)) or JailFailed("fork", 0, _GONE)
+            raise self._failure() or JailFailed("fork", 0, _GONE)
         pidfd, *origin = word
         process = None
         try:
@@ -93,14 +90,11 @@ class Newborn:
                 end_all(word)
         if process is None:
             # Ended already, and not kept for us: SIGCHLD is ignored.
-            raise _failure(_words(self._report)) or ProcessLookupError(
+            raise self._failure() or ProcessLookupError(
                 "/proc does not show the new process: is it mounted?"
             )
         self.pidfd, self.process = pidfd, process
         self._origin = origin[0] if origin else -1
-        if self._cpus:
-            with contextlib.suppress(OSError):  # None of them is left: it stays where it may be.
-                os.sched_setaffinity(process.pid, self._cpus)
 
     def _first_word(self) -> list[int]:
         """Pidfds of the child and of what it came from; none when the line closes first."""
@@ -172,15 +166,42 @@ class Newborn:
             self.line.send(GO)
 
     def fileno(self) -> int:
-        """A descriptor that is readable once the child has become QEMU, or failed to."""
+        """A descriptor that is readable when `has_said_all` has something to take."""
         return self._report
+
+    def has_said_all(self) -> bool:
+        """Take what it said meanwhile, without waiting: all, once it is QEMU or has failed.
+
+        It has not while it, or the process that it came from, is held up between its last word and
+        QEMU: by somebody who stopped it, or by the disk that QEMU is on.
+        """
+        while is_readable(self._report, 0):
+            chunk = os.read(self._report, 4096)
+            if not chunk:
+                return True
+            self._words += chunk
+        return False
 
     def executed(self) -> None:
         """Return when the child has become QEMU; raises JailFailed with what went wrong.
 
-        What QEMU does from then on, its end included, is another question.
+        Who must not wait for that without a limit asks `has_said_all` first. What QEMU does from
+        then on, its end included, is another question.
         """
-        _require_executed(self._report)
+        while not self.has_said_all():
+            is_readable(self._report, _BIRTH_S)
+        if self._words != EXECUTING:
+            raise self._failure() or JailFailed("exec", 0, _KILLED)
+
+    def _failure(self) -> JailFailed | None:
+        """What failed, in the child's words; None when it has said nothing of the kind."""
+        self.has_said_all()
+        try:
+            failure = msgspec.json.decode(self._words.removeprefix(EXECUTING))
+            step, number, detail = failure["step"], failure["errno"], failure["detail"]
+        except (ValueError, TypeError, KeyError):
+            return None
+        return JailFailed(str(step), int(number), str(detail))
 
     def close(self) -> None:
         """Free the channels, and end the process that the child came from.
@@ -196,30 +217,6 @@ class Newborn:
         self.line.close()
         os.close(self._report)
         self._report = -1
-
-
-def _require_executed(report: int) -> None:
-    words = _words(report)
-    if words != EXECUTING:
-        raise _failure(words) or JailFailed("exec", 0, _KILLED)
-
-
-def _words(report: int) -> bytes:
-    """All that a child says until it has become QEMU, or is gone."""
-    words = b""
-    while chunk := os.read(report, 4096):
-        words += chunk
-    return words
-
-
-def _failure(words: bytes) -> JailFailed | None:
-    """What failed, in a child's words; None when it said nothing of the kind."""
-    try:
-        failure = msgspec.json.decode(words.removeprefix(EXECUTING))
-        step, number, detail = failure["step"], failure["errno"], failure["detail"]
-    except (ValueError, TypeError, KeyError):
-        return None
-    return JailFailed(str(step), int(number), str(detail))
 
 
 def spawn(jail: Jail, program: str, argv: Sequence[str]) -> Newborn:

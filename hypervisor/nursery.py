@@ -3,9 +3,10 @@
 To fork a launcher takes the longer the more it has loaded, and each of its pages that it touches
 while the child is there has to be copied first. The nursery is forked off once, before a launcher
 has loaded what a start takes. Between two starts it has a spare process ready, which waits for an
-order in namespaces of its own, with all its memory its own already: for a network, and to copy, the
-kernel takes some milliseconds. With an order the spare goes on as the child: another process in the
-instance's control group, in the same memory and where the spare was (`kvmsec.linux.in_place`).
+order in namespaces of its own, after a lull with its memory its own as well: for a network, and to
+copy, the kernel takes some milliseconds. With an order the spare goes on as the child: another
+process in the instance's control group, in the same memory and where the spare was
+(`kvmsec.linux.in_place`).
 
 Both are the launcher's own children, to wait for and to end with. Nursery and spare know nothing
 and decide nothing. They end with the launcher, and are made anew by the next start if somebody
@@ -31,13 +32,15 @@ from hypervisor.jail import kinds_made_before, make_namespaces
 from hypervisor.newborn import Newborn
 from kvmsec.linux import children, forking, in_place, passing, processes, syscalls
 from kvmsec.linux.children import Child, end_all, start_child
-from kvmsec.linux.readiness import has_left, is_readable
+from kvmsec.linux.readiness import has_left, is_readable, is_ready
 
 _LIMIT_BYTES: Final = 4096 + 1  # PATH_MAX, linux/limits.h, and a letter
 _PREPARE: Final = b"p"
 _BIRTH: Final = b"b"
 _CHANNELS: Final = 2
 _ENDING_S: Final = 1.0
+_TAKEN_S: Final = 5.0
+_STUCK: Final = "the process that makes children takes no orders; the next start makes another"
 _LULL_S: Final = 0.05
 """Without an order, until a spare copies its pages: starts in a row would wait for that."""
 _NAME: Final = "kvmsec-nursery"  # What ps(1) shows of it, beside the launcher's command line.
@@ -93,7 +96,9 @@ class Nursery:
         self.prepare()
 
     def birth(self, group: str | None = None, kinds: int | None = None) -> Newborn:
-        """Ask for a child, which waits to be told its cell. Raises what `begin` does.
+        """Ask for a child, which waits to be told its cell.
+
+        Raises what `begin` does, and JailFailed where orders are not taken any more.
 
         group: the path of the version 2 control group that it is born in, by the one call that
         needn't wait for the kernel's grace period; None where there is none. kinds: of the
@@ -101,7 +106,7 @@ class Nursery:
         """
         kinds = kinds_made_before() if kinds is None else kinds
         order = _BIRTH + os.fsencode(group or "")
-        return Newborn(lambda ends: self._ask(order, ends, kinds), cpus=os.sched_getaffinity(0))
+        return Newborn(lambda ends: self._ask(order, ends, kinds))
 
     def prepare(self) -> None:
         """Have a spare made now, where there is none, while nobody may be waiting for it.
@@ -115,15 +120,14 @@ class Nursery:
 
     def _ask(self, order: bytes, ends: Ends, kinds: int) -> None:
         if self._child is not None and is_readable(self._child.fileno(), 0):
-            self.close()  # It was killed.
+            self.close()  # It has ended.
         self.begin(kinds)
         assert self._orders is not None
         self._hear_of_spares(self._orders)
-        # The kernel would often wake it where the launcher runs, which then waits for the birth.
-        if others := os.sched_getaffinity(0) - {syscalls.current_cpu()}:
-            for spare in self._spares[-1:]:
-                with contextlib.suppress(OSError):  # Gone, or not allowed there any more.
-                    os.sched_setaffinity(spare.pid, others)
+        # More than a hundred orders wait there before it is full: nobody takes them.
+        if not is_ready(self._orders.fileno(), select.POLLOUT, _TAKEN_S):
+            self.close()
+            raise JailFailed("fork", errno.EAGAIN, _STUCK)
         # One that was killed just now tells it by its end: the channels close.
         with contextlib.suppress(ConnectionError):
             socket.send_fds(self._orders, [order], [ends.line.fileno(), ends.report])
@@ -145,15 +149,13 @@ class Nursery:
         """End the process and its spares; children of it live on."""
         if self._orders is None or self._child is None:
             return
+        orders = self._orders.fileno()
         self._orders.shutdown(socket.SHUT_WR)
-        poll = select.poll()
-        for one in (self._orders, self._child):
-            poll.register(one, select.POLLIN)
         deadline = time.monotonic() + _ENDING_S
-        # It may just make one more, which says so first of all.
-        while not is_readable(self._child.fileno(), 0) and time.monotonic() < deadline:
+        # One more may just be made, which has the socket and says first of all that it is there.
+        while not has_left(orders) and (left_s := deadline - time.monotonic()) > 0:
             self._end_spares(self._orders)
-            poll.poll(_ENDING_S * 1000)
+            is_readable(orders, left_s)
         self._child.close()
         self._end_spares(self._orders)
         self._orders.close()
@@ -211,7 +213,6 @@ def _hear(orders: socket.socket) -> _Order | None:
 
 def _have_spare(orders: socket.socket, order: _Order, kinds: int) -> None:
     """Make a spare; return once it has made a child that is there, or will make none."""
-    # The spare has the end to read from as well: nobody is killed for having written there.
     told, tell = os.pipe2(os.O_CLOEXEC)
     with contextlib.ExitStack() as ours:
         ours.callback(os.close, told)
@@ -225,7 +226,7 @@ def _have_spare(orders: socket.socket, order: _Order, kinds: int) -> None:
                 _refuse(order.ends, error)
                 return
             if pid == 0:
-                _wait(orders, (told, tell), order, kinds)
+                _wait(orders, tell, order, kinds)
             ours.callback(os.close, pidfd)
         if os.read(told, len(BORN)) != BORN:
             processes.kill(pidfd)  # Its child has ended before it could tell what it came from.
@@ -245,16 +246,16 @@ def _refuse(ends: Ends | None, error: OSError | JailFailed) -> None:
 # The spare -----------------------------------------------------------------------------------
 
 
-def _wait(orders: socket.socket, pipe: tuple[int, int], order: _Order, kinds: int) -> NoReturn:
+def _wait(orders: socket.socket, tell: int, order: _Order, kinds: int) -> NoReturn:
     """The spare's whole life, and the child's, which goes on where the spare was."""
     try:
         ends = order.ends
         channels = set() if ends is None else {ends.line.fileno(), ends.report}
-        children.close_all_but({0, 1, 2, orders.fileno(), *pipe, *channels})
+        children.close_all_but({0, 1, 2, orders.fileno(), tell, *channels})
         syscalls.end_with_parent()
         if has_left(orders.fileno()):  # It was gone before.
             os._exit(ALONE)
-        origin = Origin(os.pidfd_open(os.getpid()), pipe[1])
+        origin = Origin(os.pidfd_open(os.getpid()), tell)
         socket.send_fds(orders, [b"%d" % os.getpid()], [origin.pidfd])
         lacking = kinds
         with contextlib.suppress(JailFailed):  # Who asks for a child is told why there is none.
@@ -270,6 +271,8 @@ def _wait(orders: socket.socket, pipe: tuple[int, int], order: _Order, kinds: in
                 os._exit(ALONE)
             order = heard
         orders.close()  # It is the nursery's from now on.
+        if has_left(order.ends.line.fileno()):  # Nobody waits any more, or would collect a child.
+            os._exit(ALONE)
         try:
             if lacking:
                 make_namespaces(lacking)

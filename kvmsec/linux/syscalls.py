@@ -165,11 +165,6 @@ def resident_pages(address: int, size_bytes: int) -> bytes:
     return found.raw
 
 
-def current_cpu() -> int:
-    """The processor that the caller runs on (`sched_getcpu(3)`)."""
-    return _checked(_libc.sched_getcpu())
-
-
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
     """Mount a filesystem or change a mount (`mount(2)`)."""
     result = _libc.mount(

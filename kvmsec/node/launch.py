@@ -8,6 +8,7 @@ once.
 import os
 import secrets
 import shlex
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -322,6 +323,7 @@ class _Start:
     async def _hear_of_child(self) -> None:
         timeout_s = self.host.config.qemu.ready_timeout_s
         if not await readable(self.child.line.fileno(), timeout_s):
+            self.host.nursery.close()  # Or it would take no later order either.
             raise NotReady("the process that was to become QEMU was not there", timeout_s)
         self.child.hear()
         self.opened.callback(os.close, self.child.pidfd)
@@ -330,8 +332,11 @@ class _Start:
 
     async def become_qemu(self) -> None:
         self._tell_what_runs()
-        if not await readable(self.child.fileno(), self.host.config.qemu.ready_timeout_s):
-            raise NotReady("its jail did not stand", self.host.config.qemu.ready_timeout_s)
+        timeout_s = self.host.config.qemu.ready_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while not self.child.has_said_all():
+            if not await readable(self.child.fileno(), deadline - time.monotonic()):
+                raise NotReady("its jail did not stand, or QEMU was not executed", timeout_s)
         self.child.executed()
         # QEMU has its own: with ours closed, a QEMU that dies hangs up on who waits for it.
         self.lent.close_sockets()

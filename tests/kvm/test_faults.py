@@ -16,12 +16,13 @@ from hypervisor.errors import JailFailed, QemuNotFound
 from hypervisor.newborn import Newborn
 from hypervisor.process import QemuGone
 from kvmsec.agent import InstanceState
-from kvmsec.errors import StartFailed
+from kvmsec.errors import NotReady, StartFailed
 from kvmsec.linux import command, files, namespaces
 from kvmsec.linux.errors import Fault
 from kvmsec.linux.locks import FileLock
 from kvmsec.node import dismantle, image_holdings, records
 from kvmsec.node.launch import STEPS
+from tests.root.hypervisor.jailed import wait_for_spare
 
 pytestmark = pytest.mark.kvm
 
@@ -184,6 +185,27 @@ def test_how_a_qemu_ended_is_told_whichever_step_meets_it(lab, machine, step, by
     assert failed.value.reason.startswith(words)
     assert "kvmsec instance log web" in str(failed.value.hint)
     assert ("terminating on signal 15" in failed.value.output) == (by == signal.SIGTERM)
+    check_nothing_is_left(lab)
+
+
+@pytest.mark.parametrize("held_up_at", ["child", "exec"])
+def test_a_start_whose_birth_is_held_up_is_given_up_and_the_next_is_not(lab, machine, held_up_at):
+    """Somebody stops what the child goes on from: before it was born, and before it is QEMU."""
+    lab.configure("[uids]\nreuse_delay_s = 0\n[qemu]\nready_timeout_s = 1\n")
+    definition = lab.definition(**machine)
+
+    async def start_twice(node: Any) -> None:
+        def stop_spare() -> None:
+            os.kill(wait_for_spare(node.host.nursery)[-1], signal.SIGSTOP)
+
+        node._on_step = at(held_up_at, stop_spare)
+        with pytest.raises((NotReady, StartFailed), match="within 1 s"):
+            await node.start(definition)
+        node._on_step = at("", stop_spare)
+        await node.start(definition)
+        await node.stop("web", force=True)
+
+    lab.run(start_twice)
     check_nothing_is_left(lab)
 
 
