@@ -124,7 +124,7 @@ class Nursery:
         self.begin(kinds)
         assert self._orders is not None
         self._hear_of_spares(self._orders)
-        # More than a hundred orders wait there before it is full: nobody takes them.
+        # Some seventy orders wait there before it is full: many at once wait for each other here.
         if not is_ready(self._orders.fileno(), select.POLLOUT, _TAKEN_S):
             self.close()
             raise JailFailed("fork", errno.EAGAIN, _STUCK)
@@ -213,6 +213,9 @@ def _hear(orders: socket.socket) -> _Order | None:
 
 def _have_spare(orders: socket.socket, order: _Order, kinds: int) -> None:
     """Make a spare; return once it has made a child that is there, or will make none."""
+    if order.ends is not None and has_left(order.ends.line.fileno()):
+        order.ends.close()  # Nobody waits for that child any more.
+        return
     told, tell = os.pipe2(os.O_CLOEXEC)
     with contextlib.ExitStack() as ours:
         ours.callback(os.close, told)
