@@ -42,7 +42,8 @@ MOST_AT_ONCE: Final = 253
 """Of descriptors: SCM_MAX_FD, linux/include/net/scm.h."""
 LIMIT_BYTES: Final = 1 << 18
 """Of what is said: the kernel's own is less, unless net.core.wmem_default was raised."""
-_ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
+ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
+"""What QEMU gets: nothing of its launcher's."""
 
 
 @frozen
@@ -205,4 +206,4 @@ def _become(order: Order, line: int, report: int) -> None:
         os._exit(ALONE)
     syscalls.outlive_parent()
     os.write(report, EXECUTING)
-    execute(order.jail, order.program, order.argv, _ENVIRONMENT)
+    execute(order.jail, order.program, order.argv, ENVIRONMENT)

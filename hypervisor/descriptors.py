@@ -5,7 +5,6 @@ mount that a file was opened through, and where a socket was made.
 """
 
 import contextlib
-import errno
 import os
 import re
 import stat
@@ -13,6 +12,8 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 from attrs import frozen
+
+from kvmsec.linux.mounts import read_mounts_of
 
 FileIdentity = tuple[int, int]
 
@@ -41,7 +42,7 @@ def foreign_descriptors(pid: int, granted: Collection[FileIdentity]) -> list[str
     FileNotFoundError and ProcessLookupError when it is gone.
     """
     ours = _own_identities() - set(granted)
-    mounts = _mount_ids(pid)
+    mounts = {mount.number for mount in read_mounts_of(pid)}
     everything = [one for one in _held_by(pid) if one.identity not in granted]
     sockets = _own_sockets(pid, (one.identity[1] for one in everything if one.is_socket), granted)
     problems = []
@@ -160,18 +161,6 @@ def _own_identities() -> set[FileIdentity]:
         except OSError:
             continue  # The listing's own.
     return found
-
-
-def _mount_ids(pid: int) -> set[int]:
-    path = f"/proc/{pid}/mountinfo"
-    try:
-        lines = _read(path).split(b"\n")
-    except OSError as error:
-        # One that has ended is in no mount namespace (mounts_open_common, fs/proc_namespace.c).
-        if error.errno == errno.EINVAL:
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), path) from error
-        raise
-    return {int(line.split(maxsplit=1)[0]) for line in lines if line}
 
 
 def _read(path: str) -> bytes:

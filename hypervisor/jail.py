@@ -42,6 +42,7 @@ SECCOMP: Final = "seccomp"
 LOCKS: Final = frozenset({NETWORK_NAMESPACE, SECCOMP})
 """What a jail can be built without, for tests alone: so it is shown that another lock holds too."""
 _KVM_NODE: Final = ("kvm", 10, 232)  # Linux Documentation/admin-guide/devices.txt, misc minor 232
+UMASK: Final = 0o077
 _NO_PROGRAMS: Final = namespaces.MS_NOSUID | namespaces.MS_NOEXEC
 _PAGE: Final = 4096
 
@@ -266,7 +267,7 @@ def duplicate_above(descriptor: int, lowest: int) -> int:
 
 
 def _narrow_umask(jail: Jail) -> None:
-    os.umask(0o077)
+    os.umask(UMASK)
 
 
 def _drop_privileges(jail: Jail) -> None:

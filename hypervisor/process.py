@@ -2,15 +2,18 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from attrs import frozen
 
+from hypervisor.child import ENVIRONMENT
 from hypervisor.descriptors import foreign_descriptors
 from hypervisor.errors import HypervisorError
-from hypervisor.jail import NETWORK_NAMESPACE, Jail
+from hypervisor.jail import NETWORK_NAMESPACE, UMASK, Jail
 from hypervisor.newborn import Newborn
+from hypervisor.tree import OUTPUT
 from kvmsec.linux import processes
+from kvmsec.linux.mounts import read_mounts_of
 from kvmsec.linux.processes import ProcessId, ProcessStatus
 from kvmsec.linux.readiness import is_readable
 
@@ -50,6 +53,7 @@ def confinement_problems(newborn: Newborn) -> list[str]:
         "uids": (status.uids, (uid,) * 4),
         "gids": (status.gids, (gid,) * 4),
         "groups": (status.groups, ()),
+        "umask": (status.umask, UMASK),
         "capabilities": (status.capabilities, (0,) * 5),
         "no_new_privs": (status.no_new_privs, True),
         "seccomp mode": (status.seccomp, 2),
@@ -59,7 +63,9 @@ def confinement_problems(newborn: Newborn) -> list[str]:
     ]
     problems += _missing_filters(status, jail)
     try:
+        problems += _left_of_the_launcher(process.pid)
         problems += _shared_namespaces(process.pid, jail.cell.without_locks)
+        problems += _writable_mounts(process.pid)
         problems += foreign_descriptors(process.pid, newborn.granted)
         problems += jail.limits.problems_of(process.pid)
     except (FileNotFoundError, ProcessLookupError) as error:
@@ -79,6 +85,24 @@ def _missing_filters(status: ProcessStatus, jail: Jail) -> list[str]:
     if status.seccomp_filters >= wanted:
         return []
     return [f"seccomp filters {status.seccomp_filters}, wanted at least {wanted}"]
+
+
+def _left_of_the_launcher(pid: int) -> Iterator[str]:
+    """Its session, by which a terminal is typed into, and its environment, which may be secret."""
+    if os.getsid(pid) != pid:
+        yield "it is in a session of its launcher's"
+    wanted = b"".join(f"{name}={value}\0".encode() for name, value in ENVIRONMENT.items())
+    with open(f"/proc/{pid}/environ", "rb") as environ:
+        if environ.read(len(wanted) + 1) != wanted:
+            yield "its environment is not the one that it was to have"
+
+
+def _writable_mounts(pid: int) -> list[str]:
+    return [
+        f"{mount.path} can be written to in its tree"
+        for mount in read_mounts_of(pid)
+        if "ro" not in mount.options | mount.super_options and mount.path != OUTPUT
+    ]
 
 
 def _shared_namespaces(pid: int, without_locks: frozenset[str] = frozenset()) -> list[str]:

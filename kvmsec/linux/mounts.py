@@ -1,5 +1,6 @@
-"""What is mounted where, in the caller's mount namespace (proc_pid_mountinfo(5))."""
+"""What is mounted where, for the caller and for another process (proc_pid_mountinfo(5))."""
 
+import errno
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -15,8 +16,12 @@ _ESCAPED: Final = re.compile(rb"[ \t\n\\]")  # By the kernel: fs/proc_namespace.
 
 @frozen
 class Mount:
-    """One mount: `device` is its filesystem's number, `kind` what sort of filesystem that is."""
+    """One mount: `device` is its filesystem's number, `kind` what sort of filesystem that is.
 
+    number: what the kernel calls the mount itself.
+    """
+
+    number: int
     device: str
     path: str
     options: frozenset[str]
@@ -47,6 +52,21 @@ def read_mounts() -> list[Mount]:
     return list(parse_mounts(Path(_MOUNTINFO).read_bytes()))
 
 
+def read_mounts_of(pid: int) -> list[Mount]:
+    """Every mount that a process can see, by its own paths, in the kernel's order.
+
+    Raises ProcessLookupError and FileNotFoundError where it is gone, and OSError.
+    """
+    path = f"/proc/{pid}/mountinfo"
+    try:
+        return list(parse_mounts(Path(path).read_bytes()))
+    except OSError as error:
+        # One that has ended is in no mount namespace (mounts_open_common, fs/proc_namespace.c).
+        if error.errno == errno.EINVAL:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), path) from error
+        raise
+
+
 def parse_mounts(mountinfo: bytes) -> Iterator[Mount]:
     """The mounts in the text of a mountinfo; blanks and newlines in a path are octal there.
 
@@ -54,9 +74,10 @@ def parse_mounts(mountinfo: bytes) -> Iterator[Mount]:
     """
     for line in filter(None, mountinfo.split(b"\n")):
         mount, _, filesystem = line.partition(b" - ")
-        device, _, path, options = mount.split(b" ", 6)[2:6]
+        number, _, device, _, path, options = mount.split(b" ", 6)[:6]
         kind, _, super_options = filesystem.split(b" ", 2)
         yield Mount(
+            int(number),
             os.fsdecode(device),
             _decoded(path),
             frozenset(os.fsdecode(options).split(",")),

@@ -38,11 +38,13 @@ class ProcessId:
 class ProcessStatus:
     """What /proc/PID/status says (proc(5)); ids are real, effective, saved and filesystem's.
 
+    umask: None where the process has no file system state, as a zombie.
     seccomp_filters: how many are in force; None where the kernel does not tell (before 5.9).
     """
 
     name: str
     state: str
+    umask: int | None
     uids: tuple[int, ...]
     gids: tuple[int, ...]
     groups: tuple[int, ...]
@@ -170,6 +172,7 @@ def read_status(pid: int) -> ProcessStatus | None:
     return ProcessStatus(
         name=fields["Name"],
         state=fields["State"][:1],
+        umask=int(umask, 8) if (umask := fields.get("Umask")) else None,
         uids=_numbers(fields["Uid"]),
         gids=_numbers(fields["Gid"]),
         groups=_numbers(fields["Groups"]),

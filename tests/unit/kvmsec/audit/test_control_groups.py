@@ -44,7 +44,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def mount(path: Path, kind: str, options: set[str]) -> Mount:
-    return Mount("0:1", str(path), frozenset({"rw"}), kind, frozenset(options))
+    return Mount(1, "0:1", str(path), frozenset({"rw"}), kind, frozenset(options))
 
 
 def test_the_least_limit_on_the_way_up_holds(host: Any) -> None:
