@@ -9,12 +9,20 @@ from attrs import frozen
 
 from kvmsec.linux.errors import Fault
 
+_DOCTOR: Final = "`kvmsec doctor` says which piece this host's kernel lacks"
 _JAIL_HINTS: Final = {
+    errno.EINVAL: _DOCTOR,
     errno.EMSGSIZE: "give the machine fewer disks and interfaces, or QEMU fewer extra_arguments",
+    errno.ENOSYS: _DOCTOR,
     errno.EPERM: "run kvmsec as root, outside a container",
     errno.ESTALE: "QEMU is being upgraded: try again",
     errno.EXDEV: "run kvmsec in the host's own mount namespace, outside a chroot",
 }
+_MORE_NAMESPACES: Final = (
+    "as many namespaces of a kind are there as the host allows: look at the sysctls "
+    "user.max_*_namespaces, and raise the one that is used up"
+)
+"""The kernel's word for that is ENOSPC (namespaces(7))."""
 
 
 class HypervisorError(Fault):
@@ -118,6 +126,8 @@ class JailFailed(HypervisorError):
 
     def __init__(self, step: str, number: int, detail: str) -> None:
         hint = _JAIL_HINTS.get(number)
+        if number == errno.ENOSPC and step in ("namespaces", "fork"):
+            hint = _MORE_NAMESPACES
         super().__init__(f"the jail's step {step!r} failed: {detail}", hint=hint)
         self.step = step
         self.errno = number

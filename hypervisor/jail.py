@@ -41,6 +41,11 @@ NETWORK_NAMESPACE: Final = "network namespace"
 SECCOMP: Final = "seccomp"
 LOCKS: Final = frozenset({NETWORK_NAMESPACE, SECCOMP})
 """What a jail can be built without, for tests alone: so it is shown that another lock holds too."""
+_KINDS_MADE_BEFORE: Final = {
+    "network": namespaces.CLONE_NEWNET,
+    "IPC": namespaces.CLONE_NEWIPC,
+    "UTS": namespaces.CLONE_NEWUTS,
+}
 _KVM_NODE: Final = ("kvm", 10, 232)  # Linux Documentation/admin-guide/devices.txt, misc minor 232
 UMASK: Final = 0o077
 _NO_PROGRAMS: Final = namespaces.MS_NOSUID | namespaces.MS_NOEXEC
@@ -150,8 +155,8 @@ def kinds_made_before(without_locks: Collection[str] = ()) -> int:
     They are the same whatever it becomes, so that they can be made before anybody asks for it: a
     network takes the kernel a millisecond.
     """
-    network = 0 if NETWORK_NAMESPACE in without_locks else namespaces.CLONE_NEWNET
-    return network | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS
+    every = sum(_KINDS_MADE_BEFORE.values())
+    return every - namespaces.CLONE_NEWNET if NETWORK_NAMESPACE in without_locks else every
 
 
 def make_namespaces(kinds: int) -> None:
@@ -159,7 +164,8 @@ def make_namespaces(kinds: int) -> None:
     try:
         syscalls.unshare(kinds)
     except OSError as error:
-        raise JailFailed("namespaces", error.errno or 0, str(error)) from error
+        names = ", ".join(name for name, kind in _KINDS_MADE_BEFORE.items() if kinds & kind)
+        raise JailFailed("namespaces", error.errno or 0, f"{error} ({names})") from error
 
 
 def _leave_session(cell: Cell) -> None:

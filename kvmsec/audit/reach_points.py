@@ -168,7 +168,7 @@ def unix_listeners(facts: Facts) -> Verdict:
         return exposed(f"every user of the host may connect to {listed(open_ones)}")
     lost = [one.path for one in held.unix_listeners if one.is_open is None]
     if lost:
-        return Verdict(0.5, "unknown", f"the file of {listed(lost)} was not found in time")
+        return Verdict(1, "unknown", f"the file of {listed(lost)} was not found in time")
     if not held.unix_listeners:
         return sealed("it listens on no unix socket")
     return sealed(f"{len(held.unix_listeners)} unix sockets that not everybody may connect to")

@@ -1,8 +1,8 @@
 """One bounded snapshot of a process, whoever's it is.
 
 A hostile process may make a reader wait (a page of its arguments that a filesystem of its own
-never delivers) and show it any text. So everything is read in children with a deadline, sizes are
-bounded, and each part that fails leaves the others whole: `Facts.unread` says why.
+never delivers) and show it any text. So what it could hold up is read in children with a deadline,
+sizes are bounded, and each part that fails leaves the others whole: `Facts.unread` says why.
 """
 
 import errno

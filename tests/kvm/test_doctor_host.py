@@ -189,6 +189,19 @@ def test_a_definition_that_cannot_be_used_is_named_with_its_fix(host: Host) -> N
     assert summary.message.startswith("1 in ")
 
 
+def test_each_piece_that_may_be_missing_is_told_though_the_host_has_it(host: Host) -> None:
+    host.paths.etc.mkdir(parents=True)
+    host.paths.config.write_text('[confinement]\nmay_be_missing = ["seccomp", "cgroup-pids"]\n')
+
+    *warnings, summary = answers(places.check_configuration, host)
+
+    assert [(one.severity, one.message) for one in warnings] == [
+        ("warning", "it lets instances start without seccomp"),
+        ("warning", "it lets instances start without cgroup-pids"),
+    ]
+    assert summary.severity == "ok"
+
+
 def test_a_bad_configuration_is_one_error_and_the_rest_is_examined(host: Host) -> None:
     host.paths.etc.mkdir(parents=True)
     host.paths.config.write_text("[qemu]\npith = 3\n")

@@ -67,7 +67,10 @@ def _nearest(path: Path) -> Path:
 
 def check_configuration(subject: Subject) -> Iterator[Answer]:
     path = subject.paths.config
-    load_config(path)
+    config = load_config(path)
+    for piece in config.confinement.may_be_missing:
+        hint = "take it out of confinement.may_be_missing where the host has it"
+        yield warning(f"it lets instances start without {piece}", hint)
     if path.exists():
         yield ok(f"{path} is right")
     else:

@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from hypervisor import process
+from hypervisor.cgroup_mounts import mounted
 from hypervisor.errors import JailFailed
 from hypervisor.nursery import Nursery
 from kvmsec.linux import processes
@@ -106,15 +107,47 @@ def test_a_lock_is_free_as_soon_as_the_launcher_lets_it_go(
     end(child)
 
 
-def test_a_child_may_run_on_the_processors_that_its_launcher_may(
+def test_a_child_may_run_on_the_processors_that_its_cpuset_is_given_later(
     nursery: Nursery, build: Build
 ) -> None:
+    """As one that was forked plainly: a mask that somebody set would be remembered."""
     own = os.sched_getaffinity(0)
-    nursery.begin()
-    wait_for_spare(nursery)
-    with born(nursery, build(), "/bin/sleep", "60") as child:
-        execute(child)
-        assert os.sched_getaffinity(child.process.pid) == own
+    with _cpuset_of({min(own)}) as give_all:
+        nursery.begin()
+        wait_for_spare(nursery)
+        with born(nursery, build(), "/bin/sleep", "60") as child:
+            execute(child)
+            assert os.sched_getaffinity(child.process.pid) == os.sched_getaffinity(0)
+            give_all(child.process.pid)
+            assert os.sched_getaffinity(child.process.pid) == own
+        nursery.close()
+
+
+@contextmanager
+def _cpuset_of(processors: set[int]) -> Iterator[Callable[[int], None]]:
+    """Be in a cpuset of version 1 until the end, where there is one; yields what puts one back."""
+    tops = [Path(one.path) for one in mounted() if "cpuset" in one.controllers and one.version == 1]
+    if not tops:
+        yield lambda _: None
+        return
+    named = next(
+        line for line in Path("/proc/self/cgroup").read_text().split("\n") if ":cpuset:" in line
+    )
+    top = tops[0] / named.split(":", 2)[2].lstrip("/")
+    group = top / f"kvmsec_test_{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "cpuset.mems").write_text((top / "cpuset.mems").read_text())
+        (group / "cpuset.cpus").write_text(",".join(map(str, processors)))
+        (group / "tasks").write_text(f"{os.getpid()}")
+        yield lambda pid: _put(top / "tasks", pid)
+    finally:
+        _put(top / "tasks", os.getpid())
+        group.rmdir()
+
+
+def _put(tasks: Path, pid: int) -> None:
+    tasks.write_text(f"{pid}")
 
 
 def test_it_has_a_name_and_keeps_no_directory_busy(nursery: Nursery, tmp_path: Path) -> None:

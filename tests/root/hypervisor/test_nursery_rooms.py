@@ -175,6 +175,8 @@ def test_namespaces_that_can_not_be_made_are_told_and_the_nursery_goes_on(
     with pytest.raises(JailFailed) as raised:
         heard(asked(nursery, build()))
     assert (raised.value.step, raised.value.errno) == ("namespaces", errno.ENOSPC)
+    assert "(network, IPC, UTS)" in raised.value.detail
+    assert "user.max_*_namespaces" in str(raised.value.hint)
     pid = nursery_pid(nursery)
     nursery.prepare()
     wait_until(lambda: len(spares_of(nursery)) == 1)

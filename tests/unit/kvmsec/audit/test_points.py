@@ -186,7 +186,7 @@ CASES: list[tuple[Mapping[str, Any], dict[str, float]]] = [
     ({"sockets": f.Sockets(tcp_listeners=("tcp 127.0.0.1:1", "tcp 0.0.0.0:5900"))},
      {"tcp-listeners": 1.0}),
     (listening("/tmp/qmp", True), {"unix-listeners": 0.7}),
-    (listening("/run/qmp", None), {"unix-listeners": 0.35}),
+    (listening("/run/qmp", None), {"unix-listeners": 0.7}),
     (listening("/run/qmp", False), {}),
     (holding(0o666), {"disk-paths": 0.5}),
     (holding(0o644), {"disk-paths": 0.25}),
