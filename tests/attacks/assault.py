@@ -14,9 +14,11 @@ from firewall.policy import FAMILIES, LOG_BURST, Family, LogSettings
 from hypervisor.jail import NETWORK_NAMESPACE, SECCOMP
 from kvmsec.errors import KvmsecError
 from kvmsec.linux.errors import Fault
-from tests.attacks.attack import SUCCEEDED, Attack, Locks
+from tests.attacks.attack import SUCCEEDED, Attack, Encounter, Locks
 from tests.attacks.attacker import Answer, Attacker, Instance, Unconfined
+from tests.attacks.encounters import ENCOUNTERS
 from tests.attacks.setting import (
+    BRIDGE,
     LOG_GROUP,
     SOMEBODY,
     Setting,
@@ -26,12 +28,12 @@ from tests.attacks.setting import (
     is_taken,
     logged_without_limit,
 )
+from tests.attacks.stage import Stage
 from tests.attacks.table import ATTACKS
 from tests.cable import KIND, NODE, PEER, cabled, new_namespace
 from tests.kvm.lab import DOMAIN, labs
 from tests.log_group import LogGroup
 
-BRIDGE: Final = "brattacks"
 _CALLS: Final = 12
 _SILENCE_S: Final = 0.7
 """Longer than two retransmissions of TCP (0.2 and 0.4 s)."""
@@ -55,8 +57,29 @@ class Run:
     def attacks(self) -> tuple[Attack, ...]:
         return tuple(one for one in ATTACKS if one.expected(self.model, self.locks))
 
+    @property
+    def encounters(self) -> tuple[Encounter, ...]:
+        return tuple(one for one in ENCOUNTERS if one.expected(self.model, self.locks))
 
-def carry_out(run: Run, program: Path, accelerator: str, features: Path) -> dict[str, Answer]:
+    @property
+    def rows(self) -> tuple[Attack | Encounter, ...]:
+        return (*self.attacks, *self.encounters)
+
+
+@frozen
+class Means:
+    """What all runs have in common: hostile programs, and what was found out about QEMU.
+
+    `program` takes orders (main.c); `stand_ins` are those of tests/kvm/hostile.
+    """
+
+    program: Path
+    stand_ins: Path
+    accelerator: str
+    features: Path
+
+
+def carry_out(run: Run, means: Means) -> dict[str, Answer]:
     """Every attack that the run has, on a node of its own; the node is as before afterwards."""
     security = {"security_model": run.model}
     if run.model == "user":
@@ -68,19 +91,30 @@ def carry_out(run: Run, program: Path, accelerator: str, features: Path) -> dict
         net = ends.enter_context(cabled())
         net.sh("ip", "link", "set", "lo", "up")
         net.sh("ip", "link", "add", BRIDGE, "type", "bridge")
-        lab = ends.enter_context(labs(accelerator, features))(config)
-        setting = ends.enter_context(furnished(lab, net, program, **security))
+        lab = ends.enter_context(labs(means.accelerator, means.features))(config)
+        setting = ends.enter_context(furnished(lab, net, means.program, **security))
+        stage = Stage(setting, means.stand_ins, config, security, _left_out(run))
         if run.locks == "nothing":
             ends.enter_context(logged_without_limit(net, SOMEBODY))
-            return _Controls(setting).try_all(run.attacks)
-        return _attack_from_inside(run, setting, security)
+            answers = _Controls(setting).try_all(run.attacks)
+        else:
+            answers = _attack_from_inside(run, setting, security)
+        is_control = run.locks == "nothing"
+        return answers | {
+            one.name: stage.carry_out(one, is_control=is_control) for one in run.encounters
+        }
+
+
+def _left_out(run: Run) -> frozenset[str]:
+    """The locks that an instance of this run is without."""
+    # The filter refuses some sockets by itself: it would hide what the two other locks do.
+    dropped = frozenset() if run.locks in ("everything", "the uid alone", "nothing") else _SECCOMP
+    if run.locks == "the packet rules alone":
+        dropped |= {NETWORK_NAMESPACE}
+    return dropped
 
 
 def _attack_from_inside(run: Run, setting: Setting, security: dict[str, str]) -> dict[str, Answer]:
-    # The filter refuses some sockets by itself: it would hide what the two other locks do.
-    dropped = frozenset() if run.locks in ("everything", "the uid alone") else _SECCOMP
-    if run.locks == "the packet rules alone":
-        dropped |= {NETWORK_NAMESPACE}
     lab = setting.lab
     definition = lab.definition(
         "attacker",
@@ -90,7 +124,7 @@ def _attack_from_inside(run: Run, setting: Setting, security: dict[str, str]) ->
         **security,
     )
     with _inheritable_socket():
-        attacker = lab.run(lambda node: node.start(definition), without_locks=dropped)
+        attacker = lab.run(lambda node: node.start(definition), without_locks=_left_out(run))
     try:
         if run.locks == "the network namespace alone":
             lab.run(lambda node: node.remove_rules(force=True))

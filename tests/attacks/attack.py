@@ -1,7 +1,7 @@
 """What a row of the table of attacks says, and where it is tried."""
 
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from attrs import evolve, field, frozen
 
@@ -28,10 +28,13 @@ def _answers(given: str | frozenset[str]) -> frozenset[str]:
 class Refusal:
     """Which lock refuses an attack, and the kernel's answers that show it (names of errors).
 
-    A signal is the one by which the kernel ended the attack. Other words are the attacker's own:
+    A signal is the one by which the kernel ended the attack. Other words are the suite's own:
     NONE (it looked, and found nothing to use), UNSENT (nothing arrived), UNHURT (the victim noticed
     nothing), HELD (what was to be let go is held), LIMITED (a few of many were logged), ENDED (the
-    whole instance).
+    whole instance). Of encounters: INTIME (nobody waited longer than was said), BOUNDED (no more
+    was taken in than has room), UNREAD (not what was planted), SPARED (nobody else's process was
+    ended), GONE (nothing of it is left), KEPT (its uid is kept from others), ALONE (of those that
+    raced one won).
     """
 
     lock: str
@@ -101,13 +104,48 @@ class Attack:
 
 
 @frozen
+class Encounter:
+    """One row about whoever starts, watches or ends instances: it takes two for it.
+
+    `meet` has kvmsec deal with a hostile instance (given a `stage.Stage`) and says what that came
+    to; `control` has somebody deal with the same who takes no care, or leaves the lock out, and
+    must be answered `succeeded`. `locks` says under what else than everything it is tried.
+    """
+
+    name: str
+    refusal: Refusal
+    meet: Callable[[Any], Any]
+    control: Callable[[Any], Any]
+    locks: frozenset[Locks] = field(default=frozenset({"everything"}), kw_only=True)
+    shared: frozenset[str] = field(converter=_answers, default=frozenset(), kw_only=True)
+    shared_second: frozenset[str] = field(converter=_answers, default=frozenset(), kw_only=True)
+    room: str = field(default="", kw_only=True)
+
+    def expected(self, model: str, locks: Locks) -> Refusal | None:
+        """Who must refuse it there; None where it isn't tried."""
+        if locks == "nothing":
+            return Refusal("nothing", SUCCEEDED)
+        if locks not in self.locks:
+            return None
+        shared = self.shared if locks == "everything" else self.shared | self.shared_second
+        return Refusal("shared by design", BY_DESIGN) if model in shared else self.refusal
+
+
+@frozen
 class Elsewhere:
-    """An attack that another suite carries out: the lock, and the test."""
+    """An attack that another suite carries out: the lock, the test, and its control's test.
+
+    What is there alone knows no models: the packet rules are about uids.
+    """
 
     name: str
     lock: str
     test: str
+    control: str
 
 
-def in_room(room: str, *rows: Attack) -> tuple[Attack, ...]:
+_Row = TypeVar("_Row", Attack, Encounter)
+
+
+def in_room(room: str, *rows: _Row) -> tuple[_Row, ...]:
     return tuple(evolve(row, room=room) for row in rows)

@@ -1,29 +1,28 @@
 """One launch for all attacks of a run, and the table of what refused what at the end."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.attacks.assault import Run, carry_out
+from tests.attacks.assault import Means, Run, carry_out
 from tests.attacks.attacker import Answer, program
 from tests.attacks.report import lines
 from tests.kvm.accelerator import accelerator
+from tests.kvm.hostile.programs import stand_ins
 from tests.kvm.lab import users
 
 _RESULTS = pytest.StashKey[dict[Run, dict[str, Answer]]]()
 
 
 @pytest.fixture(scope="session")
-def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What was found out about the programs in use: asked once for all runs."""
-    return tmp_path_factory.mktemp("features")
+def means(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Means]:
+    """Programs are asked what they can do once for all runs."""
+    with stand_ins() as folder:
+        yield Means(program(), folder, accelerator(), tmp_path_factory.mktemp("features"))
 
 
 @pytest.fixture(scope="session")
-def carried_out(
-    request: pytest.FixtureRequest, features: Path
-) -> Callable[[Run], dict[str, Answer]]:
+def carried_out(request: pytest.FixtureRequest, means: Means) -> Callable[[Run], dict[str, Answer]]:
     """Gives the answers of a run, which is carried out when it is first asked for."""
     results = request.config.stash.setdefault(_RESULTS, {})
 
@@ -35,7 +34,7 @@ def carried_out(
         if run not in results:
             try:
                 with users():
-                    results[run] = carry_out(run, program(), accelerator(), features)
+                    results[run] = carry_out(run, means)
             except Exception as error:
                 failed[run] = error
                 raise

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from tests.attacks.assault import Run
-from tests.attacks.attack import Attack, Locks
+from tests.attacks.attack import Attack, Encounter, Locks
 from tests.attacks.attacker import Answer
 from tests.attacks.elsewhere import ELSEWHERE
+from tests.attacks.encounters import ENCOUNTERS
 from tests.attacks.table import ATTACKS
 
 _COLUMNS: Final[tuple[tuple[str, str | None, Locks], ...]] = (
@@ -27,23 +28,24 @@ def lines(results: Results) -> Iterator[str]:
     head = ("attack", "refused by", *(title for title, _, _ in _COLUMNS))
     rows: list[tuple[str, ...]] = []
     room = ""
-    for attack in ATTACKS:
+    for attack in (*ATTACKS, *ENCOUNTERS):
         if attack.room != room:
             room = attack.room
             rows.append((f"- {room}",))
         rows.append((attack.name, attack.refusal.lock, *_cells(attack, results)))
     widths = [max(len(row[n]) for row in (head, *rows) if len(row) > n > 0) for n in range(1, 10)]
-    widths.insert(0, max(len(attack.name) for attack in ATTACKS))
+    widths.insert(0, max(len(attack.name) for attack in (*ATTACKS, *ENCOUNTERS)))
     for row in (head, *rows):
         yield "  ".join(
             cell.ljust(width) for cell, width in zip(row, widths, strict=False)
         ).rstrip()
-    yield "- proved by other suites"
+    yield "- proved by the packet rules' own suite"
     for other in ELSEWHERE:
         yield f"{other.name.ljust(widths[0])}  {other.lock.ljust(widths[1])}  {other.test}"
+        yield f"{' ' * sum(widths[:2])}    control: {other.control}"
 
 
-def _cells(attack: Attack, results: Results) -> Iterator[str]:
+def _cells(attack: Attack | Encounter, results: Results) -> Iterator[str]:
     for _, model, locks in _COLUMNS:
         seen = {
             answers[attack.name].word

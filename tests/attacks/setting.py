@@ -26,6 +26,7 @@ SOMEBODY: Final = 245950
 """A uid that nobody has."""
 LOG_GROUP: Final = 7
 """Where the rules send their lines: the kernel's log has none of another network namespace."""
+BRIDGE: Final = "brattacks"
 _ABSTRACT: Final = "hostile-attacks"
 _SEGMENT: Final = 0x1EF5
 _USUAL_PIPE_BYTES: Final = 1 << 16  # pipe(7)

@@ -277,7 +277,8 @@ LAUNCHER: Final = in_room(
             f"plant {{paths_of_{what}}}",
             TREE,
             uid=OWNER,
-            control=Control("plant {scratch}"),
+            # Each has a place of its own: what one planted, the next would write through.
+            control=Control(f"plant {{scratch}}-{what}"),
         )
         for what in ("record", "sockets", "logs", "jail", "locks", "leases", "state")
     ),

@@ -294,7 +294,7 @@ def labs(accelerator: str, features: Path) -> Iterator[Callable[..., Lab]]:
                 shutil.copytree(lab.paths.features, features, dirs_exist_ok=True)
             for lab in made:
                 ends.callback(lab.close)
-    assert not left
+    assert not left, left
     now = census()
     changed = {what: (was, now[what]) for what, was in before.items() if now[what] != was}
     assert not changed, changed

@@ -1,11 +1,8 @@
 """A node that is ill-treated, and programs in QEMU's place."""
 
 import contextlib
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +10,10 @@ from typing import Any, TypeVar
 import pytest
 from attrs import frozen
 
-from hypervisor.features import find_qemu
+from tests.kvm.hostile import programs
 
 _E = TypeVar("_E", bound=BaseException)
 
-SOURCE = Path(__file__).with_name("stand_in.c")
 COMMAND = Path(sys.executable).with_name("kvmsec")
 WITHOUT_REST = "[uids]\nreuse_delay_s = 0\n"
 
@@ -95,18 +91,6 @@ def place(make_place: Callable[[str], Place]) -> Place:
 
 @pytest.fixture(scope="session")
 def stand_ins() -> Iterator[Path]:
-    """A directory of programs in QEMU's place: see stand_in.c.
-
-    Where nobody can reach it, since a program is first asked as nobody what it can do.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="stand-ins-", dir="/var/lib"))
-    folder.chmod(0o755)
-    program = folder / "qemu"
-    real = f'-DQEMU="{find_qemu(None, None)}"'
-    subprocess.run(
-        ["gcc", "-static", "-O1", "-Wall", "-Werror", real, SOURCE, "-o", program], check=True
-    )
-    for name in ("exits", "never-answers", "talks", "greets-only", "too-old"):
-        os.link(program, folder / name)
-    yield folder
-    shutil.rmtree(folder)
+    """A directory of programs in QEMU's place: see programs.py."""
+    with programs.stand_ins() as folder:
+        yield folder

@@ -235,6 +235,16 @@ static void have_children(void)
     report("children", 0);
 }
 
+/* Take a call on the serial line, and never read a byte of it. */
+static void hold_line(void)
+{
+    if (fork() > 0)
+        return;
+    report("held", accept(descriptor("socket,id=serial"), 0, 0));
+    for (;;)
+        pause();
+}
+
 /* Undo, through the descriptor, what makes a tap go when its holder does. */
 static void keep_tap(void)
 {
@@ -302,6 +312,8 @@ int main(int count, char **given)
         have_children();
     if (is("keeps-tap"))
         keep_tap();
+    if (is("never-drains"))
+        hold_line();
     if (is("links") || is("fifos") || is("directories") || is("sockets") || is("giant"))
         swap_names();
     serve(descriptor("socket,id=qmp"));

@@ -170,20 +170,6 @@ def test_the_command_says_of_a_disk_what_the_library_does(place: Any) -> None:
     assert (said.status, said.err.splitlines()[0]) == (1, f"kvmsec: {error.message}")
 
 
-def test_a_link_that_is_swapped_in_between_look_and_start_is_not_followed(place: Any) -> None:
-    """The definition was made, and judged, while a plain file was there."""
-    disk = place.lab.disk()
-    definition = place.lab.definition(disks=[{"path": str(disk)}])
-
-    def swap(step: str) -> None:
-        if step == "images":
-            disk.unlink()
-            disk.symlink_to("/etc/shadow")
-
-    with place.unchanged(), pytest.raises(ImageNotOpened):
-        place.lab.run(lambda node: node.start(definition), on_step=swap)
-
-
 def test_what_was_opened_is_what_the_guest_gets_whatever_is_swapped_in_later(place: Any) -> None:
     disk = place.lab.disk()
     definition = place.lab.definition(disks=[{"path": str(disk), "device": "ide"}])

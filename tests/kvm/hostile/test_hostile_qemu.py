@@ -119,27 +119,6 @@ def test_a_qemu_that_is_not_ready_in_time_is_ended(
     assert "within 0.4 s" in error.message
 
 
-def most_memory_kib() -> int:
-    """The most that this process had in memory since `forget_most_memory` (proc_pid_status(5))."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
-
-
-def forget_most_memory() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5)
-
-
-def test_a_flood_costs_little_memory(place: Any, stand_ins: Path) -> None:
-    place.lab.configure(READY.format(1))
-    forget_most_memory()
-    place.refused(StartFailed, "greets-only", qemu=str(stand_ins / "qemu"))
-    before = most_memory_kib()
-    forget_most_memory()
-    place.refused(StartFailed, "floods", qemu=str(stand_ins / "qemu"))
-    place.refused(StartFailed, "one-line", qemu=str(stand_ins / "qemu"))
-    assert most_memory_kib() - before < 16 * 1024
-
-
 def test_the_command_tells_what_qemu_said_so_that_it_can_pass_for_nothing_else(
     place: Any, stand_ins: Path
 ) -> None:
