@@ -8,6 +8,7 @@ the report, a pipe, it says what failed; that closes as the child becomes QEMU.
 import contextlib
 import errno
 import os
+import signal
 import socket
 from collections.abc import Collection
 from functools import cache
@@ -42,8 +43,6 @@ MOST_AT_ONCE: Final = 253
 """Of descriptors: SCM_MAX_FD, linux/include/net/scm.h."""
 LIMIT_BYTES: Final = 1 << 18
 """Of what is said: the kernel's own is less, unless net.core.wmem_default was raised."""
-ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
-"""What QEMU gets: nothing of its launcher's."""
 
 
 @frozen
@@ -148,8 +147,15 @@ def _end_with_launcher(line: int) -> None:
     not take it after that.
     """
     syscalls.end_with_parent()
+    _require_signal_at_launchers_end(signal.SIGKILL)
     if has_left(line):  # It was gone before; the first process of a namespace sees no parent.
         os._exit(ALONE)
+
+
+def _require_signal_at_launchers_end(wanted: int) -> None:
+    if (found := syscalls.signal_at_parents_end()) != wanted:
+        detail = f"the signal at its launcher's end is {found}, wanted {int(wanted)}"
+        raise JailFailed("launcher's end", 0, detail)
 
 
 def _say_that_it_lives(line: socket.socket, origin: Origin | None) -> None:
@@ -205,5 +211,6 @@ def _become(order: Order, line: int, report: int) -> None:
     if os.read(line, len(GO)) != GO:
         os._exit(ALONE)
     syscalls.outlive_parent()
+    _require_signal_at_launchers_end(0)
     os.write(report, EXECUTING)
-    execute(order.jail, order.program, order.argv, ENVIRONMENT)
+    execute(order.jail, order.program, order.argv)

@@ -3,9 +3,9 @@
 The steps run in a freshly forked child (`hypervisor.child`), which is already PID 1 of a PID
 namespace of its own, in a network, an IPC and a UTS namespace where no other child ever was
 (`kinds_made_before`). Each does one thing to the calling process, in an order that later steps rely
-on, and a failure of any of them ends the child before QEMU's first instruction. No step can be
-left out by a setting, but the last one on a host that lacks the library for it; what a test of the
-others may leave out is in `LOCKS`.
+on, and a failure of any of them ends the child before QEMU's first instruction. Each lock is read
+back by its step, or by the last. No step can be left out by a setting, but the filter on a host
+that lacks the library for it; what a test of the others may leave out is in `LOCKS`.
 
 The first of them make the cell: they need to know little, and are taken while the launcher still
 finds out for whom it is. The child then waits to be told the rest.
@@ -14,20 +14,22 @@ finds out for whom it is. The child then waits to be told the rest.
 import errno
 import fcntl
 import os
+import resource
 import socket
 import stat
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 from attrs import evolve, field, frozen
 
+from hypervisor.descriptors import identity_of
 from hypervisor.errors import JailFailed
 from hypervisor.limits import ProcessLimits
 from hypervisor.seccomp import IO_SETUP, TICKET_BYTES, Filter
 from hypervisor.steps import Step, take
 from hypervisor.tree import BOOT, DEV, OUTPUT
-from kvmsec.linux import credentials, namespaces, syscalls
+from kvmsec.linux import credentials, inherited, namespaces, syscalls
 from kvmsec.linux.credentials import Credentials
 
 _NODES: Final = (
@@ -48,6 +50,9 @@ _KINDS_MADE_BEFORE: Final = {
 }
 _KVM_NODE: Final = ("kvm", 10, 232)  # Linux Documentation/admin-guide/devices.txt, misc minor 232
 UMASK: Final = 0o077
+ENVIRONMENT: Final = {"PATH": "/usr/bin", "LC_ALL": "C"}
+"""What QEMU gets: nothing of its launcher's."""
+_ENVIRONMENT_WORDS: Final = (b"PATH=/usr/bin", b"LC_ALL=C")
 _NO_PROGRAMS: Final = namespaces.MS_NOSUID | namespaces.MS_NOEXEC
 _PAGE: Final = 4096
 
@@ -255,16 +260,23 @@ def _attach_output(jail: Jail) -> None:
 
 
 def _place_descriptors(jail: Jail) -> None:
-    """Put each descriptor on its number inside; the rest closes with the exec."""
+    """Put each descriptor on its number inside; the rest closes with the exec.
+
+    Held against the files that they are to stand for: a number may have been used twice.
+    """
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     wanted = {0: null, 1: jail.log, 2: jail.log, **jail.descriptors}
     # First out of each other's way, then into place: a plain dup2 could hit one still to be used.
     above = max(wanted) + 1
+    files = {inside: identity_of(ours) for inside, ours in wanted.items()}
     moved = {inside: duplicate_above(ours, above) for inside, ours in wanted.items()}
     # What is granted may have been inheritable under its old number as well.
     syscalls.close_on_exec(0)
     for inside, ours in moved.items():
         os.dup2(ours, inside, inheritable=True)
+    for inside, file in files.items():
+        if identity_of(inside) != file:
+            raise OSError(0, f"descriptor {inside} is of another file than was granted")
 
 
 def duplicate_above(descriptor: int, lowest: int) -> int:
@@ -287,6 +299,23 @@ def _filter_system_calls(jail: Jail) -> None:
     jail.filter_in_force.put_in_force(jail.ticket, absent)
 
 
+def _read_back(jail: Jail) -> None:
+    """What no earlier step could hold against the whole of what it and the others left."""
+    if problems := list(_problems_left(jail)):
+        raise OSError(0, "; ".join(problems))
+
+
+def _problems_left(jail: Jail) -> Iterator[str]:
+    if (umask := os.umask(UMASK)) != UMASK:  # To set it is the only way to ask for it.
+        yield f"umask {umask:#05o}, wanted {UMASK:#05o}"
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found, granted = inherited.survivors(most), {0, 1, 2, *jail.descriptors}
+    if left := sorted(found - granted):
+        yield f"descriptors {left} stay open and nobody granted them"
+    if lost := sorted(granted - found):
+        yield f"descriptors {lost} are granted and do not stay open"
+
+
 CELL_STEPS: Final = (
     Step("session", _leave_session, "no controlling terminal to type into"),
     Step("cgroups", _join_cgroups, "counted and ended as one, before anything can be forked"),
@@ -302,14 +331,22 @@ JAIL_STEPS: Final = (
     Step("descriptors", _place_descriptors, "what was granted, on the numbers that were named"),
     Step("umask", _narrow_umask, "what QEMU creates is nobody else's to read"),
     Step("privileges", _drop_privileges, "uid, groups, capabilities, for good"),
-    Step("system calls", _filter_system_calls, "the last: it denies what the others are made of"),
+    Step("system calls", _filter_system_calls, "it denies what the others are made of"),
+    Step("read back", _read_back, "a step that did nothing, or was undone by a later one, is told"),
 )
 STEPS: Final = (*CELL_STEPS, *JAIL_STEPS)
 
 
-def execute(jail: Jail, program: str, argv: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Become the one program that a jail's filter lets be executed. Raises OSError, or is gone."""
-    syscalls.execute(program, argv, environment, struct.unpack("<3Q", jail.ticket))
+def execute(jail: Jail, program: str, argv: Sequence[str]) -> None:
+    """Become the one program that a jail's filter lets be executed. Raises OSError, or is gone.
+
+    What the kernel is given for an environment is looked at last of all, where it lies in memory.
+    """
+    environment = syscalls.strings(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    if list(environment) != [*_ENVIRONMENT_WORDS, None]:
+        raise OSError(0, "the environment is not the one that QEMU is to have")
+    arguments, ticket = syscalls.strings(argv), struct.unpack("<3Q", jail.ticket)
+    syscalls.execute(program, arguments, environment, ticket)
 
 
 def enter_cell(cell: Cell) -> None:

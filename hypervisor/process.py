@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from attrs import frozen
 
-from hypervisor.child import ENVIRONMENT
 from hypervisor.descriptors import foreign_descriptors
 from hypervisor.errors import HypervisorError
-from hypervisor.jail import NETWORK_NAMESPACE, UMASK, Jail
+from hypervisor.jail import ENVIRONMENT, NETWORK_NAMESPACE, UMASK, Jail
 from hypervisor.newborn import Newborn
 from hypervisor.tree import OUTPUT
 from kvmsec.linux import processes

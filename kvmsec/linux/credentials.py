@@ -142,3 +142,5 @@ def verify(credentials: Credentials) -> None:
         raise PermissionError(f"capabilities {kept} are still in the bounding set")
     if syscalls.prctl(_PR_GET_NO_NEW_PRIVS) != 1:
         raise PermissionError("no_new_privs is not set")
+    if (dumpable := syscalls.prctl(_PR_GET_DUMPABLE)) != 0:
+        raise PermissionError(f"it can be traced and leave a core (dumpable {dumpable})")

@@ -7,7 +7,7 @@ import ctypes
 import mmap
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -306,21 +306,27 @@ def seccomp_mode() -> int:
     return prctl(_PR_GET_SECCOMP)
 
 
-def execute(
-    program: str, argv: Sequence[str], environment: Mapping[str, str], extra: Sequence[int]
-) -> None:
+Strings = ctypes.Array[ctypes.c_char_p]
+"""Strings as a program is handed them, with a null at their end."""
+
+
+def strings(texts: Iterable[str]) -> Strings:
+    """An argument list or an environment, laid out for `execute`."""
+    encoded = [os.fsencode(text) for text in texts]
+    return (ctypes.c_char_p * (len(encoded) + 1))(*encoded)
+
+
+def execute(program: str, argv: Strings, environment: Strings, extra: Sequence[int]) -> None:
     """Become another program (`execve(2)`), with three words in the registers that it ignores.
 
     Only a filter of system calls sees those. Returns never, or raises.
     """
-    arguments = [os.fsencode(word) for word in argv]
-    variables = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
     first, second, third = extra
     _syscall(
         _NR_EXECVE[os.uname().machine],
         os.fsencode(program),
-        (ctypes.c_char_p * (len(arguments) + 1))(*arguments),
-        (ctypes.c_char_p * (len(variables) + 1))(*variables),
+        argv,
+        environment,
         *(ctypes.c_ulong(word) for word in (first, second, third)),
         path=program,
     )

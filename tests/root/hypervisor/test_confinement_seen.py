@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 from attrs import evolve
 
-from hypervisor import child as child_side
 from hypervisor import jail as jail_side
 from hypervisor import process
 from hypervisor.jail import NETWORK_NAMESPACE
@@ -48,6 +47,7 @@ def allow_new_privileges(patch: pytest.MonkeyPatch) -> None:
 
 
 def widen_the_umask(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(jail_side, "_problems_left", lambda _: ())
     umask = os.umask
     patch.setattr(os, "umask", lambda _: umask(0o022))
 
@@ -57,8 +57,10 @@ def keep_the_session(patch: pytest.MonkeyPatch) -> None:
 
 
 def pass_an_environment(patch: pytest.MonkeyPatch) -> None:
-    more = {**child_side.ENVIRONMENT, "TOKEN": "secret"}
-    patch.setattr(child_side, "ENVIRONMENT", more)
+    more = {**jail_side.ENVIRONMENT, "TOKEN": "secret"}
+    patch.setattr(jail_side, "ENVIRONMENT", more)
+    said = tuple(f"{name}={value}".encode() for name, value in more.items())
+    patch.setattr(jail_side, "_ENVIRONMENT_WORDS", said)
 
 
 def leave_devices_writable(patch: pytest.MonkeyPatch) -> None:

@@ -252,7 +252,8 @@ def test_a_call_of_i386_ends_the_process(number: int) -> None:
 def test_a_program_is_executed_with_the_ticket_alone() -> None:
     def execute(extra: tuple[int, int, int]) -> Callable[[], int]:
         def attempt() -> int:
-            syscalls.execute("/bin/sh", ("sh", "-c", "kill -USR1 $$"), {"PATH": "/bin"}, extra)
+            argv = syscalls.strings(("sh", "-c", "kill -USR1 $$"))
+            syscalls.execute("/bin/sh", argv, syscalls.strings(["PATH=/bin"]), extra)
             return 0
 
         return attempt
