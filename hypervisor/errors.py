@@ -25,6 +25,18 @@ _MORE_NAMESPACES: Final = (
 """The kernel's word for that is ENOSPC (namespaces(7))."""
 
 
+SESSION_KEYRING: Final = "session keyring"
+"""The jail's step that some hosts refuse: its name."""
+ALLOW_KEYCTL: Final = (
+    "a filter of system calls or a security module keeps keyctl(2) from kvmsec: in a container, "
+    "allow it keyctl, or run kvmsec on the host itself"
+)
+KEYRING_HINT: Final = (
+    f"{ALLOW_KEYCTL}; or do without, in kvmsec.toml: "
+    'confinement.may_be_missing = ["session-keyring"]'
+)
+
+
 class HypervisorError(Fault):
     """The root of what `hypervisor` raises; plain system call failures stay `OSError`."""
 
@@ -128,6 +140,8 @@ class JailFailed(HypervisorError):
         hint = _JAIL_HINTS.get(number)
         if number == errno.ENOSPC and step in ("namespaces", "fork"):
             hint = _MORE_NAMESPACES
+        elif step == SESSION_KEYRING:
+            hint = KEYRING_HINT
         super().__init__(f"the jail's step {step!r} failed: {detail}", hint=hint)
         self.step = step
         self.errno = number

@@ -4,8 +4,8 @@ The steps run in a freshly forked child (`hypervisor.child`), which is already P
 namespace of its own, in a network, an IPC and a UTS namespace where no other child ever was
 (`kinds_made_before`). Each does one thing to the calling process, in an order that later steps rely
 on, and a failure of any of them ends the child before QEMU's first instruction. Each lock is read
-back by its step, or by the last. No step can be left out by a setting, but the filter on a host
-that lacks the library for it; what a test of the others may leave out is in `LOCKS`.
+back by its step, or by the last. No step can be left out by a setting, but the filter and the
+session keyring on a host that has none; what a test of the others may leave out is in `LOCKS`.
 
 The first of them make the cell: they need to know little, and are taken while the launcher still
 finds out for whom it is. The child then waits to be told the rest.
@@ -24,7 +24,7 @@ from typing import Final
 from attrs import evolve, field, frozen
 
 from hypervisor.descriptors import identity_of
-from hypervisor.errors import JailFailed
+from hypervisor.errors import SESSION_KEYRING, JailFailed
 from hypervisor.limits import ProcessLimits
 from hypervisor.seccomp import IO_SETUP, TICKET_BYTES, Filter
 from hypervisor.steps import Step, take
@@ -107,6 +107,8 @@ class Jail:
     boot_files: copied to /boot, read-only.
     has_native_aio: whether a disk is read by the kernel's own queues (io_setup(2)); all of a node
         share one number of them (fs.aio-max-nr), which an instance without need must not use up.
+    may_share_keyring: whether it may have the launcher's session keyring where the host gives it
+        none of its own; the node's configuration lets that be missing.
     file_bytes: the largest file that it may write (`ProcessLimits`).
     descriptors: descriptor number inside -> the launcher's; the only ones that reach QEMU.
     system_calls: kvmsec's own filter; None where the node's configuration lets it be missing.
@@ -122,6 +124,7 @@ class Jail:
     boot_files: tuple[BootFile, ...] = ()
     has_kvm: bool = False
     has_native_aio: bool = False
+    may_share_keyring: bool = False
     file_bytes: int = 1 << 30
     descriptors: Mapping[int, int] = {}
     ticket: bytes = field(factory=lambda: os.urandom(TICKET_BYTES), repr=False)
@@ -288,8 +291,16 @@ def _narrow_umask(jail: Jail) -> None:
     os.umask(UMASK)
 
 
+def _leave_session_keyring(jail: Jail) -> None:
+    try:
+        credentials.leave_session_keyring()
+    except OSError:
+        if not jail.may_share_keyring:
+            raise
+
+
 def _drop_privileges(jail: Jail) -> None:
-    credentials.become(jail.credentials)
+    credentials.take(jail.credentials)
 
 
 def _filter_system_calls(jail: Jail) -> None:
@@ -330,6 +341,7 @@ JAIL_STEPS: Final = (
     Step("output", _attach_output, "the only writable place, of a fixed size"),
     Step("descriptors", _place_descriptors, "what was granted, on the numbers that were named"),
     Step("umask", _narrow_umask, "what QEMU creates is nobody else's to read"),
+    Step(SESSION_KEYRING, _leave_session_keyring, "what an admin's login put there is not its"),
     Step("privileges", _drop_privileges, "uid, groups, capabilities, for good"),
     Step("system calls", _filter_system_calls, "it denies what the others are made of"),
     Step("read back", _read_back, "a step that did nothing, or was undone by a later one, is told"),

@@ -26,7 +26,10 @@ from kvmsec.model.rules import Rule, kind_of, shown_key, unknown_key
 from kvmsec.model.security import SecurityModel
 from uidpool.ranges import EMPTY, UidRanges
 
-TOLERABLE: Final = ("cgroup", "cgroup-memory", "cgroup-pids", "cgroup-hugetlb", "seccomp")
+TOLERABLE: Final = (
+    *("cgroup", "cgroup-memory", "cgroup-pids", "cgroup-hugetlb"),
+    *("seccomp", "session-keyring"),
+)
 """Pieces of confinement that `confinement.may_be_missing` may name; `cgroup` stands for all of its.
 
 CPU and I/O are bounded where somebody asks for it, and what is asked for can't be missing.

@@ -94,6 +94,33 @@ def _kept_by_a_change_of_ids() -> Iterator[None]:
 
 
 def become(credentials: Credentials) -> None:
+    """Leave the session keyring, where this host lets one, and take the uid and gid (`take`).
+
+    For a process that runs kvmsec's own code: whoever must not go on without a session keyring of
+    its own calls `leave_session_keyring` itself. Raises OSError.
+    """
+    try:
+        leave_session_keyring()
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+    take(credentials)
+
+
+def leave_session_keyring() -> None:
+    """Have a session keyring that is nobody else's, or none where there are no keys.
+
+    While still root, so that the new keyring is none that the uid leaves behind. Raises OSError
+    where it keeps the one that it inherited.
+    """
+    try:
+        keyrings.join_new_session()
+    except OSError as error:
+        if error.errno != errno.ENOSYS or keyrings.are_known():
+            raise
+
+
+def take(credentials: Credentials) -> None:
     """Take the uid and gid, with no group, no capability and no way to gain one (no_new_privs).
 
     Until the caller executes a program, no process of that uid can trace it or read its memory.
@@ -101,7 +128,6 @@ def become(credentials: Credentials) -> None:
     Verified by reading it back: a drop that silently did nothing raises PermissionError. Raises
     OSError. See capabilities(7).
     """
-    _leave_session_keyring()
     # The bounding set first: to narrow it takes a capability.
     for _ in _of_each_capability(_PR_CAPBSET_DROP):
         pass
@@ -114,16 +140,6 @@ def become(credentials: Credentials) -> None:
     syscalls.prctl(_PR_SET_DUMPABLE, 0)
     syscalls.prctl(_PR_SET_NO_NEW_PRIVS, 1)
     verify(credentials)
-
-
-def _leave_session_keyring() -> None:
-    """While still root, so that the new keyring is none that the uid leaves behind."""
-    try:
-        keyrings.join_new_session()
-    except OSError as error:
-        # A kernel without keys, or a filter over this process that the child has as well.
-        if error.errno not in (errno.ENOSYS, errno.EPERM):
-            raise
 
 
 def verify(credentials: Credentials) -> None:

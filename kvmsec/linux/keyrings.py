@@ -4,11 +4,13 @@ A key in a uid's user keyring or persistent keyring is found by whoever has that
 """
 
 import contextlib
+import errno
 import os
 import re
+from collections.abc import Callable
 from typing import Final
 
-from kvmsec.linux.syscalls import keyctl
+from kvmsec.linux.syscalls import add_no_key, keyctl, request_no_key
 
 _PROC_LIMIT_BYTES: Final = 16 << 20
 # Serial number, flags, usage, timeout, permissions, owner (keyrings(7)).
@@ -22,6 +24,7 @@ _CLEAR: Final = 7
 _INVALIDATE: Final = 21
 _GET_PERSISTENT: Final = 22
 _PROCESS_KEYRING: Final = -2
+_SESSION_KEYRING: Final = -3
 _USER_KEYRING: Final = -4
 _USER_SESSION_KEYRING: Final = -5
 _EVERY_RIGHT: Final = 0x3F3F0000  # of the possessor and the owner
@@ -71,9 +74,36 @@ def join_new_session() -> None:
     """Give the calling process a session keyring of its own, with nothing in it.
 
     Without it a process possesses the session keyring that it inherited: what an administrator's
-    login put there can be read by whatever uid the process becomes. Raises OSError.
+    login put there can be read by whatever uid the process becomes. Read back, since a filter of
+    system calls may answer without having done it. Raises OSError.
     """
-    keyctl(_JOIN_SESSION_KEYRING, None)
+    joined = keyctl(_JOIN_SESSION_KEYRING, None)
+    if joined <= 0 or keyctl(_GET_KEYRING_ID, _SESSION_KEYRING, 0) != joined:
+        raise OSError(errno.EPERM, "the kernel says so, and has joined no new session keyring")
+
+
+def are_known() -> bool:
+    """Whether there are keys for the calling process at all.
+
+    There are none, and so no session keyring to share, where each of the three calls that know of
+    keys answers ENOSYS: in a kernel without CONFIG_KEYS, or under a filter that says the same and
+    that whatever the process becomes is under as well. One call alone says nothing: who may not
+    join a keyring could still read a key of the one that it has by another call, or be asked for
+    one by request_key(2).
+    """
+    return not all(map(_is_absent, (_ask_for_none, add_no_key, request_no_key)))
+
+
+def _ask_for_none() -> int:
+    return keyctl(_GET_KEYRING_ID, 0, 0)
+
+
+def _is_absent(call: Callable[[], int]) -> bool:
+    try:
+        call()
+    except OSError as error:
+        return error.errno == errno.ENOSYS
+    return False
 
 
 def _well_known_keyrings() -> list[int]:

@@ -27,6 +27,14 @@ _NR_CLONE3: Final = 435
 _NR_CLOSE_RANGE: Final = 436
 _NR_OPENAT2: Final = 437
 _NR_MOUNT_SETATTR: Final = 442
+_NR_ADD_KEY: Final = {"x86_64": 248, "aarch64": 217, "riscv64": 217, "s390x": 278, "ppc64le": 269}
+_NR_REQUEST_KEY: Final = {
+    "x86_64": 249,
+    "aarch64": 218,
+    "riscv64": 218,
+    "s390x": 279,
+    "ppc64le": 270,
+}
 _NR_KEYCTL: Final = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "s390x": 280, "ppc64le": 271}
 
 _IPC_RMID: Final = 0
@@ -260,6 +268,16 @@ def remove_sysv_object(kind: str, number: int) -> None:
 def keyctl(operation: int, *arguments: int | None) -> int:
     """Operate on the kernel's keys (`keyctl(2)`)."""
     return _syscall(_NR_KEYCTL[os.uname().machine], operation, *arguments)
+
+
+def add_no_key() -> int:
+    """Call add_key(2) with nothing: EFAULT where there is such a call. Raises OSError."""
+    return _syscall(_NR_ADD_KEY[os.uname().machine], None, None, None, 0, 0)
+
+
+def request_no_key() -> int:
+    """Call request_key(2) with nothing: EFAULT where there is such a call. Raises OSError."""
+    return _syscall(_NR_REQUEST_KEY[os.uname().machine], None, None, None, 0)
 
 
 def prctl(option: int, argument: int = 0) -> int:

@@ -300,6 +300,7 @@ class _Start:
             system_calls=self.engine.system_calls,
             boot_files=self.lent.boot_files,
             has_kvm=self.engine.accelerator == "kvm",
+            may_share_keyring="session-keyring" in self.host.config.confinement.may_be_missing,
             has_native_aio=any(disk.aio == "native" for disk in self.machine.disks),
             file_bytes=limits.largest_file_bytes(self.host.config, self.machine, self.lent),
             descriptors=placed.descriptors,

@@ -30,6 +30,7 @@ CHECKS: Final = (
     Check("namespaces", "namespaces", kernel.check_namespaces),
     Check("privileges", "privileges", kernel.check_privileges),
     Check("filter", "system call filter", kernel.check_filter),
+    Check("session-keyring", "session keyring", kernel.check_keyring),
     Check("ptrace", "ptrace", kernel.check_ptrace),
     Check("io-uring", "io_uring", kernel.check_io_uring),
     Check("cgroups", "control groups", kernel.check_cgroups),

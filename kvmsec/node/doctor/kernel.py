@@ -10,12 +10,14 @@ from typing import Final
 
 from hypervisor.cgroup_limits import GroupLimits
 from hypervisor.cgroups import Hierarchy
+from hypervisor.errors import ALLOW_KEYCTL, KEYRING_HINT
 from hypervisor.machine import Limits
 from hypervisor.seccomp import TICKET_BYTES, NoFilter, find_filter
 from kvmsec.config import Config
 from kvmsec.linux import namespaces, processes, syscalls
-from kvmsec.linux.credentials import Credentials, become
+from kvmsec.linux.credentials import Credentials, become, leave_session_keyring
 from kvmsec.linux.files import open_without_links
+from kvmsec.linux.keyrings import are_known
 from kvmsec.node import limits, trial_groups
 from kvmsec.node.doctor.subject import Answer, Subject, error, ok, warning
 
@@ -150,6 +152,23 @@ def check_filter(subject: Subject) -> Iterator[Answer]:
     become(_NOBODY)
     made.put_in_force(os.urandom(TICKET_BYTES))
     yield ok(f"libseccomp {made.library}, {made.length} instructions, which the kernel takes")
+
+
+def check_keyring(subject: Subject) -> Iterator[Answer]:
+    """A process of our own gets a session keyring that is nobody else's; it ends right after."""
+    try:
+        leave_session_keyring()
+    except OSError as failure:
+        found = f"no new session keyring can be had ({failure.strerror})"
+        if subject.config and "session-keyring" in subject.config.confinement.may_be_missing:
+            yield warning(f"{found} (kvmsec.toml says that it may be missing)", ALLOW_KEYCTL)
+        else:
+            yield error(f"{found}: no instance can start", KEYRING_HINT)
+        return
+    if are_known():
+        yield ok("a new one for each process that asks")
+    else:
+        yield ok("there are no keys here, and so none to share")
 
 
 def check_ptrace(subject: Subject) -> Iterator[Answer]:

@@ -68,13 +68,13 @@ def stay_traceable(patch: pytest.MonkeyPatch) -> None:
 
 def ask_no_more_once_ids_changed(patch: pytest.MonkeyPatch) -> None:
     """To become somebody makes the kernel forget the signal."""
-    become = credentials.become
+    take = credentials.take
 
-    def become_and_forget(wanted: Credentials) -> None:
-        become(wanted)
+    def take_and_forget(wanted: Credentials) -> None:
+        take(wanted)
         without(DEATH_SIGNAL, signal.SIGKILL)(patch)
 
-    patch.setattr(credentials, "become", become_and_forget)
+    patch.setattr(credentials, "take", take_and_forget)
 
 
 def leave_open(flags: int, lowest: int) -> Callable[[Jail], None]:

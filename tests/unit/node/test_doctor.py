@@ -1,6 +1,7 @@
 """How checks are run and what each makes of what it finds; the host itself is in tests/kvm."""
 
 import asyncio
+import errno
 import os
 import re
 import select
@@ -291,6 +292,46 @@ def test_a_missing_filter_is_an_error_and_a_warning_where_it_is_tolerated(
     assert answer.severity == severity
     assert "libseccomp.so.2" in answer.message
     assert answer.hint and "apt-get install libseccomp2" in answer.hint
+
+
+@pytest.mark.parametrize(
+    ("tolerated", "severity"), [((), "error"), (("session-keyring",), "warning")]
+)
+def test_a_session_keyring_that_is_refused_is_an_error_and_a_warning_where_it_is_tolerated(
+    subject: Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    tolerated: tuple[str, ...],
+    severity: str,
+) -> None:
+    def refuse() -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(kernel, "leave_session_keyring", refuse)
+    assert subject.config is not None
+    confinement = evolve(subject.config.confinement, may_be_missing=tolerated)
+    configured = evolve(subject, config=evolve(subject.config, confinement=confinement))
+
+    (answer,) = kernel.check_keyring(configured)
+
+    assert answer.severity == severity
+    assert answer.message.startswith("no new session keyring can be had (Operation not permitted)")
+    assert answer.hint and "allow it keyctl" in answer.hint
+    assert ("may_be_missing" in answer.hint) == (severity == "error")
+
+
+@pytest.mark.parametrize(
+    ("are_known", "told"),
+    [(True, "a new one for each process that asks"), (False, "there are no keys here")],
+)
+def test_a_session_keyring_of_ones_own_is_well_and_so_is_a_kernel_without_keys(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, are_known: bool, told: str
+) -> None:
+    monkeypatch.setattr(kernel, "leave_session_keyring", lambda: None)
+    monkeypatch.setattr(kernel, "are_known", lambda: are_known)
+
+    (answer,) = kernel.check_keyring(subject)
+
+    assert (answer.severity, answer.message.startswith(told)) == ("ok", True)
 
 
 # Places
