@@ -34,6 +34,7 @@ CHECKS: Final = (
     Check("ptrace", "ptrace", kernel.check_ptrace),
     Check("io-uring", "io_uring", kernel.check_io_uring),
     Check("cgroups", "control groups", kernel.check_cgroups),
+    Check("cgroup-parent", "control group parent", kernel.check_cgroup_parent),
     Check("directories", "directories", places.check_directories),
     Check("configuration", "configuration", places.check_configuration),
     Check("definitions", "definitions", places.check_definitions),

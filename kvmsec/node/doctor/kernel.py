@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from hypervisor.cgroup_delegation import DEFAULT_PARENT, is_delegated
 from hypervisor.cgroup_limits import GroupLimits
+from hypervisor.cgroup_mounts import mounted
 from hypervisor.cgroups import Hierarchy
 from hypervisor.errors import ALLOW_KEYCTL, KEYRING_HINT
 from hypervisor.machine import Limits
@@ -28,6 +30,12 @@ _YAMA: Final = Path("/proc/sys/kernel/yama/ptrace_scope")
 _IO_URING: Final = Path("/proc/sys/kernel/io_uring_disabled")
 _CONTAINER_HINT: Final = (
     "run kvmsec on the host itself, or in a container that is given all privileges"
+)
+_SYSTEMD: Final = Path("/run/systemd/system")  # sd_booted(3)
+_UNIT_HINT: Final = "start the unit that the group is of, with Delegate=yes"
+_PARENT_HINT: Final = (
+    "install kvmsec-instances.service (docs/packaging.md, The wheel, has it), and write "
+    'cgroup.parent = "kvmsec.slice/kvmsec-instances.service" in kvmsec.toml'
 )
 _KINDS: Final = {
     "mount": namespaces.CLONE_NEWNS,
@@ -255,6 +263,26 @@ def check_cgroups(subject: Subject) -> Iterator[Answer]:
     else:
         yield ok(hierarchy.layout)
     yield from _cgroups_on_demand(hierarchy)
+
+
+def check_cgroup_parent(subject: Subject) -> Iterator[Answer]:
+    """Below which group instances are, and whether systemd, where it is there, knows of that."""
+    mounts = mounted()  # All: where it has no controller (version 1) systemd marks its own alone.
+    if not mounts:
+        return  # The check of control groups tells.
+    parent = (subject.config or Config()).cgroup.parent
+    origin = "kvmsec's own: cgroup.parent is not set" if parent is None else "cgroup.parent"
+    found = f"instances are below {parent or DEFAULT_PARENT} ({origin})"
+    if not _SYSTEMD.is_dir():
+        yield ok(f"{found}, and systemd does not manage this host")
+    elif any(is_delegated(mount, parent) for mount in mounts):
+        yield ok(f"{found}, which systemd has delegated")
+    else:
+        yield warning(
+            f"{found}, which systemd has not delegated: it holds the group for its own and may "
+            "take its controllers away",
+            _PARENT_HINT if parent is None else f"{_UNIT_HINT}; or {_PARENT_HINT}",
+        )
 
 
 def _cgroups_on_demand(hierarchy: Hierarchy) -> Iterator[Answer]:

@@ -113,6 +113,9 @@ def errors_of_doctor(host: Host) -> list[str]:
 
 def test_the_installed_host_is_ready(host: Host) -> None:
     assert errors_of_doctor(host) == []
+    (parent,) = [one for one in host.listed("doctor") if one["code"] == "cgroup-parent"]
+    assert "below kvmsec.slice/kvmsec-instances.service" in str(parent["message"])
+    assert "which systemd has delegated" in str(parent["message"])
     for unit in _UNITS[:2]:
         assert property_of(host, f"{unit}.service", "ActiveState") == "active"
     assert host.run("getent", "passwd", "kvmsec-reaper", "kvmsec-front").text.count("\n") == 2

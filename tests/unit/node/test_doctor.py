@@ -21,7 +21,7 @@ from hypervisor.cgroup_mounts import Mount
 from hypervisor.cgroups import Hierarchy
 from hypervisor.seccomp import Filter, NoFilter
 from kvmsec.agent import Finding, InstanceInfo, InstanceState
-from kvmsec.config import Config, ConfinementSettings, LimitSettings
+from kvmsec.config import CgroupSettings, Config, ConfinementSettings, LimitSettings
 from kvmsec.errors import NoCluster
 from kvmsec.linux import syscalls
 from kvmsec.model.cluster import Cluster, Member, Role
@@ -270,6 +270,56 @@ def test_a_limit_of_the_nodes_own_wants_its_controller_whatever_is_tolerated(
     assert first.hint is not None
     assert "may_be_missing" not in first.hint
     assert "ask for no limit of cpu" in first.hint
+
+
+@pytest.mark.parametrize(
+    ("has_systemd", "is_delegated", "parent", "severity", "told", "hint"),
+    [
+        (False, False, None, "ok", "below kvmsec (kvmsec's own: cgroup.parent is not set)", ""),
+        (False, False, "a/b", "ok", "below a/b (cgroup.parent), and systemd does not", ""),
+        (True, True, "a/b", "ok", "below a/b (cgroup.parent), which systemd has delegated", ""),
+        (True, False, None, "warning", "below kvmsec (kvmsec's own", "install kvmsec-instances"),
+        (True, False, "a/b", "warning", "below a/b (cgroup.parent), which", "start the unit"),
+    ],
+)
+def test_a_parent_that_systemd_has_not_delegated_is_warned_of(
+    subject: Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    has_systemd: bool,
+    is_delegated: bool,
+    parent: str | None,
+    severity: str,
+    told: str,
+    hint: str,
+) -> None:
+    asked = []
+
+    def look(mount: Mount, named: str | None) -> bool:
+        asked.append(named)
+        return is_delegated and mount.path.endswith("systemd")
+
+    memory = Mount("/sys/fs/cgroup/memory", 1, frozenset({"memory"}))
+    own = Mount("/sys/fs/cgroup/systemd", 1, frozenset())
+    monkeypatch.setattr(kernel, "mounted", lambda: [memory, own])
+    monkeypatch.setattr(kernel, "is_delegated", look)
+    monkeypatch.setattr(kernel, "_SYSTEMD", tmp_path if has_systemd else tmp_path / "none")
+
+    config = Config(cgroup=CgroupSettings(parent=parent))
+    (answer,) = kernel.check_cgroup_parent(evolve(subject, config=config))
+
+    assert answer.severity == severity
+    assert told in answer.message
+    assert (answer.hint or "").startswith(hint)
+    assert ("kvmsec.slice/kvmsec-instances.service" in (answer.hint or "")) == bool(hint)
+    assert asked == ([parent] * 2 if has_systemd else [])
+
+
+def test_where_no_control_groups_are_mounted_nothing_is_said_of_their_parent(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "mounted", lambda: [])
+    assert list(kernel.check_cgroup_parent(subject)) == []
 
 
 @pytest.mark.parametrize(("tolerated", "severity"), [((), "error"), (("seccomp",), "warning")])
