@@ -120,9 +120,10 @@ OTHER_INSTANCE: Final = in_room(
     ),
     Attack(
         "drain-processes",
-        "drain-processes 1500",
+        "drain-processes 1500 all",
         Refusal("control group", "UNHURT"),
-        control=Control(attacker="victim"),
+        # That the victim notices what isn't bounded is to be seen, too.
+        control=Control("drain-processes 1500", attacker="victim"),
     ),
 )
 
