@@ -1,10 +1,8 @@
 """The table of attacks: what is tried from inside an instance, and which lock refuses it."""
 
-import shutil
-from pathlib import Path
 from typing import Final
 
-from kvmsec.linux.credentials import bounding_set
+from tests.attacks import host
 from tests.attacks.attack import Attack, Control, Refusal, Without, in_room
 from tests.attacks.networks import NETWORKS
 from tests.attacks.refusals import (
@@ -21,8 +19,6 @@ from tests.attacks.refusals import (
     PIDS,
     TREE,
 )
-
-CAP_SYS_RESOURCE: Final = 24  # linux/include/uapi/linux/capability.h
 
 OTHER_INSTANCE: Final = in_room(
     "another instance",
@@ -193,18 +189,6 @@ HOST_FILES: Final = in_room(
 )
 
 
-def _has_no_modules() -> bool:
-    return not Path("/proc/modules").exists()
-
-
-def _has_no_newuidmap() -> bool:
-    return shutil.which("newuidmap") is None
-
-
-def _raises_no_limit() -> bool:
-    return CAP_SYS_RESOURCE not in bounding_set()
-
-
 PRIVILEGES: Final = in_room(
     "privileges",
     Attack("become-root", "become-root", KILLED, second=CAPABILITIES),
@@ -230,7 +214,9 @@ PRIVILEGES: Final = in_room(
         "execute /usr/bin/newuidmap",
         TREE,
         control=Control(
-            unless=Without("ENOENT", "no package of this host has newuidmap", _has_no_newuidmap),
+            unless=Without(
+                "ENOENT", "no package of this host has newuidmap", host.has_no_newuidmap
+            ),
         ),
     ),
     Attack("uid-map", "open-to-write /proc/self/uid_map", TREE),
@@ -238,11 +224,11 @@ PRIVILEGES: Final = in_room(
         "load-module",
         "load-module",
         KILLED,
-        second=Refusal("no capability", "EPERM|ENOSYS"),
+        second=Refusal("no capability", host.of_modules),
         # What is loaded is no module: whoever may load one is told so.
         control=Control(
             answers="ENOEXEC",
-            unless=Without("ENOSYS", "this kernel loads no modules", _has_no_modules),
+            unless=Without("ENOSYS", "this kernel loads no modules", host.has_no_modules),
         ),
     ),
     Attack("bpf", "make-bpf-map", NOT_PERMITTED, second=CAPABILITIES),
@@ -250,21 +236,26 @@ PRIVILEGES: Final = in_room(
         "perf",
         "watch-by-perf",
         NOT_PERMITTED,
-        second=Refusal("seccomp alone", "succeeded|EACCES|EPERM"),
+        second=Refusal("kernel.perf_event_paranoid", host.of_perf),
+        control=Control(
+            unless=Without("ENOSYS", "this kernel has no perf", host.has_no_perf),
+        ),
     ),
     Attack("userfaultfd", "handle-faults", NOT_PERMITTED, second=OPEN),
     Attack(
         "kernel-log",
         "read-kernel-log",
         KILLED,
-        second=Refusal("kernel.dmesg_restrict", "EPERM|succeeded"),
+        second=Refusal("kernel.dmesg_restrict", host.of_kernel_log),
     ),
     Attack(
         "raise-limit",
         "raise-limit",
         CAPABILITIES,
         control=Control(
-            unless=Without("EPERM", "root may raise no limit in this container", _raises_no_limit)
+            unless=Without(
+                "EPERM", "root may raise no limit in this container", host.raises_no_limit
+            )
         ),
     ),
     Attack("run-first", "run-first", CAPABILITIES),
