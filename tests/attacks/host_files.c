@@ -219,11 +219,17 @@ static void add_key(char **words)
     succeeded("has a key");
 }
 
+/* DESCRIPTION: a key that the caller's session keyring leads to (request_key(2)). DESCRIPTION login:
+ * after what pam_keyinit(8) does for every user that logs in, since whoever calls this may have
+ * inherited another's session keyring. A jail's is empty, and leads to no keyring of its user's. */
 static void request_key(char **words)
 {
-    (void)words;
-    must(syscall(SYS_request_key, "user", "hostile-unknown", 0, 0));
-    succeeded("has a key");
+    if (words[1]) {
+        must(syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0));
+        must(syscall(SYS_keyctl, KEYCTL_LINK, KEY_SPEC_USER_KEYRING, KEY_SPEC_SESSION_KEYRING));
+    }
+    long key = must(syscall(SYS_request_key, "user", words[0], 0, 0));
+    succeeded("found key %lx", key);
 }
 
 static void persistent_keyring(char **words)

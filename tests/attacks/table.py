@@ -179,10 +179,10 @@ HOST_FILES: Final = in_room(
     Attack("add-key", "add-key", NO_SUCH_CALL, second=OPEN),
     Attack(
         "request-key",
-        "request-key",
+        "request-key {key}",
         NO_SUCH_CALL,
-        second=Refusal("nothing to find", "ENOKEY"),
-        control=Control(answers="ENOKEY"),
+        second=Refusal("session keyring", "ENOKEY"),
+        control=Control("request-key {key} login", attacker="victim"),
     ),
     Attack("persistent-keyring", "persistent-keyring", NO_SUCH_CALL, second=OPEN),
     Attack("session-keyring", "session-keyring", NO_SUCH_CALL, second=OPEN),
