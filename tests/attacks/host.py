@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 from typing import Final
 
+from hypervisor.cgroup_mounts import mounted
 from kvmsec.linux.children import run_in_child
 from kvmsec.linux.credentials import Credentials, bounding_set
 
@@ -53,6 +54,16 @@ def of_perf() -> str:
     if level is None:
         return "ENOSYS"
     return "succeeded" if level <= 2 else _of_perf_to_nobody()
+
+
+def of_memory() -> str:
+    """To a process that goes beyond what its control group has.
+
+    Version 2 ends the whole group (memory.oom.group in the kernel's cgroup-v2.rst), version 1 the
+    largest of its processes (cgroup-v1/memory.rst).
+    """
+    with_memory = [mount.version for mount in mounted() if mount.offers(["memory"])]
+    return "ENDED" if with_memory == [2] else "UNHURT"
 
 
 def _of_perf_to_nobody() -> str:

@@ -40,16 +40,33 @@ static void fork_on(char **words)
     succeeded("it forked on");
 }
 
-/* MIB */
+static void *map(size_t bytes, int how)
+{
+    void *mapped = mmap(0, bytes, PROT_READ | PROT_WRITE, how | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED)
+        refused("mmap");
+    return mapped;
+}
+
+/* MIB: taken by a child, so that somebody is left to have it looked into why the child ended. */
 static void hog_memory(char **words)
 {
+    int status;
     size_t bytes = strtoul(words[0], 0, 10) << 20;
-    char *hoard = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (hoard == MAP_FAILED)
-        refused("mmap");
-    for (size_t each = 0; each < bytes; each += 4096)
-        hoard[each] = 1;
-    succeeded("has %s MiB", words[0]);
+    char *hoard = map(bytes, MAP_PRIVATE);
+    volatile size_t *held = map(sizeof *held, MAP_SHARED);
+    pid_t child = must(fork());
+    if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+        for (; *held < bytes; *held += 4096)
+            hoard[*held] = 1;
+        _exit(0);
+    }
+    must(waitpid(child, &status, 0));
+    if (status == 0)
+        succeeded("has %s MiB", words[0]);
+    ready("SIG%s at %zu MiB", sigabbrev_np(WTERMSIG(status)), *held >> 20);
+    succeeded("it was held");
 }
 
 /* COUNT */

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import resource
 import shutil
 import signal
@@ -225,7 +226,12 @@ def given_to_a_control(setting: Setting) -> Iterator[list[int]]:
 
 
 def is_hurt(setting: Setting, what: str) -> bool:
-    """Whether the victim's uid can't get one more of what the kernel counts by uid."""
+    """Whether the victim's uid can't get one more of what the kernel counts by uid.
+
+    Memory it doesn't: the node is hurt by whoever was ended, and not by its own control group.
+    """
+    if what == "hog-memory":
+        return _ended_for_memory(setting) != {"vm-attacker"}
     uid = setting.victim.uid or 0
 
     def ask() -> bool:
@@ -256,6 +262,13 @@ def is_hurt(setting: Setting, what: str) -> bool:
 
     who = Credentials(uid, uid)
     return bool(run_in_child(ask, what=f"one more of {what}", timeout_s=20, credentials=who))
+
+
+def _ended_for_memory(setting: Setting) -> set[str]:
+    """The control groups (version 1) in which the kernel has ended something for its memory."""
+    files = [Path(group, "memory.oom_control") for group in setting.lab.groups()]
+    counts = {file.parent.name: file.read_text() for file in files if file.exists()}
+    return {name for name, count in counts.items() if re.search("^oom_kill [1-9]", count, re.M)}
 
 
 def _can_queue_none() -> bool:
