@@ -32,7 +32,6 @@ _ABSTRACT: Final = "hostile-attacks"
 _SEGMENT: Final = 0x1EF5
 _USUAL_PIPE_BYTES: Final = 1 << 16  # pipe(7)
 _QUEUE: Final = "/victims-queue"
-_KEY: Final = "victims-key"
 _DEVICES: Final = ("null", "zero", "full", "random", "urandom", "kvm")
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -66,7 +65,7 @@ class Setting:
             "host_abstract": f"{_ABSTRACT}-of-host",
             "segment": hex(_SEGMENT),
             "queue": _QUEUE,
-            "key": _KEY,
+            "key": _key(self.lab),
             "cgroup": f"{self.lab.groups()[-1]}/cgroup.procs",
             "place": place,
             "devices": " ".join(f"/dev/{one}" for one in _DEVICES),
@@ -118,14 +117,19 @@ def furnished(lab: Any, net: Net, program: Path, **security: str) -> Iterator[Se
         lab.disk("victim.raw")
         victim = lab.start("victim", disks=[{"path": str(lab.root / "victim.raw")}], **security)
         ends.callback(lab.stop, "victim")
-        ends.enter_context(_belongings(victim))
+        ends.enter_context(_belongings(victim, _key(lab)))
         ends.enter_context(_abstract_socket(f"{_ABSTRACT}-of-host"))
         listeners = _prepare_network(net, ends)
         yield Setting(lab, net, victim, scratch, scratch / "qemu", listeners)
 
 
+def _key(lab: Any) -> str:
+    """Of this run alone: no namespace keeps root's keyring from another that runs at once."""
+    return f"victims-key-{lab.root.name}"
+
+
 @contextmanager
-def _belongings(victim: Any) -> Iterator[None]:
+def _belongings(victim: Any, key: str) -> Iterator[None]:
     """A process of the victim's uid in its namespaces, with all that a process may share."""
     reader, writer = os.pipe()
     uid = victim.uid or 0
@@ -142,7 +146,7 @@ def _belongings(victim: Any) -> Iterator[None]:
                 _libc.semget(_SEGMENT, 1, 0o1666),
                 _libc.mq_open(_QUEUE.encode(), os.O_RDWR | os.O_CREAT, 0o666, None),
                 # add_key, to the user's keyring (x86_64)
-                _libc.syscall(248, b"user", _KEY.encode(), b"secret", 6, -4),
+                _libc.syscall(248, b"user", key.encode(), b"secret", 6, -4),
             )
             os.write(writer, b"+" if min(made) >= 0 else b"-")
             os.close(writer)
@@ -155,12 +159,12 @@ def _belongings(victim: Any) -> Iterator[None]:
         assert said == b"+", "the victim could not be furnished"
         yield
     if uid == 0:
-        _forget_key()
+        _forget_key(key)
 
 
-def _forget_key() -> None:
+def _forget_key(description: str) -> None:
     """Under `none` the victim's key is in root's keyring, which outlives it (keyctl(2))."""
-    key = int(_libc.syscall(250, 10, -4, b"user", _KEY.encode(), 0))  # KEYCTL_SEARCH
+    key = int(_libc.syscall(250, 10, -4, b"user", description.encode(), 0))  # KEYCTL_SEARCH
     assert key >= 0
     _libc.syscall(250, 9, key, -4)  # KEYCTL_UNLINK
 
