@@ -173,6 +173,7 @@ class Interplay:
             "be-called": lambda: self._call(attacker, "ipv4" if "ipv4" in words else family),
             "be-called-by-node": lambda: self._call_on_loopback(attacker, family, words[0]),
             "be-told": lambda: self._tell(attacker, family),
+            "be-told-by-node": lambda: self._tell_on_loopback(attacker, family, words[0]),
             "answer-by-cookie": lambda: self._call_often(attacker, family),
             "leave-orphan": lambda: self._take_orphan(attacker, family),
             "flood-log": lambda: self._count_lines(attacker),
@@ -195,6 +196,11 @@ class Interplay:
             teller = socket.socket(KIND[family], socket.SOCK_DGRAM)
         with teller:
             teller.sendto(b"x", (NODE[family], 6000))
+            return attacker.go_on()
+
+    def _tell_on_loopback(self, attacker: Attacker, family: Family, address: str) -> Answer:
+        with socket.socket(KIND[family], socket.SOCK_DGRAM) as teller:
+            teller.sendto(b"x", (address, 6000))
             return attacker.go_on()
 
     def _call_often(self, attacker: Attacker, family: Family) -> Answer:

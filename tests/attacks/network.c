@@ -339,6 +339,7 @@ const struct attack network[] = {
     {"be-called", be_called},
     {"be-called-by-node", be_called},
     {"be-told", be_told},
+    {"be-told-by-node", be_told},
     {"answer-by-cookie", answer_by_cookie},
     {"leave-orphan", leave_orphan},
     {"use-inherited", use_inherited},

@@ -35,8 +35,14 @@ NETWORKS: Final = in_room(
             second=Refusal("network namespace", "EACCES"),
             rules=rules,
         )
-        for kind, rules in (("ipv4", RULES), ("ipv6", RULES_UNTOLD))
+        for kind, rules in (
+            ("ipv4", RULES),
+            ("ipv6", RULES_UNTOLD),
+            ("loopback4", RULES),
+            ("loopback6", RULES_UNTOLD),
+        )
     ),
+    # No v4-mapped address here: neither kind of socket sends to one as to an IPv4 address.
     *(
         Attack(
             f"raw-{kind}",
@@ -45,11 +51,12 @@ NETWORKS: Final = in_room(
             second=CAPABILITIES,
             rules=CAPABILITIES,
         )
-        for kind in ("ipv4", "ipv6")
+        for kind in ("ipv4", "ipv6", "loopback4", "loopback6")
     ),
     Attack("packet", "frame {wire}", NO_SUCH_FAMILY, second=CAPABILITIES, rules=CAPABILITIES),
-    Attack("netlink", "netlink", NO_SUCH_FAMILY, second=OPEN),
-    Attack("vsock", "vsock", NO_SUCH_FAMILY, second=OPEN),
+    # No packet rule sees these.
+    Attack("netlink", "netlink", NO_SUCH_FAMILY, second=OPEN, rules=OPEN),
+    Attack("vsock", "vsock", NO_SUCH_FAMILY, second=OPEN, rules=OPEN),
     *(
         Attack(
             f"inbound-{kind}",
@@ -70,10 +77,10 @@ NETWORKS: Final = in_room(
         Attack(
             f"inbound-{kind}",
             f"be-called-by-node {{{kind}}} 6000",
-            Refusal("network namespace", "ETIMEDOUT|EADDRNOTAVAIL"),
+            Refusal("network namespace", answer),
             rules=RULES_UNTOLD,
         )
-        for kind in ("loopback4", "loopback6")
+        for kind, answer in (("loopback4", "ETIMEDOUT"), ("loopback6", "EADDRNOTAVAIL"))
     ),
     # The rules are about what is sent: it may be told, and can't answer.
     *(
@@ -84,6 +91,15 @@ NETWORKS: Final = in_room(
             rules=Refusal("network namespace alone", "succeeded"),
         )
         for kind, address in (("ipv4", "0.0.0.0"), ("ipv6", "::"))
+    ),
+    *(
+        Attack(
+            f"inbound-udp-{kind}",
+            f"be-told-by-node {{{kind}}} 6000",
+            Refusal("network namespace", answer),
+            rules=Refusal("network namespace alone", "succeeded"),
+        )
+        for kind, answer in (("loopback4", "ETIMEDOUT"), ("loopback6", "EADDRNOTAVAIL"))
     ),
     *(
         Attack(
