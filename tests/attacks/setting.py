@@ -117,7 +117,7 @@ def furnished(lab: Any, net: Net, program: Path, **security: str) -> Iterator[Se
         lab.disk("victim.raw")
         victim = lab.start("victim", disks=[{"path": str(lab.root / "victim.raw")}], **security)
         ends.callback(lab.stop, "victim")
-        ends.enter_context(_belongings(victim, _key(lab)))
+        ends.enter_context(_belongings(lab, victim))
         ends.enter_context(_abstract_socket(f"{_ABSTRACT}-of-host"))
         listeners = _prepare_network(net, ends)
         yield Setting(lab, net, victim, scratch, scratch / "qemu", listeners)
@@ -129,10 +129,10 @@ def _key(lab: Any) -> str:
 
 
 @contextmanager
-def _belongings(victim: Any, key: str) -> Iterator[None]:
+def _belongings(lab: Any, victim: Any) -> Iterator[None]:
     """A process of the victim's uid in its namespaces, with all that a process may share."""
     reader, writer = os.pipe()
-    uid = victim.uid or 0
+    uid, key = victim.uid or 0, _key(lab)
 
     def have() -> None:
         for kind in ("net", "ipc"):
@@ -158,15 +158,17 @@ def _belongings(victim: Any, key: str) -> Iterator[None]:
         os.close(reader)
         assert said == b"+", "the victim could not be furnished"
         yield
-    if uid == 0:
-        _forget_key(key)
+    if uid in (0, lab.domain_uid):
+        who = Credentials(uid, uid)
+        assert run_in_child(
+            lambda: _forget_key(key), what="the victim's key", timeout_s=20, credentials=who
+        )
 
 
-def _forget_key(description: str) -> None:
-    """Under `none` the victim's key is in root's keyring, which outlives it (keyctl(2))."""
+def _forget_key(description: str) -> bool:
+    """In its user's keyring, which nobody empties but under `pool` (keyctl(2))."""
     key = int(_libc.syscall(250, 10, -4, b"user", description.encode(), 0))  # KEYCTL_SEARCH
-    assert key >= 0
-    _libc.syscall(250, 9, key, -4)  # KEYCTL_UNLINK
+    return key >= 0 and int(_libc.syscall(250, 9, key, -4)) == 0  # KEYCTL_UNLINK
 
 
 @contextmanager
