@@ -31,9 +31,6 @@ class Refusal:
     A signal is the one by which the kernel ended the attack. Other words are the suite's own:
     NONE (it looked, and found nothing to use), UNSENT (nothing arrived), UNHURT (the victim noticed
     nothing), HELD (what was to be let go is held), LIMITED (a few of many were logged), ENDED (the
-    A signal is the one by which the kernel ended the attack. Other words are the suite's own:
-    NONE (it looked, and found nothing to use), UNSENT (nothing arrived), UNHURT (the victim noticed
-    nothing), HELD (what was to be let go is held), LIMITED (a few of many were logged), ENDED (the
     whole instance). Of encounters: INTIME (nobody waited longer than was said), BOUNDED (no more
     was taken in than has room), UNREAD (not what was planted), SPARED (nobody else's process was
     ended), GONE (nothing of it is left), KEPT (its uid is kept from others), ALONE (of those that
