@@ -50,6 +50,15 @@ class Attacker:
     def go_on(self) -> Answer:
         return self._say("go")
 
+    def is_gone(self, within_s: float) -> bool:
+        """Whether nobody has its end of the line any more, nor any process that it forked."""
+        if not select.select([self._reader], [], [], within_s)[0]:
+            return False
+        try:
+            return os.read(self._reader, 4096) == b""
+        except ConnectionResetError:
+            return True
+
     def _say(self, text: str) -> Answer:
         try:
             os.write(self._writer, text.encode() + b"\n")
@@ -122,7 +131,12 @@ class Unconfined(Attacker):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def kill(self) -> None:
+        """End the process that was started, and no other."""
         self._process.kill()
+        self._process.wait()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
         with self._process:
             pass

@@ -17,8 +17,8 @@ from tests.attacks.attack import SUCCEEDED, Encounter, Refusal, in_room
 from tests.attacks.attacker import Answer
 from tests.attacks.stage import DEADLINE_S, Memory, Stage
 
-_POLITE_S: Final = 0.3
-_READY_S: Final = 0.5
+_POLITE_S: Final = 0.2
+_READY_S: Final = 0.3
 _GRACE_S: Final = 4.0
 """For all that a stop does besides waiting, on a machine that is busy."""
 _MOST_KIB: Final = 16 * 1024

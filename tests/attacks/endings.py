@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
 
+from attrs import frozen
+
 from kvmsec.linux.children import Child, run_in_child, start_child
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.locks import FileLock
@@ -23,23 +25,18 @@ from tests.attacks.stage import DEADLINE_S, Stage, end_all_of, is_ended
 _NAME: Final = "forker"
 _APART_S: Final = (0.0, 0.02)
 """How much later the second of two that race comes."""
-_LOOKS: Final = 10
 _PTRACE_SEIZE: Final = 0x4206
-_PATIENCE_S: Final = 1.0
+_PATIENCE_S: Final = 0.5
 
 
 def _running(program: Path) -> set[int]:
-    """The processes of a program, whoever they are.
-
-    One that forks and ends is another at each look, and a single look may miss it.
-    """
+    """The processes of a program, whoever they are."""
     wanted = program.stat()
     found = set()
-    for _ in range(_LOOKS):
-        for entry in Path("/proc").glob("[0-9]*/exe"):
-            with suppress(OSError):
-                if os.path.samestat(entry.stat(), wanted):
-                    found.add(int(entry.parent.name))
+    for entry in Path("/proc").glob("[0-9]*/exe"):
+        with suppress(OSError):
+            if os.path.samestat(entry.stat(), wanted):
+                found.add(int(entry.parent.name))
     return found
 
 
@@ -135,7 +132,7 @@ def _trace(pids: set[int], uid: int) -> int:
     return int(run_in_child(work, what="tracing", timeout_s=DEADLINE_S, credentials=who))
 
 
-@patch.object(dismantle, "KILL_TIMEOUT_S", 1.0)
+@patch.object(dismantle, "KILL_TIMEOUT_S", 0.3)
 def _traced_from_outside(stage: Stage) -> Answer:
     info = stage.start("parent", by="taken-over")
     children = _running(stage.programs / "taken-over") - {info.pid}
@@ -163,28 +160,31 @@ def _traced_and_killed(stage: Stage) -> Answer:
         hostile.process.wait(DEADLINE_S)
         time.sleep(_PATIENCE_S)
         is_there = Path(f"/proc/{child}").exists()
-    return Answer(SUCCEEDED if is_there else "GONE", "killed, and there a second later")
+    return Answer(SUCCEEDED if is_there else "GONE", "after it was killed")
 
 
 # Races --------------------------------------------------------------------------------------------
 
 
+@frozen
+class _Forking:
+    """An instance that forks as fast as it can: each of its processes is gone before it is seen."""
+
+    inside: Instance
+
+    def left(self, wrong: list[str]) -> Answer | None:
+        """What is wrong once it was ended; None where nothing is."""
+        if self.inside.is_gone(_PATIENCE_S) and not wrong:
+            return None
+        return Answer(SUCCEEDED, f"it forks on, or: {wrong}")
+
+
 @contextmanager
-def _forking(stage: Stage) -> Iterator[Any]:
-    """An instance that forks as fast as it can."""
-    program = stage.setting.program
-    info = stage.start(_NAME, by=program)
+def _forking(stage: Stage) -> Iterator[_Forking]:
+    stage.start(_NAME, by=stage.setting.program)
     with Instance(stage.lab.paths.instance(_NAME).serial_socket) as inside:
         assert inside.order("fork-on").is_ready
-        yield info
-
-
-def _left_of_the_first(stage: Stage, seen: list[str]) -> Answer | None:
-    """What is wrong after a round of a race; None where nothing is."""
-    left = _running(stage.setting.program)
-    if left or seen:
-        return Answer(SUCCEEDED, f"{len(left)} processes are left; {seen}")
-    return None
+        yield _Forking(inside)
 
 
 def _stop_while_others_reconcile(stage: Stage) -> Answer:
@@ -192,21 +192,21 @@ def _stop_while_others_reconcile(stage: Stage) -> Answer:
         return [line for _ in range(20) for line in await node.reconcile()]
 
     for apart_s in _APART_S:
-        with _forking(stage):
+        with _forking(stage) as forking:
             others = [stage.lab.rival(reconcile_often) for _ in range(2)]
             others[0].ends_within(apart_s)
             stage.lab.stop(_NAME)
             # Nobody else takes back what is being stopped.
             done = [line for other in others for line in other.outcome()["value"]]
-        if wrong := _left_of_the_first(stage, done):
-            return wrong
+            if answer := forking.left(done):
+                return answer
     return Answer("GONE", "")
 
 
 def _stop_that_is_killed(stage: Stage) -> Answer:
     lab = stage.lab
     for apart_s in _APART_S:
-        with _forking(stage):
+        with _forking(stage) as forking:
             stopper = lab.rival(lambda node: node.stop(_NAME, force=True))
             stopper.ends_within(apart_s)
             stopper.kill()
@@ -218,22 +218,22 @@ def _stop_that_is_killed(stage: Stage) -> Answer:
             lab.reconcile()
             if _NAME in lab.instances():  # It had not come to the first thing that it does.
                 lab.stop(_NAME)
-        if wrong := _left_of_the_first(stage, []):
-            return wrong
+            if answer := forking.left([]):
+                return answer
     return Answer("GONE", "")
 
 
 def _stop_and_start_at_once(stage: Stage) -> Answer:
     lab = stage.lab
     for apart_s in _APART_S:
-        with _forking(stage):
+        with _forking(stage) as forking:
             stopper = lab.rival(lambda node: node.stop(_NAME, force=True))
             stopper.ends_within(apart_s)
             starter = _starting(stage, _NAME)
             wrong = [stopper.outcome().get("error"), starter.outcome().get("error")]
             wrong = [one for one in wrong if one not in (None, "AlreadyRunning")]
             # What the first one forked is gone, whoever has its uid now.
-            answer = _left_of_the_first(stage, wrong)
+            answer = forking.left(wrong)
             if _NAME in lab.instances():
                 lab.stop(_NAME)
         if answer:
@@ -245,11 +245,10 @@ def _forks_on_when_its_pid_is_killed(stage: Stage) -> Answer:
     """A stop that ends the process which was started, and nothing else."""
     with Unconfined(stage.setting.program, uid=SOMEBODY) as hostile:
         assert hostile.order("fork-on").is_ready
-    try:
-        left = len(_running(stage.setting.program))
-    finally:
+        hostile.kill()
+        is_gone = hostile.is_gone(_PATIENCE_S)
         end_all_of(SOMEBODY)
-    return Answer(SUCCEEDED if left else "GONE", f"{left} processes are left")
+    return Answer("GONE" if is_gone else SUCCEEDED, "after it was killed")
 
 
 def _starting(stage: Stage, name: str) -> Any:

@@ -23,7 +23,7 @@ _SERIAL_KIB: Final = 16
 _ROOM_KIB: Final = _SERIAL_KIB + 64
 """Of its place: what the serial line may take, and what is QEMU's own (docs/configuration.md)."""
 _FLOOD_LINES: Final = 1200
-_PATIENCE_S: Final = 1.0
+_PATIENCE_S: Final = 0.5
 
 
 # Its log ------------------------------------------------------------------------------------------

@@ -4,19 +4,19 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
 from attrs import field, frozen
 
+from kvmsec.linux.children import run_in_child
+from kvmsec.linux.credentials import Credentials
 from kvmsec.model.security import SecurityModel
 from tests.attacks.attack import Encounter
 from tests.attacks.attacker import Answer
 from tests.attacks.setting import SOMEBODY, Setting
-from uidpool import usage
 
 DEADLINE_S: Final = 20.0
 _HWM: Final = "VmHWM:"
@@ -127,7 +127,7 @@ class Bare:
     process: "subprocess.Popen[bytes]"
     place: Path
 
-    def call(self, channel: str, *, wait_s: float = 1.0) -> socket.socket:
+    def call(self, channel: str, *, wait_s: float = 0.5) -> socket.socket:
         """A connection to its monitor (`qmp`) or serial line, that waits so long for anything."""
         line = socket.socket(socket.AF_UNIX)
         line.settimeout(wait_s)
@@ -152,15 +152,14 @@ def _listener(path: Path) -> socket.socket:
 
 
 def end_all_of(uid: int) -> None:
-    """Kill every process of a uid, those that are forked meanwhile as well."""
-    end = time.monotonic() + DEADLINE_S
-    while found := usage.inspect(uid).processes:
-        assert time.monotonic() < end, f"still there: {found}"
-        for one in found:
-            try:
-                os.kill(one.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+    """Kill every process of a uid at once, so that none can fork another (kill(2), pid -1)."""
+
+    def kill() -> None:
+        with suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+
+    who = Credentials(uid, uid)
+    run_in_child(kill, what="ending a uid", timeout_s=DEADLINE_S, credentials=who)
 
 
 def is_ended(pid: int) -> bool:
