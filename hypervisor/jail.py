@@ -5,7 +5,7 @@ namespace of its own, in a network, an IPC and a UTS namespace where no other ch
 (`kinds_made_before`). Each does one thing to the calling process, in an order that later steps rely
 on, and a failure of any of them ends the child before QEMU's first instruction. Each lock is read
 back by its step, or by the last. No step can be left out by a setting, but the filter and the
-session keyring on a host that has none; what a test of the others may leave out is in `LOCKS`.
+session keyring on a host that refuses one; what a test of the others may leave out is in `LOCKS`.
 
 The first of them make the cell: they need to know little, and are taken while the launcher still
 finds out for whom it is. The child then waits to be told the rest.
@@ -265,7 +265,8 @@ def _attach_output(jail: Jail) -> None:
 def _place_descriptors(jail: Jail) -> None:
     """Put each descriptor on its number inside; the rest closes with the exec.
 
-    Held against the files that they are to stand for: a number may have been used twice.
+    Held against the files that they are to stand for: a number may have been used twice. Two taps
+    are one file to that, and so are two descriptors of the kernel's own making (anon_inode).
     """
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     wanted = {0: null, 1: jail.log, 2: jail.log, **jail.descriptors}
@@ -294,8 +295,9 @@ def _narrow_umask(jail: Jail) -> None:
 def _leave_session_keyring(jail: Jail) -> None:
     try:
         credentials.leave_session_keyring()
-    except OSError:
-        if not jail.may_share_keyring:
+    except OSError as error:
+        is_refused = error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS)
+        if not (is_refused and jail.may_share_keyring):
             raise
 
 

@@ -3,14 +3,17 @@
 import array
 import ctypes
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from typing import Final
 
 _F_GETFD: Final = 1
 _FD_CLOEXEC: Final = 1
-# struct pollfd in one word, little-endian: the number, no events asked for, and what was found.
-_FOUND_AT, _BYTES = 6, 8
+# struct pollfd in one word: the number, no events asked for, and what was found.
+_IS_LITTLE: Final = sys.byteorder == "little"
+_NUMBER_AT: Final = 0 if _IS_LITTLE else 32
+_FOUND_AT, _BYTES = 6 if _IS_LITTLE else 7, 8
 _IS_OPEN: Final = re.compile(rb"[^\x20]")  # POLLNVAL, linux/include/uapi/asm-generic/poll.h
 _ASKED_EACH: Final = 32
 
@@ -29,7 +32,7 @@ def survivors(below: int) -> set[int]:
 
 
 def _open(libc: ctypes.PyDLL, below: int) -> Iterator[int]:
-    asked = array.array("q", range(below))
+    asked = array.array("q", range(0, below << _NUMBER_AT, 1 << _NUMBER_AT))
     if libc.poll(asked.buffer_info()[0], below, 0) < 0:
         raise OSError(f"poll(2) of {below} descriptors is refused")
     return (found.start() for found in _IS_OPEN.finditer(asked.tobytes()[_FOUND_AT::_BYTES]))

@@ -1,18 +1,19 @@
 """Encounters over an instance's end: whom a stop ends, and what outlives it."""
 
-import asyncio
 import ctypes
 import os
+import select
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
 
 from attrs import frozen
 
+from kvmsec import Node
 from kvmsec.linux.children import Child, run_in_child, start_child
 from kvmsec.linux.credentials import Credentials
 from kvmsec.linux.locks import FileLock
@@ -25,6 +26,9 @@ from tests.attacks.stage import DEADLINE_S, Stage, end_all_of, is_ended
 _NAME: Final = "forker"
 _APART_S: Final = (0.0, 0.02)
 """How much later the second of two that race comes."""
+_TRIES: Final = 5
+_HELD_S: Final = 0.3
+"""Longer than another start takes to come to the lock."""
 _PTRACE_SEIZE: Final = 0x4206
 _PATIENCE_S: Final = 0.5
 
@@ -59,12 +63,12 @@ def _bystander(pid: int) -> Iterator[Child]:
 
 
 def _pid_reused(stage: Stage, end: Callable[[int], None]) -> Answer:
+    """`end` is done to the bystander, and waits for what it ends."""
     pid = int(stage.start("serves").pid)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     with _bystander(pid):
         end(pid)
-        time.sleep(0.05)
         return Answer(SUCCEEDED if is_ended(pid) else "SPARED", "a bystander")
 
 
@@ -74,7 +78,14 @@ def _pid_of_another(stage: Stage) -> Answer:
 
 def _pid_of_another_by_number(stage: Stage) -> Answer:
     """As by a pidfile: the number is all that is known."""
-    answer = _pid_reused(stage, lambda pid: os.kill(pid, signal.SIGKILL))
+
+    def end(pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        last = time.monotonic() + DEADLINE_S
+        while not is_ended(pid) and time.monotonic() < last:
+            time.sleep(0.01)
+
+    answer = _pid_reused(stage, end)
     stage.lab.stop("serves")
     return answer
 
@@ -132,7 +143,7 @@ def _trace(pids: set[int], uid: int) -> int:
     return int(run_in_child(work, what="tracing", timeout_s=DEADLINE_S, credentials=who))
 
 
-@patch.object(dismantle, "KILL_TIMEOUT_S", 0.3)
+@patch.object(dismantle, "KILL_TIMEOUT_S", 1.0)
 def _traced_from_outside(stage: Stage) -> Answer:
     info = stage.start("parent", by="taken-over")
     children = _running(stage.programs / "taken-over") - {info.pid}
@@ -170,6 +181,7 @@ def _traced_and_killed(stage: Stage) -> Answer:
 class _Forking:
     """An instance that forks as fast as it can: each of its processes is gone before it is seen."""
 
+    pid: int
     inside: Instance
 
     def left(self, wrong: list[str]) -> Answer | None:
@@ -181,10 +193,10 @@ class _Forking:
 
 @contextmanager
 def _forking(stage: Stage) -> Iterator[_Forking]:
-    stage.start(_NAME, by=stage.setting.program)
+    info = stage.start(_NAME, by=stage.setting.program)
     with Instance(stage.lab.paths.instance(_NAME).serial_socket) as inside:
         assert inside.order("fork-on").is_ready
-        yield _Forking(inside)
+        yield _Forking(info.pid, inside)
 
 
 def _stop_while_others_reconcile(stage: Stage) -> Answer:
@@ -204,23 +216,37 @@ def _stop_while_others_reconcile(stage: Stage) -> Answer:
 
 
 def _stop_that_is_killed(stage: Stage) -> Answer:
-    lab = stage.lab
-    for apart_s in _APART_S:
+    """Once before it did anything, and once after it has ended the first of all processes."""
+    is_met = False
+    for wait_s in (0.0, *[DEADLINE_S] * _TRIES):
         with _forking(stage) as forking:
-            stopper = lab.rival(lambda node: node.stop(_NAME, force=True))
-            stopper.ends_within(apart_s)
-            stopper.kill()
-            stopper.outcome()
-            # A child that it had just forked holds the lock for some milliseconds more, and
-            # reconcile leaves alone what somebody works on.
-            with FileLock(lab.paths.instance_lock(_NAME)):
-                pass
-            lab.reconcile()
-            if _NAME in lab.instances():  # It had not come to the first thing that it does.
-                lab.stop(_NAME)
+            was_killed = _kill_a_stop(stage, forking.pid, wait_s)
             if answer := forking.left([]):
                 return answer
-    return Answer("GONE", "")
+        if is_met := was_killed and wait_s > 0:
+            break
+    return Answer("GONE" if is_met else "BROKEN", "a stop was killed at its work")
+
+
+def _kill_a_stop(stage: Stage, pid: int, wait_s: float) -> bool:
+    """Kill who stops an instance once its process has ended, and have another end the rest.
+
+    False where that one was done by then.
+    """
+    lab, pidfd = stage.lab, os.pidfd_open(pid)
+    stopper = lab.rival(lambda node: node.stop(_NAME, force=True))
+    select.select([pidfd], [], [], wait_s)
+    os.close(pidfd)
+    stopper.kill()
+    was_killed = stopper.outcome() is None
+    # A child that it had just forked holds the lock for some milliseconds more, and reconcile
+    # leaves alone what somebody works on.
+    with FileLock(lab.paths.instance_lock(_NAME)):
+        pass
+    lab.reconcile()
+    if _NAME in lab.instances():  # It had not come to the first thing that it does.
+        lab.stop(_NAME)
+    return was_killed
 
 
 def _stop_and_start_at_once(stage: Stage) -> Answer:
@@ -245,43 +271,57 @@ def _forks_on_when_its_pid_is_killed(stage: Stage) -> Answer:
     """A stop that ends the process which was started, and nothing else."""
     with Unconfined(stage.setting.program, uid=SOMEBODY) as hostile:
         assert hostile.order("fork-on").is_ready
+        # From here on only what forks has the line, beside the process that was started.
+        assert hostile.go_on().word == SUCCEEDED
         hostile.kill()
         is_gone = hostile.is_gone(_PATIENCE_S)
         end_all_of(SOMEBODY)
     return Answer("GONE" if is_gone else SUCCEEDED, "after it was killed")
 
 
-def _starting(stage: Stage, name: str) -> Any:
+def _starting(stage: Stage, name: str, **options: Any) -> Any:
     definition = stage.definition(name)
-    return stage.lab.rival(lambda node: node.start(definition))
+    return stage.lab.rival(lambda node: node.start(definition), **options)
 
 
-def _start(stage: Stage, names: tuple[str, ...]) -> list[str]:
-    """Start these at once, one in a process each; the errors of those that could not."""
-    outcomes = [one.outcome() for one in [_starting(stage, name) for name in names]]
-    for name in set(names):
-        stage.lab.stop(name)
+def _start_at_once(stage: Stage) -> list[str]:
+    """Three starts of one name, of which the first is still at it when the others come.
+
+    Returns the errors of those that could not.
+    """
+    reader, writer = os.pipe()
+
+    def hold(step: str) -> None:
+        if step == "images":
+            os.write(writer, b"!")
+            time.sleep(_HELD_S)
+
+    rivals = [_starting(stage, "serves", on_step=hold)]
+    assert os.read(reader, 1)
+    os.close(reader)
+    os.close(writer)
+    rivals += [_starting(stage, "serves") for _ in range(2)]
+    outcomes = [rival.outcome() for rival in rivals]
     return [one["error"] for one in outcomes if "error" in one]
 
 
 def _several_starts(stage: Stage) -> Answer:
-    errors = _start(stage, ("serves",) * 3)
-
-    async def at_once(node: Any) -> list[str]:
-        definition = stage.definition("serves")
-        starts = [node.start(definition) for _ in range(3)]
-        outcomes = await asyncio.gather(*starts, return_exceptions=True)
-        return [type(one).__name__ for one in outcomes if isinstance(one, Exception)]
-
-    errors += stage.lab.run(at_once)
+    errors = _start_at_once(stage)
     stage.lab.stop("serves")
-    return Answer("ALONE" if errors == ["AlreadyRunning"] * 4 else SUCCEEDED, f"{errors}")
+    return Answer("ALONE" if errors == ["AlreadyRunning"] * 2 else SUCCEEDED, f"{errors}")
 
 
-def _several_starts_apart(stage: Stage) -> Answer:
-    """With a name each, and so no lock in common, all of them run at once."""
-    errors = _start(stage, ("serves", "first", "second"))
-    return Answer("ALONE" if errors else SUCCEEDED, f"{errors}")
+def _several_starts_without_lock(stage: Stage) -> Answer:
+    @asynccontextmanager
+    async def any_turn(_: Node, name: str) -> AsyncIterator[None]:
+        yield
+
+    with patch.object(Node, "_turn", any_turn):
+        errors = _start_at_once(stage)
+    stage.lab.reconcile()
+    if "serves" in stage.lab.instances():
+        stage.lab.stop("serves")
+    return Answer("ALONE" if errors == ["AlreadyRunning"] * 2 else SUCCEEDED, f"{errors}")
 
 
 _GONE: Final = "GONE"
@@ -324,6 +364,6 @@ ENDINGS: Final = in_room(
         "race-starts",
         Refusal("lock an instance", "ALONE"),
         _several_starts,
-        _several_starts_apart,
+        _several_starts_without_lock,
     ),
 )

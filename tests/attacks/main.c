@@ -176,7 +176,8 @@ static void carry_out(char *order)
         say_refused(strerrorname_np(errno), "fork for the attack");
         return;
     }
-    while (waitpid(child, &status, 0) < 0)
+    /* As an instance it is the one that collects what others leave: else that counts on. */
+    while (wait(&status) != child)
         ;
     if (WIFSIGNALED(status)) {
         char word[32];

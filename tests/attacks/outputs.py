@@ -19,6 +19,15 @@ _SECRET: Final = "root:"
 """How a line of /etc/shadow begins."""
 _SOMEWHAT_BYTES: Final = 1 << 20
 _SLACK_BYTES: Final = 256 * 1024
+_GIANT_BYTES: Final = 1 << 40
+"""As stand_in.c has it."""
+_PLANTED: Final[dict[str, Callable[[Path], bool]]] = {
+    "links": Path.is_symlink,
+    "fifos": Path.is_fifo,
+    "directories": Path.is_dir,
+    "sockets": Path.is_socket,
+    "giant": lambda path: path.stat().st_size == _GIANT_BYTES,
+}
 _SERIAL_KIB: Final = 16
 _ROOM_KIB: Final = _SERIAL_KIB + 64
 """Of its place: what the serial line may take, and what is QEMU's own (docs/configuration.md)."""
@@ -45,12 +54,31 @@ def _log_read(behaviour: str) -> Callable[[Stage], Answer]:
     return meet
 
 
-def _log_read_without_care(behaviour: str) -> Callable[[Stage], Answer]:
+def _log_read_without_care(behaviour: str, outcome: str) -> Callable[[Stage], Answer]:
+    """`outcome` is what must come of it: what only root can read, a size, or the reader's end."""
+
     def control(stage: Stage) -> Answer:
         with _planting(stage, behaviour):
-            return _read_without_care(stage.lab.paths.instance(behaviour).output / "qemu.log")
+            found = _read_without_care(stage.lab.paths.instance(behaviour).output / "qemu.log")
+        return Answer(SUCCEEDED if outcome in found else "BROKEN", found)
 
     return control
+
+
+def _read_without_care(path: Path) -> str:
+    """What comes of following links, waiting for a FIFO, and taking any size for a log's."""
+
+    def read() -> str:
+        size = path.stat().st_size
+        if size > _SOMEWHAT_BYTES:
+            return f"{size} bytes"
+        return path.read_text(errors="replace")
+
+    child = start_child(read, what="reading without care")
+    try:
+        return str(child.collect(_PATIENCE_S))
+    except (ChildTimedOut, ChildFailed) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 @contextmanager
@@ -60,44 +88,32 @@ def _planting(stage: Stage, behaviour: str) -> Iterator[None]:
     It may write files as large as its disk is: without one there is no giant.
     """
     disk = stage.lab.disk(f"{behaviour}.raw")
-    os.truncate(disk, 1 << 40)
+    os.truncate(disk, _GIANT_BYTES)
     stage.start(behaviour, disks=[{"path": str(disk)}])
     try:
+        planted = stage.lab.paths.instance(behaviour).output / "qemu.log"
+        assert _PLANTED[behaviour](planted), "nothing was planted"
         yield
     finally:
         stage.lab.stop(behaviour)
         disk.unlink()
 
 
-def _read_without_care(path: Path) -> Answer:
-    """As whoever follows links, waits for a FIFO, and takes any size for a log's."""
-
-    def read() -> str:
-        size = path.stat().st_size
-        if size > _SOMEWHAT_BYTES:
-            return f"{size} bytes"
-        return _SECRET if _SECRET in path.read_text(errors="replace") else ""
-
-    child = start_child(read, what="reading without care")
-    try:
-        found = child.collect(_PATIENCE_S)
-    except (ChildTimedOut, ChildFailed) as error:
-        return Answer(SUCCEEDED, str(error))
-    return Answer(SUCCEEDED, found) if found else Answer("UNREAD", "")
-
-
 # Room ---------------------------------------------------------------------------------------------
 
 
-def _taken_bytes(place: Path, before: os.statvfs_result) -> int:
-    return (before.f_bfree - os.statvfs(place).f_bfree) * before.f_frsize
+def _bytes_below(top: Path, apart: Path) -> int:
+    """Of all files on the node's side, whose own place is apart."""
+    files = (file for file in top.rglob("*") if apart not in file.parents)
+    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
 
 
 def _filled(stage: Stage) -> Answer:
-    before = os.statvfs(stage.lab.root)
+    own = stage.lab.paths.instance("fills").output
+    before = _bytes_below(stage.lab.root, own)
     stage.start("fills")
-    taken = _taken_bytes(stage.lab.root, before)
-    left = os.statvfs(stage.lab.paths.instance("fills").output).f_bfree
+    taken = _bytes_below(stage.lab.root, own) - before
+    left = os.statvfs(own).f_bfree
     stage.lab.stop("fills")
     if taken > _SLACK_BYTES:
         return Answer(SUCCEEDED, f"took {taken} bytes of the node's")
@@ -179,9 +195,10 @@ def _disk_opened_without_care(stage: Stage) -> Answer:
     disk = stage.lab.disk("swapped.raw")
     _swapped(disk)
     try:
-        return _read_without_care(disk)
+        found = _read_without_care(disk)
     finally:
         disk.unlink()
+    return Answer(SUCCEEDED if _SECRET in found else "BROKEN", found)
 
 
 _UNREAD: Final = Refusal("opened without links", "UNREAD")
@@ -191,14 +208,17 @@ OUTPUTS: Final = in_room(
     "who reads and keeps what it writes",
     *(
         Encounter(
-            f"log-as-{what}", _UNREAD, _log_read(behaviour), _log_read_without_care(behaviour)
+            f"log-as-{what}",
+            _UNREAD,
+            _log_read(behaviour),
+            _log_read_without_care(behaviour, outcome),
         )
-        for what, behaviour in (
-            ("link", "links"),
-            ("fifo", "fifos"),
-            ("directory", "directories"),
-            ("socket", "sockets"),
-            ("giant", "giant"),
+        for what, behaviour, outcome in (
+            ("link", "links", _SECRET),
+            ("fifo", "fifos", "ChildTimedOut"),
+            ("directory", "directories", "[Errno 21]"),  # EISDIR
+            ("socket", "sockets", "[Errno 6]"),  # ENXIO
+            ("giant", "giant", f"{_GIANT_BYTES} bytes"),
         )
     ),
     Encounter("disk-as-link", _UNREAD, _disk_opened, _disk_opened_without_care),

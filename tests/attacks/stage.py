@@ -109,14 +109,15 @@ class Stage:
             stdout=output,
             cwd="/",
         )
+        for one in channels.values():
+            one.close()  # Or who calls would be heard of by nobody, once the program has ended.
         try:
             yield Bare(process, self.setting.scratch)
         finally:
             process.kill()
             with process:
                 end_all_of(uid)
-            for what, one in channels.items():
-                one.close()
+            for what in channels:
                 (self.setting.scratch / what).unlink()
 
 
@@ -127,10 +128,10 @@ class Bare:
     process: "subprocess.Popen[bytes]"
     place: Path
 
-    def call(self, channel: str, *, wait_s: float = 0.5) -> socket.socket:
-        """A connection to its monitor (`qmp`) or serial line, that waits so long for anything."""
+    def call(self, channel: str) -> socket.socket:
+        """A connection to its monitor (`qmp`) or serial line."""
         line = socket.socket(socket.AF_UNIX)
-        line.settimeout(wait_s)
+        line.settimeout(DEADLINE_S)
         line.connect(str(self.place / channel))
         return line
 
