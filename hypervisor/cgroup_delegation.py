@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -107,27 +107,12 @@ def _first_that_is_ours(groups: Sequence[str]) -> int:
 
     What is above such a one is systemd's to change alone (https://systemd.io/CGROUP_DELEGATION).
     """
-    marked = (index for index in reversed(range(len(groups))) if _is_marked(groups[index]))
-    return next(marked, 0)
-
-
-def _is_marked(group: str) -> bool:
-    for mark in _DELEGATED:
-        with contextlib.suppress(OSError):
-            if os.getxattr(group, mark) == b"1":
-                return True
-    return False
-
-
-def is_delegated(mount: Mount, parent: str | None) -> bool:
-    """Whether systemd says that it has delegated a parent of instances, or a group above it."""
-    path = (parent or DEFAULT_PARENT).strip("/")
-    return any(_is_marked(f"{mount.path}/{step}") for step in (path, *_above(path)))
-
-
-def _above(path: str) -> Iterator[str]:
-    while path := os.path.dirname(path):
-        yield path
+    for index in reversed(range(len(groups))):
+        for mark in _DELEGATED:
+            with contextlib.suppress(OSError):
+                if os.getxattr(groups[index], mark) == b"1":
+                    return index
+    return 0
 
 
 def _delegate(path: str, controllers: Collection[str], refusals: dict[str, str]) -> None:

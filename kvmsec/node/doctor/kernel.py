@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from hypervisor.cgroup_delegation import DEFAULT_PARENT, is_delegated
+from hypervisor.cgroup_delegation import DEFAULT_PARENT
 from hypervisor.cgroup_limits import GroupLimits
 from hypervisor.cgroup_mounts import mounted
 from hypervisor.cgroups import Hierarchy
@@ -16,8 +16,9 @@ from hypervisor.errors import ALLOW_KEYCTL, KEYRING_HINT
 from hypervisor.machine import Limits
 from hypervisor.seccomp import TICKET_BYTES, NoFilter, find_filter
 from kvmsec.config import Config
-from kvmsec.linux import namespaces, processes, syscalls
+from kvmsec.linux import command, namespaces, processes, syscalls
 from kvmsec.linux.credentials import Credentials, become, leave_session_keyring
+from kvmsec.linux.errors import CommandFailed, CommandTimedOut
 from kvmsec.linux.files import open_without_links
 from kvmsec.linux.keyrings import are_known
 from kvmsec.node import limits, trial_groups
@@ -31,6 +32,7 @@ _IO_URING: Final = Path("/proc/sys/kernel/io_uring_disabled")
 _CONTAINER_HINT: Final = (
     "run kvmsec on the host itself, or in a container that is given all privileges"
 )
+_SYSTEMD_S: Final = 5.0
 _SYSTEMD: Final = Path("/run/systemd/system")  # sd_booted(3)
 _UNIT_HINT: Final = "start the unit that the group is of, with Delegate=yes"
 _PARENT_HINT: Final = (
@@ -267,15 +269,20 @@ def check_cgroups(subject: Subject) -> Iterator[Answer]:
 
 def check_cgroup_parent(subject: Subject) -> Iterator[Answer]:
     """Below which group instances are, and whether systemd, where it is there, knows of that."""
-    mounts = mounted()  # All: where it has no controller (version 1) systemd marks its own alone.
-    if not mounts:
+    if not mounted():
         return  # The check of control groups tells.
     parent = (subject.config or Config()).cgroup.parent
     origin = "kvmsec's own: cgroup.parent is not set" if parent is None else "cgroup.parent"
     found = f"instances are below {parent or DEFAULT_PARENT} ({origin})"
     if not _SYSTEMD.is_dir():
         yield ok(f"{found}, and systemd does not manage this host")
-    elif any(is_delegated(mount, parent) for mount in mounts):
+        return
+    try:
+        is_delegated = _is_of_a_delegated_unit(parent or DEFAULT_PARENT)
+    except (OSError, CommandFailed, CommandTimedOut) as failure:
+        yield ok(f"{found}; whether systemd has delegated that could not be asked ({failure})")
+        return
+    if is_delegated:
         yield ok(f"{found}, which systemd has delegated")
     else:
         yield warning(
@@ -283,6 +290,19 @@ def check_cgroup_parent(subject: Subject) -> Iterator[Answer]:
             "take its controllers away",
             _PARENT_HINT if parent is None else f"{_UNIT_HINT}; or {_PARENT_HINT}",
         )
+
+
+def _is_of_a_delegated_unit(group: str) -> bool:
+    """Whether a group is of a unit that is active with Delegate=yes; only these two kinds can be.
+
+    systemd is asked, for a unit that has had no process yet has no group that could bear its mark.
+    """
+    units = [step for step in group.split("/") if step.endswith((".service", ".scope"))]
+    if not units:
+        return False
+    asked = ("systemctl", "show", "--property=Delegate,ActiveState", units[-1])
+    said = command.run(asked, timeout_s=_SYSTEMD_S).stdout.decode().split()
+    return {"Delegate=yes", "ActiveState=active"} <= set(said)
 
 
 def _cgroups_on_demand(hierarchy: Hierarchy) -> Iterator[Answer]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervisor.cgroup_delegation import Place, is_delegated, make_group, write_bounds
+from hypervisor.cgroup_delegation import Place, make_group, write_bounds
 from hypervisor.cgroup_limits import Setting
 from hypervisor.cgroup_mounts import Mount, mounted
 from hypervisor.cgroup_tree import kill_all, remove_one, remove_tree
@@ -92,23 +92,6 @@ def test_above_a_group_that_systemd_has_delegated_nothing_is_changed(
     path, withheld = make_group(place, "vm-guest")
     assert withheld == {}
     assert controller in Path(path, "cgroup.controllers").read_text().split()
-
-
-@pytest.mark.parametrize("mark", ["trusted.delegate", "user.delegate"])
-def test_a_parent_is_delegated_where_it_or_a_group_above_it_bears_the_mark(
-    unified: Mount, parent: str, mark: str
-) -> None:
-    top = f"{unified.path}/{parent}"
-    os.makedirs(f"{top}/unit/below")
-    assert not is_delegated(unified, f"{parent}/unit/below")
-    os.setxattr(f"{top}/unit", mark, b"1")
-    assert is_delegated(unified, f"/{parent}/unit/below/")
-    assert is_delegated(unified, f"{parent}/unit")
-    assert is_delegated(unified, f"{parent}/unit/not there yet")
-    assert not is_delegated(unified, parent)
-    assert not is_delegated(unified, None)
-    os.setxattr(f"{top}/unit", mark, b"0")
-    assert not is_delegated(unified, f"{parent}/unit")
 
 
 def test_a_parent_that_was_made_for_less_hands_down_more(
