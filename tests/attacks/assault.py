@@ -3,7 +3,7 @@
 import os
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -66,6 +66,9 @@ class Run:
         return (*self.attacks, *self.encounters)
 
 
+CONTROL: Final = Run("pool", "nftables", "nothing")
+
+
 @frozen
 class Means:
     """What all runs have in common: hostile programs, and what was found out about QEMU.
@@ -79,8 +82,10 @@ class Means:
     features: Path
 
 
-def carry_out(run: Run, means: Means) -> dict[str, Answer]:
-    """Every attack that the run has, on a node of its own; the node is as before afterwards."""
+def carry_out(run: Run, means: Means, names: Container[str]) -> dict[str, Answer]:
+    """The attacks of these names, on a node of the run's own; the node is as before afterwards."""
+    attacks = tuple(one for one in run.attacks if one.name in names)
+    encounters = tuple(one for one in run.encounters if one.name in names)
     security = {"security_model": run.model}
     if run.model == "user":
         security["security_domain"] = DOMAIN
@@ -96,12 +101,12 @@ def carry_out(run: Run, means: Means) -> dict[str, Answer]:
         stage = Stage(setting, means.stand_ins, config, security, _left_out(run))
         if run.locks == "nothing":
             ends.enter_context(logged_without_limit(net, SOMEBODY))
-            answers = _Controls(setting).try_all(run.attacks)
+            answers = _Controls(setting).try_all(attacks)
         else:
-            answers = _attack_from_inside(run, setting, security)
+            answers = _attack_from_inside(run, attacks, setting, security)
         is_control = run.locks == "nothing"
         return answers | {
-            one.name: stage.carry_out(one, is_control=is_control) for one in run.encounters
+            one.name: stage.carry_out(one, is_control=is_control) for one in encounters
         }
 
 
@@ -114,7 +119,9 @@ def _left_out(run: Run) -> frozenset[str]:
     return dropped
 
 
-def _attack_from_inside(run: Run, setting: Setting, security: dict[str, str]) -> dict[str, Answer]:
+def _attack_from_inside(
+    run: Run, attacks: tuple[Attack, ...], setting: Setting, security: dict[str, str]
+) -> dict[str, Answer]:
     lab = setting.lab
     definition = lab.definition(
         "attacker",
@@ -132,9 +139,9 @@ def _attack_from_inside(run: Run, setting: Setting, security: dict[str, str]) ->
         interplay = Interplay(setting, has_rules=run.locks == "the packet rules alone")
         if run.locks == "the uid alone":
             with Unconfined(setting.program, uid=attacker.uid) as escaped:
-                return interplay.try_all(escaped, run.attacks, facts)
+                return interplay.try_all(escaped, attacks, facts)
         with Instance(lab.paths.instance("attacker").serial_socket) as inside:
-            return interplay.try_all(inside, run.attacks, facts)
+            return interplay.try_all(inside, attacks, facts)
     finally:
         lab.stop("attacker")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.attacks.assault import Means, Run, carry_out
+from tests.attacks.assault import CONTROL, Means, Run, carry_out
 from tests.attacks.attacker import Answer, program
 from tests.attacks.report import lines
 from tests.kvm.accelerator import accelerator
@@ -34,13 +34,20 @@ def carried_out(request: pytest.FixtureRequest, means: Means) -> Callable[[Run],
         if run not in results:
             try:
                 with users():
-                    results[run] = carry_out(run, means)
+                    results[run] = carry_out(run, means, _asked_for(request.session, run))
             except Exception as error:
                 failed[run] = error
                 raise
         return results[run]
 
     return once
+
+
+def _asked_for(session: pytest.Session, run: Run) -> set[str]:
+    """The attacks of a run that some selected test is about."""
+    told = [getattr(item, "callspec", None) for item in session.items]
+    params = [one.params for one in told if one is not None and "attack" in one.params]
+    return {one["attack"].name for one in params if one.get("run", CONTROL) == run}
 
 
 def pytest_terminal_summary(

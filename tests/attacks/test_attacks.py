@@ -5,7 +5,7 @@ from typing import Final
 
 import pytest
 
-from tests.attacks.assault import Run
+from tests.attacks.assault import CONTROL, Run
 from tests.attacks.attack import Attack, Encounter
 from tests.attacks.attacker import Answer
 
@@ -24,7 +24,6 @@ RUNS: Final = (
     ),
     Run("pool", "nftables", "the uid alone"),
 )
-CONTROL: Final = Run("pool", "nftables", "nothing")
 
 Carry = Callable[[Run], dict[str, Answer]]
 
