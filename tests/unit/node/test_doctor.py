@@ -241,11 +241,7 @@ def test_missing_control_groups_are_an_error_unless_tolerated(
     severity: str,
 ) -> None:
     monkeypatch.setattr(Hierarchy, "detect", lambda: Hierarchy(mounts))
-    assert subject.config is not None
-    confinement = evolve(subject.config.confinement, may_be_missing=tolerated)
-    configured = evolve(subject, config=evolve(subject.config, confinement=confinement))
-
-    first, *others = kernel.check_cgroups(configured)
+    first, *others = kernel.check_cgroups(tolerating(subject, tolerated))
 
     assert first.severity == severity
     assert "no control group hierarchy is mounted" in first.message
@@ -326,6 +322,13 @@ def test_where_no_control_groups_are_mounted_nothing_is_said_of_their_parent(
     assert list(kernel.check_cgroup_parent(subject)) == []
 
 
+def tolerating(subject: Subject, pieces: tuple[str, ...]) -> Subject:
+    """The same node, whose configuration lets these pieces of confinement be missing."""
+    assert subject.config is not None
+    confinement = evolve(subject.config.confinement, may_be_missing=pieces)
+    return evolve(subject, config=evolve(subject.config, confinement=confinement))
+
+
 @pytest.mark.parametrize(("tolerated", "severity"), [((), "error"), (("seccomp",), "warning")])
 def test_a_missing_filter_is_an_error_and_a_warning_where_it_is_tolerated(
     subject: Subject,
@@ -337,11 +340,7 @@ def test_a_missing_filter_is_an_error_and_a_warning_where_it_is_tolerated(
         raise NoFilter("libseccomp.so.2: cannot open shared object file")
 
     monkeypatch.setattr(kernel, "find_filter", missing)
-    assert subject.config is not None
-    confinement = evolve(subject.config.confinement, may_be_missing=tolerated)
-    configured = evolve(subject, config=evolve(subject.config, confinement=confinement))
-
-    (answer,) = kernel.check_filter(configured)
+    (answer,) = kernel.check_filter(tolerating(subject, tolerated))
 
     assert answer.severity == severity
     assert "libseccomp.so.2" in answer.message
@@ -361,11 +360,7 @@ def test_a_session_keyring_that_is_refused_is_an_error_and_a_warning_where_it_is
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(kernel, "leave_session_keyring", refuse)
-    assert subject.config is not None
-    confinement = evolve(subject.config.confinement, may_be_missing=tolerated)
-    configured = evolve(subject, config=evolve(subject.config, confinement=confinement))
-
-    (answer,) = kernel.check_keyring(configured)
+    (answer,) = kernel.check_keyring(tolerating(subject, tolerated))
 
     assert answer.severity == severity
     assert answer.message.startswith("no new session keyring can be had (Operation not permitted)")
