@@ -1,6 +1,7 @@
 """One launch for all attacks of a run, and the table of what refused what at the end."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.kvm.accelerator import accelerator
 from tests.kvm.hostile.programs import stand_ins
 from tests.kvm.lab import users
 
+_HERE = Path(__file__).parent
 _RESULTS = pytest.StashKey[dict[Run, dict[str, Answer]]]()
 
 
@@ -45,7 +47,8 @@ def carried_out(request: pytest.FixtureRequest, means: Means) -> Callable[[Run],
 
 def _asked_for(session: pytest.Session, run: Run) -> set[str]:
     """The attacks of a run that some selected test is about."""
-    told = [getattr(item, "callspec", None) for item in session.items]
+    ours = [item for item in session.items if item.path.parent == _HERE]  # others have an `attack` too
+    told = [getattr(item, "callspec", None) for item in ours]
     params = [one.params for one in told if one is not None and "attack" in one.params]
     return {one["attack"].name for one in params if one.get("run", CONTROL) == run}
 
