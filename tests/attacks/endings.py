@@ -143,7 +143,7 @@ def _trace(pids: set[int], uid: int) -> int:
     return int(run_in_child(work, what="tracing", timeout_s=DEADLINE_S, credentials=who))
 
 
-@patch.object(dismantle, "KILL_TIMEOUT_S", 1.0)
+@patch.object(dismantle, "KILL_TIMEOUT_S", 0.5)
 def _traced_from_outside(stage: Stage) -> Answer:
     info = stage.start("parent", by="taken-over")
     children = _running(stage.programs / "taken-over") - {info.pid}
