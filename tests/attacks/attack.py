@@ -45,6 +45,11 @@ class Refusal:
         return _answers(self._given() if callable(self._given) else self._given)
 
 
+def _behind(first: Refusal, *others: Refusal | None) -> tuple[str, ...]:
+    refusing = [one.lock for one in others if one and one.answers != BY_DESIGN]
+    return tuple(lock for lock in dict.fromkeys(refusing) if lock != first.lock)
+
+
 @frozen
 class Without:
     """A control that can't succeed on some kernels: its answer there, and how that is seen."""
@@ -91,6 +96,11 @@ class Attack:
     control: Control = field(default=Control(), kw_only=True)
     room: str = field(default="", kw_only=True)
 
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """The locks that refuse it each where the first is left out, as is tried."""
+        return _behind(self.refusal, self.second, self.rules, self.uid)
+
     def expected(self, model: str, locks: Locks) -> Refusal | None:
         """Who must refuse it there; None where it isn't tried."""
         if locks == "nothing":
@@ -114,6 +124,7 @@ class Encounter:
     `meet` has kvmsec deal with a hostile instance (given a `stage.Stage`) and says what that came
     to; `control` has somebody deal with the same who takes no care, or leaves the lock out, and
     must be answered `succeeded`. `locks` says under what else than everything it is tried.
+    `second`, `shared` and `shared_second` are as an `Attack` has them.
     """
 
     name: str
@@ -121,9 +132,15 @@ class Encounter:
     meet: Callable[[Any], Any]
     control: Callable[[Any], Any]
     locks: frozenset[Locks] = field(default=frozenset({"everything"}), kw_only=True)
+    second: Refusal | None = field(default=None, kw_only=True)
     shared: frozenset[str] = field(converter=_answers, default=frozenset(), kw_only=True)
     shared_second: frozenset[str] = field(converter=_answers, default=frozenset(), kw_only=True)
     room: str = field(default="", kw_only=True)
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """As `Attack.behind`."""
+        return _behind(self.refusal, self.second)
 
     def expected(self, model: str, locks: Locks) -> Refusal | None:
         """Who must refuse it there; None where it isn't tried."""
@@ -131,8 +148,10 @@ class Encounter:
             return Refusal("nothing", SUCCEEDED)
         if locks not in self.locks:
             return None
-        shared = self.shared if locks == "everything" else self.shared | self.shared_second
-        return Refusal("shared by design", BY_DESIGN) if model in shared else self.refusal
+        shared, found = self.shared, self.refusal
+        if locks != "everything":
+            shared, found = shared | self.shared_second, self.second or found
+        return Refusal("shared by design", BY_DESIGN) if model in shared else found
 
 
 @frozen

@@ -47,7 +47,8 @@ def carried_out(request: pytest.FixtureRequest, means: Means) -> Callable[[Run],
 
 def _asked_for(session: pytest.Session, run: Run) -> set[str]:
     """The attacks of a run that some selected test is about."""
-    ours = [item for item in session.items if item.path.parent == _HERE]  # others have an `attack` too
+    # Another suite has an `attack` too, which is none of these.
+    ours = [item for item in session.items if item.path.parent == _HERE]
     told = [getattr(item, "callspec", None) for item in ours]
     params = [one.params for one in told if one is not None and "attack" in one.params]
     return {one["attack"].name for one in params if one.get("run", CONTROL) == run}

@@ -356,6 +356,7 @@ def _tap_given_away_by_a_plain_process(stage: Stage) -> Answer:
 
 
 _GONE: Final = Refusal("clean before release", "GONE")
+_NOT_DONE: Final = Refusal("seccomp", "GONE")
 _BY_RECORD: Final = Refusal("records", "GONE")
 _ALSO: Final[Any] = frozenset({"everything", "no seccomp"})
 
@@ -377,12 +378,20 @@ REMAINS: Final = in_room(
         _removed_in_vain,
         shared="user|none",
     ),
-    Encounter("keep-tap", _BY_RECORD, _tap_kept, _tap_kept_by_a_plain_process, locks=_ALSO),
+    Encounter(
+        "keep-tap",
+        _NOT_DONE,
+        _tap_kept,
+        _tap_kept_by_a_plain_process,
+        locks=_ALSO,
+        second=_BY_RECORD,
+    ),
     Encounter(
         "give-tap-away",
-        _BY_RECORD,
+        _NOT_DONE,
         _tap_given_away,
         _tap_given_away_by_a_plain_process,
         locks=_ALSO,
+        second=_BY_RECORD,
     ),
 )

@@ -25,16 +25,17 @@ Results = Mapping[Run, Mapping[str, Answer]]
 
 def lines(results: Results) -> Iterator[str]:
     """A line an attack, below a heading a room; a cell that wasn't tried is empty."""
-    head = ("attack", "refused by", *(title for title, _, _ in _COLUMNS))
+    head = ("attack", "refused by", "behind it", *(title for title, _, _ in _COLUMNS))
     rows: list[tuple[str, ...]] = []
     room = ""
     for attack in (*ATTACKS, *ENCOUNTERS):
         if attack.room != room:
             room = attack.room
             rows.append((f"- {room}",))
-        rows.append((attack.name, attack.refusal.lock, *_cells(attack, results)))
-    widths = [max(len(row[n]) for row in (head, *rows) if len(row) > n > 0) for n in range(1, 10)]
-    widths.insert(0, max(len(attack.name) for attack in (*ATTACKS, *ENCOUNTERS)))
+        behind = ", ".join(attack.behind)
+        rows.append((attack.name, attack.refusal.lock, behind, *_cells(attack, results)))
+    whole = (head, *(row for row in rows if len(row) == len(head)))
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     for row in (head, *rows):
         yield "  ".join(
             cell.ljust(width) for cell, width in zip(row, widths, strict=False)
