@@ -3,6 +3,7 @@
 No value of a secret leaves this module.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ _FLAG: Final = ("", "on", "off", "yes", "no", "true", "false")
 _SECRET_KEYS: Final = ("password", "passwd", "passphrase", "cookie", "chap-secret")
 # user:password@ in a URL; `%` separates them in iSCSI's (qemu-block-drivers(7)).
 _URL_PASSWORD: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s:%]+[:%][^/@\s]+@", re.ASCII)
+_JSON_IMAGE: Final = re.compile(r"(?:^|=)json:(?=\{)", re.ASCII)
 _RBD_KEY: Final = re.compile(r"^rbd:.*:key=", re.ASCII)
 _APPENDED: Final = re.compile(r"(?:^|[\s._-])(?:password|passwd|passphrase|token)=\S", re.ASCII)
 _CREDENTIAL: Final = "io.systemd.credential"
@@ -48,11 +50,20 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def _options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each option with what follows it; which take a value doesn't matter here."""
+    """Each option with what follows it; which take a value doesn't matter here.
+
+    What follows no option is a disk image, by the option "".
+    """
+    is_after_option = False
     for index, word in enumerate(argv[1:], 1):
         if word.startswith("-") and len(word) > 1:
             following = argv[index + 1] if index + 1 < len(argv) else ""
             yield word.lstrip("-"), "" if following.startswith("-") else following
+            is_after_option = True
+        else:
+            if not is_after_option:
+                yield "", word
+            is_after_option = False
 
 
 def _fields(value: str) -> dict[str, str]:
@@ -68,6 +79,16 @@ def _fields(value: str) -> dict[str, str]:
         key, _, text = part.partition("=")
         found.setdefault(key, text)
     return found
+
+
+def _documents(value: str) -> Iterator[dict[str, str]]:
+    """JSON that stands for an image within a value, `file=json:{...}`; there a comma is doubled."""
+    for match in _JSON_IMAGE.finditer(value):
+        for text in (value[match.end() :], value[match.end() :].replace(",,", ",")):
+            with contextlib.suppress(ValueError, RecursionError):
+                document, _ = json.JSONDecoder().raw_decode(text)
+                yield dict(_flat(document, "", 0))
+                break
 
 
 def _keys(value: str) -> set[str]:
@@ -108,7 +129,7 @@ def _sandbox(options: Sequence[tuple[str, str]]) -> dict[str, str] | None:
 def _secrets(options: Sequence[tuple[str, str]]) -> Iterator[str]:
     for option, value in options:
         if what := _secret_in(option, value):
-            yield f"-{option} ({what})"
+            yield f"{f'-{option}' if option else 'a disk image'} ({what})"
 
 
 def _secret_in(option: str, value: str) -> str | None:
@@ -122,9 +143,10 @@ def _secret_in(option: str, value: str) -> str | None:
     if option == "object" and kind == "secret":
         # With a keyid it is encrypted by another secret.
         return "data" if fields.get("data") and not fields.get("keyid") else None
-    for key, text in fields.items():
-        if key.rpartition(".")[2] in _SECRET_KEYS and text.lower() not in _FLAG:
-            return key if len(key) <= 32 else "a password"
+    for table in (fields, *_documents(value)):
+        for key, text in table.items():
+            if key.rpartition(".")[2] in _SECRET_KEYS and text.lower() not in _FLAG:
+                return key if len(key) <= 32 else "a password"
     # Commas may stand in a URL: looked for in the whole value.
     return "a URL with a password" if _URL_PASSWORD.search(value) or _holds_rbd_key(value) else None
 

@@ -11,7 +11,7 @@ from kvmsec.audit.facts import Facts
 from kvmsec.audit.packets import cover, try_rules
 from kvmsec.audit.points import judge
 from kvmsec.audit.process_files import ProcessGone
-from kvmsec.audit.reading import ProcessChanges, read_facts
+from kvmsec.audit.reading import ProcessChanges, nothing_read, read_facts
 from kvmsec.audit.score import Finding, rating, score
 
 
@@ -62,18 +62,27 @@ def examine(subject: Subject, *, with_canary: bool = False) -> Report:
 def examine_all(instances: Iterable[Subject] = (), *, with_canary: bool = False) -> list[Report]:
     """Audit every QEMU of this host, one after the other; one that ends meanwhile is passed over.
 
-    `instances` are those of the node's. The caller has one thread. Raises ManyThreads.
+    One that changes all the time is reported with nothing read of it, which counts as the worst:
+    it is not to hide so. `instances` are those of the node's. The caller has one thread. Raises
+    ManyThreads.
     """
     known = {subject.pid: subject for subject in instances}
     found = []
     for pid in sorted({*find_qemus(), *known}):
-        with contextlib.suppress(ProcessGone, ProcessChanges):
-            found.append(_read(known.get(pid, Subject(pid))))
+        subject = known.get(pid, Subject(pid))
+        with contextlib.suppress(ProcessGone):
+            try:
+                found.append(_read(subject))
+            except ProcessChanges as change:
+                found.append(_known_as(subject, nothing_read(pid, change.message)))
     return _finish(found, with_canary)
 
 
 def _read(subject: Subject) -> Facts:
-    facts = read_facts(subject.pid, sockets=subject.sockets)
+    return _known_as(subject, read_facts(subject.pid, sockets=subject.sockets))
+
+
+def _known_as(subject: Subject, facts: Facts) -> Facts:
     return evolve(facts, instance=subject.instance, tolerated=subject.tolerated)
 
 

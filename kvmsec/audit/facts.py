@@ -8,6 +8,8 @@ from typing import Final, Literal
 
 from attrs import field, frozen
 
+CoreSink = Literal["file", "program", "socket"]
+"""What the kernel hands the core of a process that crashes to (core(5))."""
 NAMESPACES: Final = ("mnt", "net", "pid", "ipc", "uts", "cgroup", "user", "time")
 
 
@@ -16,7 +18,8 @@ class Credentials:
     """Who it is; of threads that differ, the most that any of them has.
 
     `uids` and `gids` hold every real, effective, saved and filesystem id of any thread; `user` is
-    None for a uid without a name. `capabilities` are five masks: inheritable, permitted, effective,
+    None for a uid without a name. `group_names` are those of `groups`, `own_group_names` those of
+    `gids`. `capabilities` are five masks: inheritable, permitted, effective,
     bounding, ambient. `seccomp_filters` is None where the kernel doesn't count them (before 5.9).
     """
 
@@ -32,6 +35,7 @@ class Credentials:
     user: str | None = None
     has_login_shell: bool = False
     group_names: tuple[str, ...] = ()
+    own_group_names: tuple[str, ...] = ()
 
     @property
     def uid(self) -> int:
@@ -204,7 +208,7 @@ class Facts:
     tree: Tree | None = None
     control_group: ControlGroup | None = None
     limits: Mapping[str, Limit] | None = None
-    core_is_piped: bool = True
+    core_goes_to: CoreSink | None = None
     is_dumpable: bool | None = None
     oom_score_adj: int | None = None
     has_terminal: bool = False

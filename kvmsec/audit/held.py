@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+from collections.abc import Iterable
 from typing import Final
 
 from attrs import frozen
@@ -26,6 +27,13 @@ HARMLESS: Final = frozenset(
 )
 # The tap and the offloads that a guest's own network goes through, as descriptors: grants.
 _GRANTED: Final = frozenset({(10, 200), (10, 238), (10, 241)})  # net/tun, vhost-net, vhost-vsock
+
+GRAVE: Final = (
+    *("/dev/mem", "/dev/kmem", "/dev/port", "/dev/sd", "/dev/vd", "/dev/xvd", "/dev/nvme"),
+    *("/dev/dm-", "/dev/loop", "/dev/md", "/dev/mapper", "/dev/sg", "/dev/fuse", "/dev/uinput"),
+    *("/dev/ipmi", "/dev/mtd", "/dev/rbd", "/dev/zd", "/dev/drbd", "/dev/userfaultfd"),
+)
+"""Devices by which a process has the host, or the storage of other guests."""
 
 
 @frozen
@@ -63,10 +71,21 @@ def read_held(files: ProcessFiles) -> Held:
             continue  # Closed since it was listed.
     descriptors = Descriptors(
         has_kvm_machine=has_kvm_machine,
-        files=tuple(found[:_SHOWN]),
-        devices=tuple(devices)[:_SHOWN],
+        files=tuple(sorted(found, key=_is_open_to_others, reverse=True)[:_SHOWN]),
+        devices=tuple(gravest_first(devices)[:_SHOWN]),
     )
     return Held(descriptors, frozenset(sockets))
+
+
+def _is_open_to_others(file: File) -> tuple[bool, int]:
+    """Sorts by what is judged of it: what is cut off must be no worse than what is kept."""
+    by_others = bool(file.mode & stat.S_IWOTH) * 2 + bool(file.mode & stat.S_IROTH)
+    return file.is_written and file.is_reachable, by_others
+
+
+def gravest_first(devices: Iterable[str]) -> list[str]:
+    """Those by which a process has the host before all others."""
+    return sorted(devices, key=lambda path: not path.startswith(GRAVE))
 
 
 def is_notable_device(status: os.stat_result) -> bool:

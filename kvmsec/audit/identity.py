@@ -30,20 +30,22 @@ def read_credentials(files: ProcessFiles) -> Credentials:
         raise ProcessLookupError("no thread of it is there")
     main = fields_of(files.read("status", _STATUS_BYTES))
     uids = _union(one[b"Uid"] for one in together)
+    gids = _union(one[b"Gid"] for one in together)
     groups = _union(one[b"Groups"] for one in together)
     user, has_login_shell = _account(min(uids))
     filters = [one.get(b"Seccomp_filters") for one in together]
     return Credentials(
         uids=uids,
-        gids=_union(one[b"Gid"] for one in together),
+        gids=gids,
         groups=groups,
         capabilities=_capabilities(together),
         no_new_privs=all(one.get(b"NoNewPrivs") == b"1" for one in together),
         seccomp=min(int(one.get(b"Seccomp", b"0")) for one in together),
         seccomp_filters=None if None in filters else min(int(one or 0) for one in filters),
         umask=int(main[b"Umask"], 8) if b"Umask" in main else None,
-        tracer_pid=int(main.get(b"TracerPid", b"0")),
+        tracer_pid=max(int(one.get(b"TracerPid", b"0")) for one in together),
         group_names=tuple(map(_group_name, groups[:_GROUPS_SHOWN])),
+        own_group_names=tuple(map(_group_name, gids[:_GROUPS_SHOWN])),
         user=user,
         has_login_shell=has_login_shell,
     )

@@ -70,13 +70,15 @@ def groups(facts: Facts) -> Verdict:
         return unknown(facts, "credentials")
     if 0 in who.gids or 0 in who.groups:
         return exposed("it has root's group")
-    privileged = [name for name in who.group_names if name in _PRIVILEGED_GROUPS]
+    own = who.own_group_names
+    privileged = [name for name in (*own, *who.group_names) if name in _PRIVILEGED_GROUPS]
     if privileged:
-        return exposed(f"it is in {listed(privileged)}: as good as root, or close to it")
-    others = [name for name in who.group_names if name != who.user]
-    if not others or set(who.groups) <= set(who.gids):
+        names = listed(list(dict.fromkeys(privileged)))
+        return exposed(f"it is in {names}: as good as root, or close to it")
+    others = [name for name in who.group_names if name != who.user and name not in own]
+    if not others and "kvm" not in own:
         return sealed("it is in no supplementary group")
-    if others == ["kvm"]:
+    if others in ([], ["kvm"]):
         return exposed("it is in the group kvm, as everybody who may open the host's /dev/kvm", 0.3)
     return exposed(f"it is in {listed(others)}", 0.6)
 

@@ -1,8 +1,9 @@
-"""What the host's packet rules make of each process's uid: by their structure, and by a packet."""
+"""What the host's packet rules make of each process's uids: by their structure, and by a packet."""
 
 import errno
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -12,25 +13,26 @@ from firewall.backend import Dropped
 from firewall.canary import probe
 from firewall.coverage import read_coverage
 from hypervisor.foreign_text import escaped
-from kvmsec.audit.facts import Canary, Coverage, Credentials, Facts
-from kvmsec.audit.process_files import open_host
+from kvmsec.audit.facts import Canary, Coverage, Facts
+from kvmsec.audit.process_files import enter_network_of, open_host
 from kvmsec.linux.children import run_in_child
 from kvmsec.linux.errors import ChildFailed, ChildTimedOut
-from kvmsec.linux.namespaces import CLONE_NEWNET, setns
 
 _RULES_S: Final = 20.0
 _CANARY_S: Final = 5.0
+_UIDS_TRIED: Final = 8
 _REASON_CHARS: Final = 160
 _TITLE_CHARS: Final = 120
 _UNKNOWN_UID: Final = "what it depends on could not be read"
 
 
 def cover(processes: Sequence[Facts]) -> list[Facts]:
-    """Add what the host's rules, read once for all, make of each process's uid.
+    """Add what the host's rules, read once for all, make of each process's uids.
 
-    The caller has one thread. Raises ManyThreads.
+    A family is closed where it is to every one of them: a process may send as any. The caller
+    has one thread. Raises ManyThreads.
     """
-    uids = sorted({one.credentials.uid for one in processes if one.credentials})
+    uids = sorted({uid for one in processes if one.credentials for uid in one.credentials.uids})
     if not uids:
         return [_unread(one, "coverage", _UNKNOWN_UID) for one in processes]
     try:
@@ -41,11 +43,19 @@ def cover(processes: Sequence[Facts]) -> list[Facts]:
     except (ChildFailed, ChildTimedOut, msgspec.ValidationError) as error:
         return [_unread(one, "coverage", str(error)) for one in processes]
     return [
-        evolve(one, coverage=found.get(str(one.credentials.uid)))
+        evolve(one, coverage=_together([found[str(uid)] for uid in one.credentials.uids]))
         if one.credentials
         else _unread(one, "coverage", _UNKNOWN_UID)
         for one in processes
     ]
+
+
+def _together(found: Sequence[Coverage]) -> Coverage:
+    return Coverage(
+        ipv4=all(one.ipv4 for one in found),
+        ipv6=all(one.ipv6 for one in found),
+        rules=tuple(dict.fromkeys(rule for one in found for rule in one.rules)),
+    )
 
 
 def _read(uids: Sequence[int]) -> Any:
@@ -64,45 +74,52 @@ def _read(uids: Sequence[int]) -> Any:
 
 
 def try_rules(process: Facts) -> Facts:
-    """Send packets as the process's uid in the host's network, and add what became of them.
+    """Send packets as each of the process's uids in the host's network; add what became of them.
 
     The caller has one thread. Raises ManyThreads.
     """
     who = process.credentials
     if who is None:
         return _unread(process, "canary", _UNKNOWN_UID)
-    try:
-        answer = run_in_child(
-            lambda: msgspec.to_builtins(_send(who)),
-            what=f"sending packets as uid {who.uid}",
-            timeout_s=_CANARY_S,
-        )
-        return evolve(process, canary=msgspec.convert(answer, Canary))
-    except (ChildFailed, ChildTimedOut, msgspec.ValidationError) as error:
-        return _unread(process, "canary", str(error))
+    # Root may send as anybody: what becomes of its own packets tells.
+    uids = (0,) if who.uid == 0 else who.uids
+    if len(uids) > _UIDS_TRIED:
+        return _unread(process, "canary", f"it has more than {_UIDS_TRIED} uids")
+    refused: list[str] = []
+    sent: list[str] = []
+    for uid in uids:
+        try:
+            answer = run_in_child(
+                partial(_send, uid, min(who.gids)),
+                what=f"sending packets as uid {uid}",
+                timeout_s=_CANARY_S,
+            )
+            found = msgspec.convert(answer, Canary)
+        except (ChildFailed, ChildTimedOut, msgspec.ValidationError) as error:
+            return _unread(process, "canary", str(error))
+        refused += found.refused
+        sent += found.sent
+    return evolve(process, canary=Canary(refused=tuple(refused), sent=tuple(sent)))
 
 
-def _send(who: Credentials) -> Canary:
+def _send(uid: int, gid: int) -> Any:
+    """The child's part, in the host's network too."""
     if os.geteuid() != 0:
         raise PermissionError(errno.EPERM, "sending packets as another uid needs root")
     _enter_host_network()
     # Whose drop it was doesn't matter here: the rules may be anybody's.
-    report = probe(who.uid, min(who.gids), Dropped)
-    return Canary(
-        refused=tuple(str(one) for one in report.attempts if one.is_refused),
-        sent=tuple(str(one) for one in report.failures),
+    report = probe(uid, gid, Dropped)
+    return msgspec.to_builtins(
+        Canary(
+            refused=tuple(str(one) for one in report.attempts if one.is_refused),
+            sent=tuple(str(one) for one in report.failures),
+        )
     )
 
 
 def _enter_host_network() -> None:
     with open_host() as host:
-        if host.link("ns/net") == os.readlink("/proc/self/ns/net"):
-            return
-        network = os.open("ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=host.directory)
-    try:
-        setns(network, CLONE_NEWNET)
-    finally:
-        os.close(network)
+        enter_network_of(host)
 
 
 def _unread(facts: Facts, part: str, reason: str) -> Facts:

@@ -12,6 +12,7 @@ from typing import Final, Self
 
 from kvmsec.linux.errors import Fault
 from kvmsec.linux.files import read_bounded
+from kvmsec.linux.namespaces import CLONE_NEWNET, setns
 from kvmsec.linux.processes import pids
 
 FILE_LIMIT_BYTES: Final = 4 << 20
@@ -134,6 +135,17 @@ def open_host() -> ProcessFiles:
     except PermissionError:
         os.close(init.directory)
         return ProcessFiles(os.getpid())
+
+
+def enter_network_of(files: ProcessFiles) -> None:
+    """Move the caller, a child of its own, into a process's network namespace. Raises OSError."""
+    if files.link("ns/net") == os.readlink("/proc/self/ns/net"):
+        return
+    network = os.open("ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=files.directory)
+    try:
+        setns(network, CLONE_NEWNET)
+    finally:
+        os.close(network)
 
 
 def others(pid: int) -> Iterator[ProcessFiles]:

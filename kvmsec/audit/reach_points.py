@@ -4,17 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvmsec.audit.facts import Facts, File
+from kvmsec.audit.held import GRAVE
 from kvmsec.audit.verdicts import Verdict, exposed, listed, note, sealed, unknown
 
 _OTHERS_READ: Final = 0o004
 _OTHERS_WRITE: Final = 0o002
 _ONLY_LOOPBACK: Final = frozenset(("lo", "sit0", "tunl0", "ip6tnl0", "gre0", "gretap0", "erspan0"))
-# Devices by which a process has the host, or the storage of other guests.
-_GRAVE: Final = (
-    *("/dev/mem", "/dev/kmem", "/dev/port", "/dev/sd", "/dev/vd", "/dev/xvd", "/dev/nvme"),
-    *("/dev/dm-", "/dev/loop", "/dev/md", "/dev/mapper", "/dev/sg", "/dev/fuse", "/dev/uinput"),
-    *("/dev/ipmi", "/dev/mtd", "/dev/rbd", "/dev/zd", "/dev/drbd", "/dev/userfaultfd"),
-)
 
 
 def namespace(kind: str) -> Callable[[Facts], Verdict]:
@@ -88,14 +83,16 @@ def devices(facts: Facts) -> Verdict:
     if tree is None or held is None:
         return unknown(facts, "tree", "descriptors")
     reachable = list(dict.fromkeys((*held.devices, *tree.devices)))
-    grave = [path for path in reachable if path.startswith(_GRAVE)]
+    grave = [path for path in reachable if path.startswith(GRAVE)]
     if grave:
         return exposed(f"it may open {listed(grave)}")
     if reachable:
         return exposed(f"it may open {listed(reachable)}", 0.4)
-    if tree.is_cut:
+    if tree.kind == "chroot" or tree.is_cut:
         return exposed("its tree was not searched to its end", 0.5)
-    return sealed("no device but null, random, tty, kvm and the like")
+    # Beyond /dev, device nodes of the host's would be its administrator's own doing.
+    place = "in /dev " if tree.kind == "host" else ""
+    return sealed(f"it may {place}open no device but null, random, tty, kvm and the like")
 
 
 def packet_rules(facts: Facts) -> Verdict:
@@ -111,7 +108,9 @@ def packet_rules(facts: Facts) -> Verdict:
     missing = " and ".join(
         name for name, is_closed in (("IPv4", found.ipv4), ("IPv6", found.ipv6)) if not is_closed
     )
-    message = f"no packet rule drops what uid {who.uid} sends over {missing}"
+    uids = listed([str(uid) for uid in who.uids])
+    sender = f"uid {uids} sends" if len(who.uids) == 1 else f"each of the uids {uids} sends"
+    message = f"no packet rule drops what {sender} over {missing}"
     if _is_cut_off(facts):
         return exposed(f"{message}; its network namespace has no interface but lo", 0.3)
     return exposed(message, 1.0 if not (found.ipv4 or found.ipv6) else 0.6)
@@ -168,7 +167,7 @@ def unix_listeners(facts: Facts) -> Verdict:
         return exposed(f"every user of the host may connect to {listed(open_ones)}")
     lost = [one.path for one in held.unix_listeners if one.is_open is None]
     if lost:
-        return Verdict(1, "unknown", f"the file of {listed(lost)} was not found in time")
+        return Verdict(1, "unknown", f"the file of {listed(lost)} was not found")
     if not held.unix_listeners:
         return sealed("it listens on no unix socket")
     return sealed(f"{len(held.unix_listeners)} unix sockets that not everybody may connect to")

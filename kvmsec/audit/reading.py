@@ -19,6 +19,7 @@ from kvmsec.audit.discovery import executable_of, is_qemu
 from kvmsec.audit.facts import (
     NAMESPACES,
     Arguments,
+    CoreSink,
     Credentials,
     Facts,
     Limit,
@@ -45,6 +46,11 @@ _NAME_CHARS: Final = 32
 _VARIABLES_SHOWN: Final = 8
 _SECRET_WORDS: Final = ("PASSWORD", "PASSWD", "PASSPHRASE", "SECRET", "TOKEN", "CREDENTIAL")
 _CAPABILITY_NEEDED: Final = (errno.EACCES, errno.EPERM)
+_PARTS: Final = (
+    *("executable", "credentials", "sharers", "namespaces", "descriptors", "sockets", "tree"),
+    *("control_group", "limits", "is_dumpable", "oom_score_adj", "arguments", "secret_variables"),
+)
+"""Those of `Facts` that are read here; `packets` adds what it finds."""
 _EXPECTED: Final = (OSError, Fault, ValueError, KeyError, IndexError)
 
 _T = TypeVar("_T")
@@ -83,6 +89,25 @@ def read_facts(pid: int, *, sockets: Sequence[str] = (), deadline_s: float = DEA
     raise ProcessChanges(pid)
 
 
+def nothing_read(pid: int, reason: str) -> Facts:
+    """What is known of a process of which nothing can be: its name. Raises ProcessGone."""
+    with ProcessFiles(pid) as files:
+        try:
+            return Facts(
+                pid=pid,
+                start_ticks=files.start_ticks(),
+                comm=_comm(files),
+                has_terminal=files.has_terminal(),
+                unread=dict.fromkeys(_PARTS, escaped(reason, limit_chars=_REASON_CHARS)),
+            )
+        except (FileNotFoundError, ProcessLookupError, ValueError):
+            raise ProcessGone(pid) from None
+
+
+def _comm(files: ProcessFiles) -> str:
+    return escaped(files.read("comm", 64).removesuffix(b"\n"), limit_chars=_NAME_CHARS)
+
+
 def _signature(files: ProcessFiles) -> tuple[object, ...]:
     """What an exec or a change of user changes; the descriptor of /proc/PID pins the process."""
     try:
@@ -117,7 +142,7 @@ class _Reader:
         return Facts(
             pid=files.pid,
             start_ticks=files.start_ticks(),
-            comm=escaped(files.read("comm", 64).removesuffix(b"\n"), limit_chars=_NAME_CHARS),
+            comm=_comm(files),
             executable=path,
             is_executable_deleted=is_deleted,
             credentials=who,
@@ -128,7 +153,7 @@ class _Reader:
             tree=self._of(who, "tree", Tree, lambda found: read_tree(files, found)),
             control_group=self._at_once("control_group", lambda: read_control_group(files)),
             limits=self._at_once("limits", lambda: _limits(files)),
-            core_is_piped=_core_is_piped(),
+            core_goes_to=_core_goes_to(),
             is_dumpable=self._at_once("is_dumpable", lambda: _is_dumpable(files, who)),
             oom_score_adj=self._at_once("oom_score_adj", lambda: _oom_score_adj(files)),
             has_terminal=files.has_terminal(),
@@ -250,13 +275,14 @@ def _limit(word: str) -> int | None:
     return None if word == "unlimited" else int(word)
 
 
-def _core_is_piped() -> bool:
-    """Whether the kernel hands cores to a program, which the limit doesn't hold back (core(5))."""
+def _core_goes_to() -> CoreSink | None:
+    """By how the kernel's pattern begins (core(5); sockets since Linux 6.16, fs/coredump.c)."""
     try:
         with open("/proc/sys/kernel/core_pattern", "rb") as file:
-            return file.read(1) == b"|"
+            first = file.read(1)
     except OSError:
-        return True
+        return None
+    return "program" if first == b"|" else "socket" if first == b"@" else "file"
 
 
 def _is_dumpable(files: ProcessFiles, who: Credentials | None) -> bool | None:

@@ -73,7 +73,9 @@ def core_dumps(facts: Facts) -> Verdict:
         return unknown(facts, "limits")
     limit = limits["core file size"]
     # Zero forbids a file, but only one has no program that cores are piped to started (core(5)).
-    is_held_back = limit.soft == 1 or (limit.soft == 0 and not facts.core_is_piped)
+    # A socket is handed every core, whatever the limit (coredump_socket in fs/coredump.c).
+    enough = {"file": (0, 1), "program": (1,), "socket": (), None: ()}[facts.core_goes_to]
+    is_held_back = limit.soft in enough
     if is_held_back and limit.hard in (0, 1):
         return sealed("a crash leaves no core, and the limit is fixed")
     if is_held_back:

@@ -19,7 +19,7 @@ from attrs import frozen
 from hypervisor.foreign_text import escaped
 from kvmsec.audit.facts import Sockets, UnixListener
 from kvmsec.audit.held import may_pass_to
-from kvmsec.audit.process_files import ProcessFiles, TooMuch, open_host
+from kvmsec.audit.process_files import ProcessFiles, TooMuch, enter_network_of, open_host
 from kvmsec.linux import unix_diag
 from kvmsec.linux.mounts import read_mounts
 
@@ -33,6 +33,9 @@ _ENTRIES: Final = 50_000
 _SEARCH_S: Final = 2.0
 _INODE_MASK: Final = 0xFFFFFFFF  # What unix_diag has room for.
 
+FileId = tuple[int, int]
+"""A file's device and its inode, of which unix_diag has 32 bits."""
+
 
 @frozen
 class InetSocket:
@@ -44,6 +47,11 @@ class InetSocket:
     protocol: str
     local: str
     listens: bool
+
+    @property
+    def is_on_loopback(self) -> bool:
+        """Whether nobody beyond this host can connect to it."""
+        return self.local.startswith(("127.", "[::1]"))
 
     def __str__(self) -> str:
         return f"{self.protocol.removesuffix('6')} {self.local}".strip()
@@ -62,8 +70,8 @@ def read_sockets(
 ) -> Sockets:
     """Find each socket of the process in its own or the host's network namespace.
 
-    `paths` are where files of its listeners may be, beside the name that each was bound to.
-    Raises OSError and TooMuch.
+    `paths` are where files of its listeners may be, beside the name that each was bound to. The
+    caller is a child of its own: it ends in the process's network. Raises OSError and TooMuch.
     """
     with open_host() as host:
         is_shared = files.link("ns/net") == host.link("ns/net")
@@ -72,21 +80,35 @@ def read_sockets(
     held_of_host = {inode: inet_of_host[inode] for inode in inodes if inode in inet_of_host}
     held = {inode: inet_own[inode] for inode in inodes if inode in inet_own} | held_of_host
     known = {*inet_own, *inet_of_host, *unix_own, *unix_of_host}
-    listeners = [
-        _describe(inode, unix_of_host.get(inode) or unix_own[inode], inode in unix_of_host, paths)
-        for inode in inodes
-        if _listens(inode, unix_own) or _listens(inode, unix_of_host)
+    listening = [
+        inode for inode in inodes if _listens(inode, unix_own) or _listens(inode, unix_of_host)
     ]
+    bound_to = _files_of_listeners(files) if listening else {}
+    listeners = [
+        _describe(
+            unix_of_host.get(inode) or unix_own[inode],
+            inode in unix_of_host,
+            bound_to.get(inode),
+            paths,
+        )
+        for inode in listening
+    ]
+    tcp = [one for one in held.values() if one.listens]
     return Sockets(
-        tcp_listeners=_shown(one for one in held.values() if one.listens),
+        # What is cut off must be no worse than what is kept.
+        tcp_listeners=_shown(sorted(tcp, key=lambda one: one.is_on_loopback)),
         of_host=_shown(held_of_host.values()),
-        unix_listeners=tuple(listeners[:_SHOWN]),
+        unix_listeners=tuple(sorted(listeners, key=_is_harmless)[:_SHOWN]),
         unplaced=sum(inode not in known for inode in inodes),
     )
 
 
 def _shown(sockets: Iterable[InetSocket]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(one) for one in sockets))[:_SHOWN]
+
+
+def _is_harmless(listener: UnixListener) -> tuple[bool, bool]:
+    return not listener.is_open, listener.is_open is not None
 
 
 def _listens(inode: int, table: dict[int, UnixSocket]) -> bool:
@@ -160,7 +182,22 @@ def _inodes(table: bytes, place: int) -> Iterator[int]:
 # Who may connect -----------------------------------------------------------------------------
 
 
-def _describe(inode: int, row: UnixSocket, is_of_host: bool, paths: Sequence[str]) -> UnixListener:
+def _files_of_listeners(files: ProcessFiles) -> dict[int, FileId]:
+    """By the kernel's word, in the host's network and the process's; none where it has no word."""
+    found: dict[int, FileId] = {}
+    with open_host() as host:
+        for each in (host, files):
+            # Who isn't root stays where it is, and may well be in both.
+            with contextlib.suppress(OSError):
+                enter_network_of(each)
+            with contextlib.suppress(OSError):
+                found |= unix_diag.listening_files()
+    return found
+
+
+def _describe(
+    row: UnixSocket, is_of_host: bool, file: FileId | None, paths: Sequence[str]
+) -> UnixListener:
     """A listener and who may connect; an abstract name asks nobody for a permission (unix(7))."""
     shown = escaped(row.path, limit_chars=_PATH_CHARS)
     if not row.path:
@@ -168,8 +205,8 @@ def _describe(inode: int, row: UnixSocket, is_of_host: bool, paths: Sequence[str
     if row.path.startswith(b"@"):
         return UnixListener(path=shown, mode=None, is_open=is_of_host)
     try:
-        path = _file_of(inode, (os.fsdecode(row.path), *paths))
-    except TooMuch:
+        path = _file_of(file, (os.fsdecode(row.path), *paths))
+    except (TooMuch, FileNotFoundError):
         return UnixListener(path=shown, mode=None, is_open=None)
     if path is not None:
         with contextlib.suppress(FileNotFoundError):
@@ -185,18 +222,20 @@ def _at(path: str) -> UnixListener:
     return UnixListener(path=escaped(path, limit_chars=_PATH_CHARS), mode=mode, is_open=is_open)
 
 
-def _file_of(inode: int, paths: Sequence[str]) -> str | None:
+def _file_of(wanted: FileId | None, paths: Sequence[str]) -> str | None:
     """Where the listener's file is on the host: its name first, else looked for on its filesystem.
 
-    A launcher may have bound it by a name of its own, such as /proc/self/fd/3/qmp.sock.
+    A launcher may have bound it by a name of its own, such as /proc/self/fd/3/qmp.sock. None where
+    no path of the host leads to it. Without the kernel's word for which file it is (`wanted`) a
+    path of that name has to do: raises FileNotFoundError where there is none. Raises TooMuch.
     """
-    try:
-        wanted = unix_diag.listening_files().get(inode)
-    except OSError:
-        wanted = None
-    if wanted is None:
-        return paths[0] if _is_socket(paths[0]) else None
-    return next((path for path in paths if _is_at(path, wanted)), None) or _search(wanted)
+    if wanted is not None:
+        return next((path for path in paths if _is_at(path, wanted)), None) or _search(wanted)
+    name = os.path.basename(paths[0])
+    for path in paths:
+        if os.path.basename(path) == name and _is_socket(path):
+            return path
+    raise FileNotFoundError(name)
 
 
 def _is_socket(path: str) -> bool:
@@ -206,7 +245,7 @@ def _is_socket(path: str) -> bool:
         return False
 
 
-def _search(wanted: tuple[int, int]) -> str | None:
+def _search(wanted: FileId) -> str | None:
     """Look for a socket's file by its inode, on the host. Raises TooMuch when it gives up."""
     deadline = time.monotonic() + _SEARCH_S
     device = f"{os.major(wanted[0])}:{os.minor(wanted[0])}"
@@ -241,7 +280,7 @@ def _is_on(entry: os.DirEntry[str], device: int) -> bool:
         return False
 
 
-def _is_at(path: str, wanted: tuple[int, int]) -> bool:
+def _is_at(path: str, wanted: FileId) -> bool:
     """Whether a path leads to that socket's file."""
     try:
         status = os.lstat(path)

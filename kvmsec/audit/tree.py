@@ -18,7 +18,7 @@ from attrs import frozen
 
 from hypervisor.foreign_text import escaped
 from kvmsec.audit.facts import Credentials, Tree
-from kvmsec.audit.held import is_notable_device
+from kvmsec.audit.held import gravest_first, is_notable_device
 from kvmsec.audit.process_files import ProcessFiles, open_host
 from kvmsec.linux.files import open_without_links
 from kvmsec.linux.mounts import Mount, parse_mounts
@@ -166,7 +166,7 @@ def _own_tree(walk: _Walk, mounts: Sequence[Mount], rights: _Rights) -> Tree:
         kind="own",
         writable=_shown(writable),
         sized=_shown(sized),
-        devices=_shown(_devices(walk, mounts, rights)),
+        devices=_shown(gravest_first(_devices(walk, mounts, rights))),
         set_uid=_shown(_set_uid(walk, mounts)),
         kernel=_shown(mount.path for mount in mounts if mount.kind in _KERNEL),
         is_cut=walk.is_cut,
@@ -181,7 +181,7 @@ def _host_tree(walk: _Walk, mounts: Sequence[Mount], rights: _Rights, kind: Kind
     return Tree(
         kind=kind,
         writable=tuple(writable),
-        devices=_shown(_devices_below(walk, "/dev", rights)),
+        devices=_shown(gravest_first(_devices_below(walk, "/dev", rights))),
         set_uid=("/usr",) if kind == "host" else (),
         kernel=_shown(mount.path for mount in mounts if mount.kind in _KERNEL),
         is_cut=walk.is_cut,

@@ -22,10 +22,11 @@ table inet foreign {{
 BOTH, IPV4, NONE = (True, True), (True, False), (False, False)
 
 
-def process(uid: int = UID) -> Facts:
+def process(*uids: int) -> Facts:
+    uids = uids or (UID,)
     who = Credentials(
-        uids=(uid,),
-        gids=(uid,),
+        uids=uids,
+        gids=uids,
         groups=(),
         capabilities=(0, 0, 0, 0, 0),
         no_new_privs=True,
@@ -111,6 +112,20 @@ def test_several_uids_are_told_apart() -> None:
 
     assert [one.coverage.ipv4 for one in found] == [True, False]
     assert found[0].coverage.rules == ("iptables table filter",)
+
+
+def test_each_uid_of_a_process_counts() -> None:
+    """It may send as any of them."""
+    for tool in ("iptables", "ip6tables"):
+        run(f"{tool}-legacy", f"-A OUTPUT -m owner --uid-owner {UID} -j DROP")
+
+    found: Any = cover([process(UID, UID + 1), process(UID)])
+
+    assert [one.coverage.ipv4 for one in found] == [False, True]
+    mixed, closed = (try_rules(one).canary for one in found)
+    assert mixed is not None and closed is not None
+    assert mixed.sent and mixed.refused
+    assert closed.refused and not closed.sent
 
 
 def test_root_s_packets_can_be_tried_too() -> None:

@@ -1,6 +1,8 @@
 """What the audit reads of processes that lie, hide, hold too much or make their reader wait."""
 
 import contextlib
+import errno
+import grp
 import os
 import signal
 import socket
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvmsec.audit import reading, sockets
+from kvmsec.audit.examination import Subject, examine_all
 from kvmsec.audit.process_files import ProcessFiles, ProcessGone
 from kvmsec.audit.reading import ProcessChanges, read_facts
 from kvmsec.linux import namespaces
@@ -81,6 +84,28 @@ def test_a_thread_that_kept_root_counts(run: Callable[..., int]) -> None:
     assert who is not None
     assert (who.uids, who.uid) == ((0, UID), 0)
     assert who.capabilities[2] != 0
+
+
+def test_its_own_group_is_named_too(run: Callable[..., int]) -> None:
+    """The primary group, which is no supplementary one."""
+    group = grp.getgrnam("disk").gr_gid
+    pid = run(f"os.setgroups([]); os.setresgid({group}, {group}, {group}); ready()")
+
+    who = read_facts(pid).credentials
+
+    assert who is not None
+    assert (who.group_names, who.own_group_names) == ((), ("disk",))
+
+
+def test_a_tracer_of_one_thread_counts(run: Callable[..., int]) -> None:
+    pid = run("threading.Thread(target=time.sleep, args=(600,), daemon=True).start(); ready()")
+    (thread,) = {int(one) for one in os.listdir(f"/proc/{pid}/task")} - {pid}
+    tracer = run(f"assert ctypes.CDLL(None).ptrace(0x4206, {thread}, None, None) == 0; ready()")
+
+    who = read_facts(pid).credentials
+
+    assert who is not None
+    assert who.tracer_pid == tracer
 
 
 def test_a_giant_environment_is_unread_and_not_fine(run: Callable[..., int]) -> None:
@@ -248,6 +273,80 @@ def test_who_may_connect_to_a_unix_socket(
     assert (listener.path, listener.mode, listener.is_open) == (str(place / "q"), mode, is_open)
 
 
+@pytest.mark.parametrize("name", ["q", "/proc/self/cwd/q"])
+def test_a_listener_of_another_network_is_found_by_its_file(
+    run: Callable[..., int], name: str
+) -> None:
+    place = Path(f"/run/audit-apart-{len(name)}")
+    place.mkdir()
+    pid = run(
+        f"os.umask(0); os.chdir({str(place)!r}); namespaces.unshare(namespaces.CLONE_NEWNET);"
+        f"s = socket.socket(socket.AF_UNIX); s.bind({name!r}); s.listen(); os.chdir('/'); ready()"
+    )
+
+    found = read_facts(pid).sockets
+
+    assert found is not None
+    assert [(one.path, one.is_open) for one in found.unix_listeners] == [(str(place / "q"), True)]
+
+
+def test_a_listener_that_the_kernel_says_nothing_of_is_not_taken_for_closed(
+    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without CONFIG_UNIX_DIAG."""
+
+    def refuse() -> dict[int, sockets.FileId]:
+        raise OSError(errno.ENOENT, "no such protocol")
+
+    pid = run(
+        f"os.chdir({str(tmp_path)!r}); s = socket.socket(socket.AF_UNIX); s.bind('q'); s.listen();"
+        "ready()"
+    )
+    monkeypatch.setattr(sockets.unix_diag, "listening_files", refuse)
+
+    alone = read_facts(pid).sockets
+    told = read_facts(pid, sockets=("/run/p", str(tmp_path / "q"))).sockets
+
+    assert alone is not None and told is not None
+    assert [one.is_open for one in alone.unix_listeners] == [None]
+    assert [one.path for one in told.unix_listeners] == [str(tmp_path / "q")]
+
+
+def test_of_more_than_is_shown_the_worst_are_kept(run: Callable[..., int], tmp_path: Path) -> None:
+    """Files, listeners, devices and addresses, of each one that is bad, behind forty others."""
+    place = Path("/run/audit-many")
+    place.mkdir()
+    pid = run(
+        f"os.chdir({str(place)!r}); resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))\n"
+        "kept = []\n"
+        "def keep(number, is_open):\n"
+        "    file = os.open(f'disk{number}', os.O_RDWR | os.O_CREAT); os.ftruncate(file, 4096)\n"
+        "    os.chmod(f'disk{number}', 0o666 if is_open else 0o600)\n"
+        "    s = socket.socket(socket.AF_UNIX); s.bind(f'sock{number}'); s.listen()\n"
+        "    os.chmod(f'sock{number}', 0o666 if is_open else 0o600)\n"
+        "    t = socket.create_server(('0.0.0.0' if is_open else '127.0.0.1', 0))\n"
+        "    kept.extend((file, s, t))\n"
+        "for number in range(40): keep(number, False)\n"
+        "keep(40, True)\n"
+        f"tree = own_tree({str(tmp_path)!r}); (tree / 'dev').mkdir()\n"
+        "for number in range(40):\n"
+        "    os.mknod(tree / f'dev/tty{number}', stat.S_IFCHR | 0o666, os.makedev(4, number))\n"
+        "os.mknod(tree / 'dev/mem', stat.S_IFCHR, os.makedev(1, 1))\n"
+        "os.chmod(tree / 'dev/mem', 0o666)\n"
+        "os.chroot(tree); os.chdir('/'); ready()"
+    )
+
+    facts = read_facts(pid)
+
+    assert facts.descriptors and facts.sockets and facts.tree
+    assert facts.descriptors.files[0].path == str(place / "disk40")
+    assert facts.sockets.unix_listeners[0].path == str(place / "sock40")
+    assert facts.sockets.tcp_listeners[0].startswith("tcp 0.0.0.0:")
+    assert facts.tree.devices[0] == "/dev/mem"
+    shown = (facts.descriptors.files, facts.sockets.unix_listeners, facts.tree.devices)
+    assert {len(one) for one in shown} == {32}
+
+
 def test_a_listener_is_found_where_its_file_is_said_to_be(
     run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,8 +391,8 @@ def test_a_socket_that_goes_once_it_is_found_is_open_to_nobody(
 ) -> None:
     file_of = sockets._file_of
 
-    def remove_it(inode: int, paths: Sequence[str]) -> str | None:
-        found = file_of(inode, paths)
+    def remove_it(wanted: sockets.FileId | None, paths: Sequence[str]) -> str | None:
+        found = file_of(wanted, paths)
         assert found is not None
         os.unlink(found)
         return found
@@ -342,6 +441,11 @@ def test_one_that_becomes_another_program_all_the_time_is_given_up(
         try:
             with pytest.raises(ProcessChanges):
                 read_facts(process.pid)
+            (report,) = [one for one in examine_all([Subject(process.pid)]) if one.instance is None]
+            assert (report.pid, report.score) == (process.pid, 10.0)
+            told = {one.code: one for one in report.findings}
+            assert "changes while it is read" in told["root-tree"].message
+            assert {one.code for one in told.values() if one.state == "sealed"} == {"terminal"}
         finally:
             process.kill()
 

@@ -33,6 +33,9 @@ def read(*arguments: str) -> Arguments:
             "-blockdev",
         ),
         (["-blockdev", f"driver=iscsi,user=me,password={SECRET},transport=tcp"], "-blockdev"),
+        (["-drive", f'file=json:{{"driver":"https",,"cookie":"{SECRET}"}},if=virtio'], "-drive"),
+        (["-hda", f'json:{{"driver":"https","file":{{"cookie":"{SECRET}"}}}}'], "-hda"),
+        ([f"https://u:{SECRET}@host/disk.img"], "a"),  # disk image
         (["-append", f"root=/dev/vda password={SECRET}"], "-append"),
         (["-smbios", f"type=11,value=io.systemd.credential:root.pw={SECRET}"], "-smbios"),
         (["-fw_cfg", f"name=opt/io.systemd.credentials/x,string={SECRET}"], "-fw_cfg"),
