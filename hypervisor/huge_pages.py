@@ -44,13 +44,12 @@ def _number_in(path: str) -> int:
         os.close(descriptor)
 
 
-def limits_for(machine: Machine, pools: Collection[int]) -> tuple[HugePageLimit, ...]:
-    """A machine's own memory of its pages, and nothing of any other pool."""
-    own = 0 if machine.hugepages is None else HUGE_PAGES_MIB[machine.hugepages]
-    return tuple(
-        HugePageLimit(_word(size), machine.memory_mib << 20 if size == own else 0)
-        for size in sorted({*pools, own} - {0})
-    )
+def limits_for(machine: Machine | None, pools: Collection[int]) -> tuple[HugePageLimit, ...]:
+    """A machine's own memory of its pages, and nothing of any other pool; None has no memory."""
+    own: dict[int, int] = {}
+    if machine is not None and machine.hugepages is not None:
+        own[HUGE_PAGES_MIB[machine.hugepages]] = machine.memory_mib << 20
+    return tuple(HugePageLimit(_word(size), own.get(size, 0)) for size in sorted({*pools, *own}))
 
 
 def _word(size_mib: int) -> str:

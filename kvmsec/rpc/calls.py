@@ -56,6 +56,7 @@ class Call:
 
 _QUICK_S: Final = 10.0
 _SLOW_S: Final = 120.0
+_ALL_CHECKS_S: Final = 180.0
 
 
 def _calls() -> tuple[Call, ...]:
@@ -71,7 +72,7 @@ def _calls() -> tuple[Call, ...]:
     return (
         look("node.info", m.Nothing, m.NodeInfo),
         # Its checks have deadlines of their own, after which it tells what the others found.
-        evolve(look("node.doctor", m.Nothing, m.Findings), timeout_s=_SLOW_S),
+        evolve(look("node.doctor", m.Nothing, m.Findings), timeout_s=_ALL_CHECKS_S),
         listing("node.examine", m.PoolRequest, m.Examination),
         order("node.reconcile", m.Nothing, m.Lines),
         order("node.leave", m.Nothing, m.Nothing),

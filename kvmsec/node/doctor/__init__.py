@@ -33,6 +33,7 @@ CHECKS: Final = (
     Check("session-keyring", "session keyring", kernel.check_keyring),
     Check("ptrace", "ptrace", kernel.check_ptrace),
     Check("io-uring", "io_uring", kernel.check_io_uring),
+    Check("call-log", "log of calls", kernel.check_call_log),
     Check("cgroups", "control groups", kernel.check_cgroups),
     Check("cgroup-parent", "control group parent", kernel.check_cgroup_parent),
     Check("directories", "directories", places.check_directories),

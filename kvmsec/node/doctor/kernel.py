@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from hypervisor import huge_pages
 from hypervisor.cgroup_delegation import DEFAULT_PARENT
 from hypervisor.cgroup_limits import GroupLimits
 from hypervisor.cgroup_mounts import mounted
@@ -29,6 +30,7 @@ _NOBODY: Final = Credentials(65534, 65534)  # Debian Policy 9.2.2
 _PR_SET_SECCOMP: Final = 22
 _YAMA: Final = Path("/proc/sys/kernel/yama/ptrace_scope")
 _IO_URING: Final = Path("/proc/sys/kernel/io_uring_disabled")
+_LOGGED: Final = Path("/proc/sys/kernel/seccomp/actions_logged")
 _CONTAINER_HINT: Final = (
     "run kvmsec on the host itself, or in a container that is given all privileges"
 )
@@ -222,6 +224,29 @@ def check_io_uring(subject: Subject) -> Iterator[Answer]:
         yield ok(f"the kernel keeps it from instances, too (io_uring_disabled {disabled})")
 
 
+def check_call_log(subject: Subject) -> Iterator[Answer]:
+    """Whether an instance can have the kernel log its own system calls, at no rate but its own.
+
+    With a filter of its own, which needs no privilege (seccomp(2), SECCOMP_RET_LOG). The filters
+    of kvmsec and QEMU end the whole process, which is worth a line.
+    """
+    logged = _setting(_LOGGED)
+    if logged is None:
+        yield ok("the kernel has no setting for what of seccomp filters it logs")
+    elif open_ones := sorted({*logged.split()} - {"kill_process"}):
+        yield warning(
+            "an instance that was taken over may fill the kernel's and the audit log with lines "
+            f"about its own calls (kernel.seccomp.actions_logged has {', '.join(open_ones)})",
+            _sysctl_hint(
+                "kernel.seccomp.actions_logged",
+                "kill_process",
+                "what other programs' filters do short of ending them is then not logged",
+            ),
+        )
+    else:
+        yield ok("nothing but the end of a process is logged")
+
+
 def _setting(path: Path) -> str | None:
     """What a sysctl is set to; None where the kernel has no such one."""
     try:
@@ -230,7 +255,7 @@ def _setting(path: Path) -> str | None:
         return None
 
 
-def _sysctl_hint(name: str, value: int, price: str) -> str:
+def _sysctl_hint(name: str, value: int | str, price: str) -> str:
     return f"sysctl -w {name}={value}, and a line of that in /etc/sysctl.d ({price})"
 
 
@@ -249,6 +274,7 @@ def check_cgroups(subject: Subject) -> Iterator[Answer]:
         cpu_weight=asked.cpu_weight,
         cpu_quota_percent=asked.cpu_quota_percent,
         io_weight=asked.io_weight,
+        huge_pages=huge_pages.limits_for(None, huge_pages.pools_mib()),
     )
     tag, parent = subject.host.paths.tag, config.cgroup.parent
     group = hierarchy.create(tag, trial_groups.name_for(processes.myself()), parent, wanted)

@@ -17,6 +17,7 @@ from uuid import UUID
 import pytest
 from attrs import evolve
 
+from hypervisor import huge_pages
 from hypervisor.cgroup_mounts import Mount
 from hypervisor.cgroups import Hierarchy
 from hypervisor.seccomp import Filter, NoFilter
@@ -226,6 +227,36 @@ def test_what_a_kernel_could_forbid_and_does_not_is_a_warning_with_its_sysctl(
 
 
 @pytest.mark.parametrize(
+    ("value", "severity"),
+    [
+        ("kill_process kill_thread trap errno user_notif trace log\n", "warning"),
+        ("kill_process kill_thread\n", "warning"),
+        ("kill_process\n", "ok"),
+        ("\n", "ok"),
+        (None, "ok"),
+    ],
+)
+def test_what_an_instance_can_have_logged_without_end_is_a_warning_with_its_sysctl(
+    subject: Subject,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    value: str | None,
+    severity: str,
+) -> None:
+    path = tmp_path / "setting"
+    if value is not None:
+        path.write_text(value)
+    monkeypatch.setattr(kernel, "_LOGGED", path)
+
+    (answer,) = kernel.check_call_log(subject)
+
+    assert answer.severity == severity
+    if severity == "warning":
+        assert "kill_thread" in answer.message and "kill_process" not in answer.message
+        assert "sysctl -w kernel.seccomp.actions_logged=kill_process," in (answer.hint or "")
+
+
+@pytest.mark.parametrize(
     ("mounts", "tolerated", "severity"),
     [
         ((), (), "error"),
@@ -267,6 +298,18 @@ def test_a_limit_of_the_nodes_own_wants_its_controller_whatever_is_tolerated(
     assert first.hint is not None
     assert "may_be_missing" not in first.hint
     assert "ask for no limit of cpu" in first.hint
+
+
+def test_a_pool_of_huge_pages_wants_its_controller_as_a_start_does(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hierarchy, "detect", lambda: Hierarchy(()))
+    monkeypatch.setattr(huge_pages, "pools_mib", lambda: (2,))
+
+    first, _ = kernel.check_cgroups(tolerating(subject, ("cgroup-memory", "cgroup-pids")))
+
+    assert first.severity == "error"
+    assert "cgroup-hugetlb" in first.message
 
 
 _UNIT = "kvmsec.slice/kvmsec-instances.service"
