@@ -20,9 +20,13 @@ process could fill the node's log with it.
 Not here, on purpose: `fork`. QEMU's own filter ends it at one (spawn=deny), the PID namespace and
 the control group end what comes of it. `execve` isn't here either, since no comparison of this
 table tells the first one from the second: see `hypervisor.seccomp.gate`. `ioctl` with TIOCSTI and
-its like: no terminal can be had in the jail, neither by a path nor as a descriptor. The one rule
-for `ioctl` costs every KVM_RUN some 50 ns, for the kernel remembers only which calls are always
-allowed; more values of the same argument would cost little more.
+its like: no terminal can be had in the jail, neither by a path nor as a descriptor. The rules for
+`ioctl` cost every KVM_RUN some 50 ns, for the kernel remembers only which calls are always
+allowed.
+
+Not here either: a filter of the process's own that has each of its calls logged (seccomp(2),
+SECCOMP_RET_LOG). What a filter answers is in memory, and QEMU has to load its own. The node's
+setting kernel.seccomp.actions_logged decides, at which `kvmsec doctor` looks.
 """
 
 import errno
@@ -124,11 +128,20 @@ _LOCKS_OF_FILES: Final = tuple(
 
 # linux/if_tun.h, _IOW('T', NUMBER, int)
 _TUNSETDEBUG: Final = 0x400454C9
+_TUNSETIFF: Final = 0x400454CA
 _TUNSETPERSIST: Final = 0x400454CB
 _TUNSETOWNER: Final = 0x400454CC
 _TUNSETGROUP: Final = 0x400454CE
-_SIOCSIFHWADDR: Final = 0x8924  # linux/sockios.h
-_OF_TAPS: Final = (_TUNSETDEBUG, _TUNSETPERSIST, _TUNSETOWNER, _TUNSETGROUP, _SIOCSIFHWADDR)
+_TUNSETCARRIER: Final = 0x400454E2
+_OF_TAPS: Final = (
+    *(_TUNSETDEBUG, _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER, _TUNSETGROUP, _TUNSETCARRIER),
+)
+
+# The second byte of a request says what it is for (userspace-api/ioctl/ioctl-number.rst).
+_KIND_BITS: Final = 0xFF00
+_OF_SOCKETS: Final = 0x8900  # linux/sockios.h; a tap knows the one for its address as well
+_OF_RESERVATIONS: Final = 0x7000  # linux/pr.h
+_OF_LOOPS: Final = 0x4C00  # linux/loop.h
 
 RULES: Final = (
     # Namespaces
@@ -238,11 +251,30 @@ RULES: Final = (
         ("ioctl",),
         Answer.NOT_PERMITTED,
         "a tap is the node's, and its holder needs no capability to have the kernel log each "
-        "ioctl on it, at no rate (200,000 lines a second), to make it stay and give it away, or to "
-        "change the address of the node's end: a bridge takes its ports' lowest for its own, and "
-        "what is sent to any of them",
-        "ioctl(2); drivers/net/tun.c, tun_chr_ioctl; net/bridge/br_if.c",
+        "ioctl on it, at no rate (200,000 lines a second), to make it stay and give it away, to "
+        "have its link go up and down, or, once somebody has deleted it, to take another one that "
+        "nobody holds",
+        "ioctl(2); drivers/net/tun.c, tun_chr_ioctl, tun_set_iff",
         tuple(Comparison(1, "masked", request, _INT) for request in _OF_TAPS),
+    ),
+    Rule(
+        ("ioctl",),
+        Answer.NOT_PERMITTED,
+        "the sockets that it was granted are of the node's network, and tell its interfaces, "
+        "addresses and counters; a tap takes one of these for the address of the node's end: a "
+        "bridge takes its ports' lowest for its own, and what is sent to any of them",
+        "netdevice(7); net/socket.c, sock_do_ioctl; net/bridge/br_if.c",
+        (Comparison(1, "masked", _OF_SOCKETS, _KIND_BITS),),
+    ),
+    Rule(
+        ("ioctl",),
+        Answer.NOT_PERMITTED,
+        "a block device for a disk may be a part of something larger, and whoever may write to it "
+        "reserves all of what is below a logical volume, for other nodes too and beyond a reboot, "
+        "or has a loop device show all of the file that it is a window of",
+        "ioctl(2); Documentation/block/pr.rst; block/ioctl.c, blkdev_pr_allowed; "
+        "drivers/block/loop.c, lo_ioctl",
+        tuple(Comparison(1, "masked", kind, _KIND_BITS) for kind in (_OF_RESERVATIONS, _OF_LOOPS)),
     ),
     # Parts of the kernel with a history of holes, none of which QEMU needs
     Rule(

@@ -312,6 +312,16 @@ static void address_of_tap(char **words)
     succeeded("the node's end has another address");
 }
 
+/* Its link to the bridge, which says so each time. */
+static void carrier_of_tap(char **words)
+{
+    int off = 0, on = 1, held = tap_in_use();
+    (void)words;
+    must(ioctl(held, TUNSETCARRIER, &off));
+    must(ioctl(held, TUNSETCARRIER, &on));
+    succeeded("has the node's end go down and up");
+}
+
 /* The namespace of its tap's other end, which is the node's. */
 static void namespace_of_tap(char **words)
 {
@@ -333,6 +343,25 @@ static void namespace_of_socket(char **words)
         else if (errno == EPERM)
             break;
     refused("SIOCGSKNS");
+}
+
+/* The node's interfaces, which its monitor's socket knows, made in the node's network. */
+static void interfaces_of_node(char **words)
+{
+    struct ifreq asked = {.ifr_ifindex = 1};
+    (void)words;
+    errno = EBADF;
+    for (int each = next_descriptor(-1); each >= 0; each = next_descriptor(each))
+        /* 1 is lo, in each network. */
+        for (asked.ifr_ifindex = 2; asked.ifr_ifindex < 4096; asked.ifr_ifindex++) {
+            if (ioctl(each, SIOCGIFNAME, &asked) >= 0)
+                succeeded("descriptor %d knows of %s", each, asked.ifr_name);
+            if (errno == EPERM)
+                refused("SIOCGIFNAME");
+            if (errno != ENODEV)
+                break; /* No socket. */
+        }
+    refused("SIOCGIFNAME");
 }
 
 const struct attack network[] = {
@@ -359,5 +388,7 @@ const struct attack network[] = {
     {"address-of-tap", address_of_tap},
     {"namespace-of-tap", namespace_of_tap},
     {"namespace-of-socket", namespace_of_socket},
+    {"interfaces-of-node", interfaces_of_node},
+    {"carrier-of-tap", carrier_of_tap},
     {0},
 };

@@ -129,15 +129,16 @@ NETWORKS: Final = in_room(
     Attack(
         "second-tap",
         "second-tap",
-        Refusal("descriptors", "EEXIST"),
-        rules=Refusal("descriptors", "EEXIST"),
+        NOT_PERMITTED,
+        second=Refusal("descriptors", "EEXIST"),
     ),
     Attack("log-by-tap", "log-by-tap", NOT_PERMITTED, second=OPEN),
     # Behind these: the record names the tap, and the node takes it back whatever has become of it.
     *(
         Attack(name, name, NOT_PERMITTED, second=OPEN)
-        for name in ("persist-tap", "give-tap", "group-of-tap", "address-of-tap")
+        for name in ("persist-tap", "give-tap", "group-of-tap", "address-of-tap", "carrier-of-tap")
     ),
     Attack("namespace-of-tap", "namespace-of-tap", CAPABILITIES, rules=CAPABILITIES),
-    Attack("namespace-of-socket", "namespace-of-socket", CAPABILITIES, rules=CAPABILITIES),
+    Attack("namespace-of-socket", "namespace-of-socket", NOT_PERMITTED, second=CAPABILITIES),
+    Attack("interfaces-of-node", "interfaces-of-node", NOT_PERMITTED, second=OPEN),
 )

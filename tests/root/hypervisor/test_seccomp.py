@@ -5,14 +5,17 @@ Made as root with every capability, so that nothing but the filter can be what r
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -23,7 +26,7 @@ from hypervisor.seccomp.gate import X32_BIT
 from hypervisor.seccomp.library import load_library
 from hypervisor.seccomp.rules import NEWEST, RULES, Answer
 from kvmsec.linux import children, syscalls
-from kvmsec.linux.credentials import Credentials
+from kvmsec.linux.credentials import Credentials, become
 
 pytestmark = pytest.mark.root
 
@@ -204,6 +207,69 @@ def test_a_pair_is_of_unix_sockets() -> None:
     other = apart(lambda: error_of(53, socket.AF_INET, 1, 0, 0), filtered=True)
     assert other == Outcome(0, errno.EAFNOSUPPORT)
     assert apart(lambda: error_of(53, socket.AF_INET, 1, 0, 0), filtered=False) != other
+
+
+IOC_PR_REGISTER = 0x401870C8  # linux/pr.h
+LOOP_SET_STATUS64, BLKGETSIZE64 = 0x4C04, 0x80081272  # linux/loop.h, linux/fs.h
+
+
+@pytest.fixture
+def window(tmp_path: Path) -> Iterator[str]:
+    """A loop device that shows one page of a larger file."""
+    file = tmp_path / "larger"
+    file.write_bytes(bytes(1 << 20))
+    argv = ("losetup", "--find", "--show", "--offset=8192", "--sizelimit=4096", str(file))
+    made = subprocess.run(argv, check=True, capture_output=True, text=True)
+    device = made.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def error_of_ioctl(device: str, request: int, *, as_nobody: bool = False) -> int:
+    """`as_nobody`: with neither a capability nor root's uid, but a descriptor that may write."""
+    descriptor = os.open(device, os.O_RDWR)
+    if as_nobody:
+        become(Credentials(65534, 65534))
+    try:
+        fcntl.ioctl(descriptor, request, bytes(232))
+    except OSError as error:
+        return error.errno or -1
+    return 0
+
+
+def test_a_window_of_a_larger_file_stays_what_it_is(window: str) -> None:
+    def size() -> int:
+        descriptor = os.open(window, os.O_RDONLY)
+        try:
+            (found,) = struct.unpack("Q", fcntl.ioctl(descriptor, BLKGETSIZE64, bytes(8)))
+            return int(found)
+        finally:
+            os.close(descriptor)
+
+    def widen() -> int:
+        return error_of_ioctl(window, LOOP_SET_STATUS64)
+
+    def widen_as_nobody() -> int:
+        return error_of_ioctl(window, LOOP_SET_STATUS64, as_nobody=True)
+
+    assert apart(widen, filtered=True) == Outcome(0, errno.EPERM)
+    assert size() == 4096
+    assert apart(widen_as_nobody, filtered=False) == Outcome(0, 0)
+    assert size() == 1 << 20
+
+
+def test_nothing_is_reserved_below_a_block_device(window: str) -> None:
+    def reserve() -> int:
+        return error_of_ioctl(window, IOC_PR_REGISTER)
+
+    def reserve_as_nobody() -> int:
+        return error_of_ioctl(window, IOC_PR_REGISTER, as_nobody=True)
+
+    assert apart(reserve, filtered=True) == Outcome(0, errno.EPERM)
+    # No capability is asked for: what is said is that a loop device keeps no reservations.
+    assert apart(reserve_as_nobody, filtered=False) == Outcome(0, errno.EOPNOTSUPP)
 
 
 def test_calls_that_nobody_looked_at_do_not_exist() -> None:

@@ -50,9 +50,14 @@ def test_every_rule_has_a_reason_and_a_source() -> None:
         assert "(2)" in rule.source or "(7)" in rule.source, rule
 
 
-def test_no_call_stands_there_twice() -> None:
-    calls = [call for rule in RULES for call in rule.calls]
-    assert sorted(calls) == sorted(set(calls))
+def test_no_call_stands_there_twice_but_for_what_is_asked_of_it() -> None:
+    as_such = [call for rule in RULES if not rule.when for call in rule.calls]
+    asked = {call: rule.answer for rule in RULES if rule.when for call in rule.calls}
+    assert sorted(as_such) == sorted(set(as_such))
+    assert asked.keys().isdisjoint(as_such)
+    for rule in RULES:
+        if rule.when:
+            assert {asked[call] for call in rule.calls} == {rule.answer}
 
 
 def test_every_call_is_one_that_was_looked_at() -> None:
@@ -185,17 +190,28 @@ def test_no_fcntl_locks_a_part_of_a_file(command: int) -> None:
         assert answer(PROGRAM, number_of("fcntl"), (3, command, 0)) == ALLOW
 
 
-# linux/if_tun.h: TUNSETDEBUG, TUNSETPERSIST, TUNSETOWNER, TUNSETGROUP; linux/sockios.h
-OF_TAPS = (0x400454C9, 0x400454CB, 0x400454CC, 0x400454CE, 0x8924)
+# linux/if_tun.h: TUNSETDEBUG, TUNSETIFF, TUNSETPERSIST, TUNSETOWNER, TUNSETGROUP, TUNSETCARRIER
+OF_TAPS = (0x400454C9, 0x400454CA, 0x400454CB, 0x400454CC, 0x400454CE, 0x400454E2)
+# linux/sockios.h: SIOCGIFNAME, SIOCSIFHWADDR, SIOCGSKNS, SIOCETHTOOL; linux/pr.h: IOC_PR_REGISTER,
+# IOC_PR_CLEAR; linux/loop.h: LOOP_SET_STATUS64, LOOP_CLR_FD
+OF_OTHERS = (0x8910, 0x8924, 0x894C, 0x8946, 0x401870C8, 0x401070CD, 0x4C04, 0x4C01)
+KINDS = (0x89, 0x70, 0x4C)
 
 
-@given(st.sampled_from(OF_TAPS), st.integers(0, 2**64 - 1))
-def test_no_ioctl_changes_the_nodes_side_of_a_tap(request: int, high: int) -> None:
+@given(st.sampled_from(OF_TAPS + OF_OTHERS), st.integers(0, 2**64 - 1))
+def test_no_ioctl_reaches_what_is_the_nodes(request: int, high: int) -> None:
     ioctl = number_of("ioctl")
     shown = (request | high << 32) & 2**64 - 1
     assert answer(PROGRAM, ioctl, (3, shown, 1)) == Answer.NOT_PERMITTED.value
-    if high & 0xFFFFFFFF not in OF_TAPS:
+    if high & 0xFFFFFFFF not in OF_TAPS and high >> 8 & 0xFF not in KINDS:
         assert answer(PROGRAM, ioctl, (3, high, request)) == ALLOW
+
+
+def test_what_qemu_asks_of_kvm_files_and_block_devices_is_allowed() -> None:
+    for request in (0xAE80, 0x4020AE46, 0x80081272, 0x1277, 0xC020660B, 0x5421, 0x541B, 0x2285):
+        # KVM_RUN, KVM_SET_USER_MEMORY_REGION, BLKGETSIZE64, BLKDISCARD, FS_IOC_FIEMAP, FIONBIO,
+        # FIONREAD, SG_IO
+        assert answer(PROGRAM, number_of("ioctl"), (3, request, 1)) == ALLOW
 
 
 def test_what_qemu_sets_on_a_tap_is_allowed() -> None:
