@@ -93,6 +93,8 @@ def nothing_read(pid: int, reason: str) -> Facts:
     """What is known of a process of which nothing can be: its name. Raises ProcessGone."""
     with ProcessFiles(pid) as files:
         try:
+            if not files.is_there():
+                raise ProcessGone(pid)
             return Facts(
                 pid=pid,
                 start_ticks=files.start_ticks(),
