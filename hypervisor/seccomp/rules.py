@@ -31,6 +31,7 @@ setting kernel.seccomp.actions_logged decides, at which `kvmsec doctor` looks.
 
 import errno
 import fcntl
+import socket
 from enum import Enum
 from typing import Final, Literal
 
@@ -121,6 +122,7 @@ _OTHER_PROTOCOLS: Final = (  # all but the family's own (0), TCP (6) and UDP (17
 )
 
 _INT: Final = 0xFFFFFFFF
+_BINDING: Final = (socket.SO_BINDTODEVICE, 62)  # SO_BINDTOIFINDEX, asm-generic/socket.h
 _LOCKS_OF_FILES: Final = tuple(
     Comparison(1, "masked", command, _INT)
     for command in (fcntl.F_SETLK, fcntl.F_SETLKW, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW)
@@ -140,6 +142,7 @@ _OF_TAPS: Final = (
 # The second byte of a request says what it is for (userspace-api/ioctl/ioctl-number.rst).
 _KIND_BITS: Final = 0xFF00
 _OF_SOCKETS: Final = 0x8900  # linux/sockios.h; a tap knows the one for its address as well
+_OF_WIRELESS: Final = 0x8B00  # linux/wireless.h
 _OF_RESERVATIONS: Final = 0x7000  # linux/pr.h
 _OF_LOOPS: Final = 0x4C00  # linux/loop.h
 
@@ -263,15 +266,16 @@ RULES: Final = (
         "the sockets that it was granted are of the node's network, and tell its interfaces, "
         "addresses and counters; a tap takes one of these for the address of the node's end: a "
         "bridge takes its ports' lowest for its own, and what is sent to any of them",
-        "netdevice(7); net/socket.c, sock_do_ioctl; net/bridge/br_if.c",
-        (Comparison(1, "masked", _OF_SOCKETS, _KIND_BITS),),
+        "netdevice(7); net/socket.c, sock_ioctl; net/bridge/br_if.c",
+        tuple(Comparison(1, "masked", kind, _KIND_BITS) for kind in (_OF_SOCKETS, _OF_WIRELESS)),
     ),
     Rule(
         ("ioctl",),
         Answer.NOT_PERMITTED,
         "a block device for a disk may be a part of something larger, and whoever may write to it "
-        "reserves all of what is below a logical volume, for other nodes too and beyond a reboot, "
-        "or has a loop device show all of the file that it is a window of",
+        "reserves all of what is below a logical volume, for other nodes too and beyond a reboot "
+        "(since Linux 6.5 without a capability), or has a loop device show all of the file that it "
+        "is a window of",
         "ioctl(2); Documentation/block/pr.rst; block/ioctl.c, blkdev_pr_allowed; "
         "drivers/block/loop.c, lo_ioctl",
         tuple(Comparison(1, "masked", kind, _KIND_BITS) for kind in (_OF_RESERVATIONS, _OF_LOOPS)),
@@ -343,6 +347,15 @@ RULES: Final = (
         "Internet's protocols TCP and UDP: to ask for another has the kernel load its module",
         "socket(2), address_families(7)",
         (*_OTHER_FAMILIES, *_OTHER_TYPES, *_OTHER_PROTOCOLS),
+    ),
+    Rule(
+        ("setsockopt",),
+        Answer.NOT_PERMITTED,
+        "a socket that was granted is of the node's network, and bound to an interface by number "
+        "it tells that one's name",
+        "socket(7), SO_BINDTODEVICE; net/core/sock.c, sock_bindtoindex",
+        # Of other levels these numbers are nothing that QEMU sets.
+        tuple(Comparison(2, "masked", option, _INT) for option in _BINDING),
     ),
     Rule(
         ("socketpair",),

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -20,7 +20,9 @@ from kvmsec.linux.errors import ChildFailed, ChildTimedOut
 
 _RULES_S: Final = 20.0
 _CANARY_S: Final = 5.0
-_UIDS_TRIED: Final = 8
+_UIDS: Final = 8
+"""As many of one process are looked at: four, and those of a thread that has others."""
+_MANY_UIDS: Final = f"it has more than {_UIDS} uids"
 _REASON_CHARS: Final = 160
 _TITLE_CHARS: Final = 120
 _UNKNOWN_UID: Final = "what it depends on could not be read"
@@ -32,7 +34,9 @@ def cover(processes: Sequence[Facts]) -> list[Facts]:
     A family is closed where it is to every one of them: a process may send as any. The caller
     has one thread. Raises ManyThreads.
     """
-    uids = sorted({uid for one in processes if one.credentials for uid in one.credentials.uids})
+    known = [one.credentials for one in processes if one.credentials]
+    # One process must not make the rules of all others take too long to read.
+    uids = sorted({uid for who in known if len(who.uids) <= _UIDS for uid in who.uids})
     if not uids:
         return [_unread(one, "coverage", _UNKNOWN_UID) for one in processes]
     try:
@@ -42,20 +46,22 @@ def cover(processes: Sequence[Facts]) -> list[Facts]:
         found = msgspec.convert(answer, dict[str, Coverage])
     except (ChildFailed, ChildTimedOut, msgspec.ValidationError) as error:
         return [_unread(one, "coverage", str(error)) for one in processes]
-    return [
-        evolve(one, coverage=_together([found[str(uid)] for uid in one.credentials.uids]))
-        if one.credentials
-        else _unread(one, "coverage", _UNKNOWN_UID)
-        for one in processes
-    ]
+    return [_covered(one, found) for one in processes]
 
 
-def _together(found: Sequence[Coverage]) -> Coverage:
-    return Coverage(
-        ipv4=all(one.ipv4 for one in found),
-        ipv6=all(one.ipv6 for one in found),
-        rules=tuple(dict.fromkeys(rule for one in found for rule in one.rules)),
+def _covered(process: Facts, found: Mapping[str, Coverage]) -> Facts:
+    who = process.credentials
+    if who is None:
+        return _unread(process, "coverage", _UNKNOWN_UID)
+    if len(who.uids) > _UIDS:
+        return _unread(process, "coverage", _MANY_UIDS)
+    each = [found[str(uid)] for uid in who.uids]
+    together = Coverage(
+        ipv4=all(one.ipv4 for one in each),
+        ipv6=all(one.ipv6 for one in each),
+        rules=tuple(dict.fromkeys(rule for one in each for rule in one.rules)),
     )
+    return evolve(process, coverage=together)
 
 
 def _read(uids: Sequence[int]) -> Any:
@@ -83,8 +89,8 @@ def try_rules(process: Facts) -> Facts:
         return _unread(process, "canary", _UNKNOWN_UID)
     # Root may send as anybody: what becomes of its own packets tells.
     uids = (0,) if who.uid == 0 else who.uids
-    if len(uids) > _UIDS_TRIED:
-        return _unread(process, "canary", f"it has more than {_UIDS_TRIED} uids")
+    if len(uids) > _UIDS:
+        return _unread(process, "canary", _MANY_UIDS)
     refused: list[str] = []
     sent: list[str] = []
     for uid in uids:

@@ -364,6 +364,24 @@ static void interfaces_of_node(char **words)
     refused("SIOCGIFNAME");
 }
 
+/* NUMBER: the same without an ioctl. A socket is bound once, and tells that interface's name. */
+static void interfaces_by_binding(char **words)
+{
+    char name[IFNAMSIZ];
+    socklen_t size = sizeof name;
+    int number = atoi(words[0]);
+    errno = EBADF;
+    for (int each = next_descriptor(-1); each >= 0; each = next_descriptor(each)) {
+        if (setsockopt(each, SOL_SOCKET, SO_BINDTOIFINDEX, &number, sizeof number) == 0) {
+            must(getsockopt(each, SOL_SOCKET, SO_BINDTODEVICE, name, &size));
+            succeeded("descriptor %d is bound to %s", each, name);
+        }
+        if (errno == EPERM)
+            break;
+    }
+    refused("SO_BINDTOIFINDEX");
+}
+
 const struct attack network[] = {
     {"tcp", connect_tcp},
     {"udp", send_udp},
@@ -389,6 +407,7 @@ const struct attack network[] = {
     {"namespace-of-tap", namespace_of_tap},
     {"namespace-of-socket", namespace_of_socket},
     {"interfaces-of-node", interfaces_of_node},
+    {"interfaces-by-binding", interfaces_by_binding},
     {"carrier-of-tap", carrier_of_tap},
     {0},
 };

@@ -141,4 +141,7 @@ NETWORKS: Final = in_room(
     Attack("namespace-of-tap", "namespace-of-tap", CAPABILITIES, rules=CAPABILITIES),
     Attack("namespace-of-socket", "namespace-of-socket", NOT_PERMITTED, second=CAPABILITIES),
     Attack("interfaces-of-node", "interfaces-of-node", NOT_PERMITTED, second=OPEN),
+    Attack(
+        "interfaces-by-binding", "interfaces-by-binding {bridge_number}", NOT_PERMITTED, second=OPEN
+    ),
 )

@@ -73,6 +73,7 @@ class Setting:
             "set_uid": self.scratch / "set-uid",
             "scratch": self.scratch / "planted",
             "wire": "wire0",
+            "bridge_number": socket.if_nametoindex(BRIDGE),
             "ipv4": PEER["ipv4"],
             "ipv6": PEER["ipv6"],
             "mapped": f"::ffff:{PEER['ipv4']}",

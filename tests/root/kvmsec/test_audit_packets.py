@@ -128,6 +128,15 @@ def test_each_uid_of_a_process_counts() -> None:
     assert closed.refused and not closed.sent
 
 
+def test_a_process_with_too_many_uids_is_unread_and_spoils_no_other() -> None:
+    many, one = cover([process(*range(UID, UID + 9)), process(UID)])
+
+    assert many.coverage is None
+    assert "more than 8 uids" in many.unread["coverage"]
+    assert "more than 8 uids" in try_rules(many).unread["canary"]
+    assert one.coverage is not None
+
+
 def test_root_s_packets_can_be_tried_too() -> None:
     tried = try_rules(process(0)).canary
 

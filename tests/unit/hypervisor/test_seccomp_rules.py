@@ -75,7 +75,7 @@ def test_what_qemus_own_filter_lets_through_is_denied() -> None:
     }
     denied = {call for rule in RULES if not rule.when for call in rule.calls}
     assert wanted <= denied
-    partly = {("clone",), ("fcntl",), ("ioctl",), ("socket",), ("socketpair",)}
+    partly = {("clone",), ("fcntl",), ("ioctl",), ("setsockopt",), ("socket",), ("socketpair",)}
     assert {rule.calls for rule in RULES if rule.when} == partly
 
 
@@ -192,10 +192,11 @@ def test_no_fcntl_locks_a_part_of_a_file(command: int) -> None:
 
 # linux/if_tun.h: TUNSETDEBUG, TUNSETIFF, TUNSETPERSIST, TUNSETOWNER, TUNSETGROUP, TUNSETCARRIER
 OF_TAPS = (0x400454C9, 0x400454CA, 0x400454CB, 0x400454CC, 0x400454CE, 0x400454E2)
-# linux/sockios.h: SIOCGIFNAME, SIOCSIFHWADDR, SIOCGSKNS, SIOCETHTOOL; linux/pr.h: IOC_PR_REGISTER,
-# IOC_PR_CLEAR; linux/loop.h: LOOP_SET_STATUS64, LOOP_CLR_FD
-OF_OTHERS = (0x8910, 0x8924, 0x894C, 0x8946, 0x401870C8, 0x401070CD, 0x4C04, 0x4C01)
-KINDS = (0x89, 0x70, 0x4C)
+# linux/sockios.h: SIOCGIFNAME, SIOCSIFHWADDR, SIOCGSKNS, SIOCETHTOOL; linux/wireless.h:
+# SIOCGIWNAME; linux/pr.h: IOC_PR_REGISTER, IOC_PR_CLEAR; linux/loop.h: LOOP_SET_STATUS64,
+# LOOP_CLR_FD
+OF_OTHERS = (0x8910, 0x8924, 0x894C, 0x8946, 0x8B01, 0x401870C8, 0x401070CD, 0x4C04, 0x4C01)
+KINDS = (0x89, 0x8B, 0x70, 0x4C)
 
 
 @given(st.sampled_from(OF_TAPS + OF_OTHERS), st.integers(0, 2**64 - 1))
@@ -205,6 +206,16 @@ def test_no_ioctl_reaches_what_is_the_nodes(request: int, high: int) -> None:
     assert answer(PROGRAM, ioctl, (3, shown, 1)) == Answer.NOT_PERMITTED.value
     if high & 0xFFFFFFFF not in OF_TAPS and high >> 8 & 0xFF not in KINDS:
         assert answer(PROGRAM, ioctl, (3, high, request)) == ALLOW
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+def test_no_socket_is_bound_to_an_interface(option: int, high: int) -> None:
+    setsockopt = number_of("setsockopt")
+    for binding in (25, 62):
+        said = answer(PROGRAM, setsockopt, (3, socket.SOL_SOCKET, binding | high << 32))
+        assert said == Answer.NOT_PERMITTED.value
+    if option not in (25, 62):
+        assert answer(PROGRAM, setsockopt, (3, socket.SOL_SOCKET, option)) == ALLOW
 
 
 def test_what_qemu_asks_of_kvm_files_and_block_devices_is_allowed() -> None:
