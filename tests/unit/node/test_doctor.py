@@ -194,66 +194,42 @@ def test_a_missing_system_call_is_named(
     assert (answer.severity, answer.message) == ("error", f"not available: {name}")
 
 
+_YAMA = ("_YAMA", kernel.check_ptrace, "kernel.yama.ptrace_scope", "1")
+_IO_URING = ("_IO_URING", kernel.check_io_uring, "kernel.io_uring_disabled", "1")
+_LOGGED = ("_LOGGED", kernel.check_call_log, "kernel.seccomp.actions_logged", "kill_process")
+
+
 @pytest.mark.parametrize(
-    ("setting", "look", "name"),
+    ("setting", "value", "told"),
     [
-        ("_YAMA", kernel.check_ptrace, "kernel.yama.ptrace_scope"),
-        ("_IO_URING", kernel.check_io_uring, "kernel.io_uring_disabled"),
+        *((one, "0\n", "0") for one in (_YAMA, _IO_URING)),
+        *((one, value, None) for one in (_YAMA, _IO_URING) for value in ("1\n", "2\n", None)),
+        (_LOGGED, "kill_process kill_thread trap errno log\n", "has errno, kill_thread, log, trap"),
+        (_LOGGED, "kill_process kill_thread\n", "has kill_thread"),
+        *((_LOGGED, value, None) for value in ("kill_process\n", "\n", None)),
     ],
-)
-@pytest.mark.parametrize(
-    ("value", "severity"),
-    [("0\n", "warning"), ("1\n", "ok"), ("2\n", "ok"), (None, "ok")],
 )
 def test_what_a_kernel_could_forbid_and_does_not_is_a_warning_with_its_sysctl(
     subject: Subject,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    setting: str,
-    look: Any,
-    name: str,
+    setting: tuple[str, Any, str, str],
     value: str | None,
-    severity: str,
+    told: str | None,
 ) -> None:
+    """`told` is what the warning says of the setting; None where there is nothing to warn of."""
+    constant, look, name, fix = setting
     path = tmp_path / "setting"
     if value is not None:
         path.write_text(value)
-    monkeypatch.setattr(kernel, setting, path)
+    monkeypatch.setattr(kernel, constant, path)
+
     (answer,) = look(subject)
-    assert answer.severity == severity
-    if severity == "warning":
-        assert f"{name} 0" in answer.message
-        assert f"sysctl -w {name}=1" in (answer.hint or "")
 
-
-@pytest.mark.parametrize(
-    ("value", "severity"),
-    [
-        ("kill_process kill_thread trap errno user_notif trace log\n", "warning"),
-        ("kill_process kill_thread\n", "warning"),
-        ("kill_process\n", "ok"),
-        ("\n", "ok"),
-        (None, "ok"),
-    ],
-)
-def test_what_an_instance_can_have_logged_without_end_is_a_warning_with_its_sysctl(
-    subject: Subject,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    value: str | None,
-    severity: str,
-) -> None:
-    path = tmp_path / "setting"
-    if value is not None:
-        path.write_text(value)
-    monkeypatch.setattr(kernel, "_LOGGED", path)
-
-    (answer,) = kernel.check_call_log(subject)
-
-    assert answer.severity == severity
-    if severity == "warning":
-        assert "kill_thread" in answer.message and "kill_process" not in answer.message
-        assert "sysctl -w kernel.seccomp.actions_logged=kill_process," in (answer.hint or "")
+    assert answer.severity == ("ok" if told is None else "warning")
+    if told is not None:
+        assert f"{name} {told})" in answer.message
+        assert f"sysctl -w {name}={fix}," in (answer.hint or "")
 
 
 @pytest.mark.parametrize(
